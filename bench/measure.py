@@ -1,0 +1,186 @@
+"""How it is measured: equal results first, then interleaved times, then peak memory."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Iterator
+from functools import lru_cache
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cbloss_fused import reference
+
+from .cases import Case, Contestant, Problem
+
+CHUNK = 2**21  # elements that the reference takes at a time
+MAPPED = 2**25  # bytes from which on glibc maps a block afresh, always
+LOSS_TOLERANCE = 2e-5  # relative
+GRADIENT_TOLERANCE = {  # of the row's largest; half types: half a spacing more
+    torch.float32: 2e-5,
+    torch.bfloat16: 2e-5 + torch.finfo(torch.bfloat16).eps / 2,
+}
+
+
+class Run:
+    """One contestant at one case: `prepare` is not timed, the call is."""
+
+    def __init__(self, contestant: Contestant, given: Problem, train: bool) -> None:
+        self.contestant, self.given, self.train = contestant, given, train
+        self.backward = train and contestant.column != "clone"
+
+    def prepare(self) -> Tensor:
+        """The logits of the next call; no gradient is left from the last."""
+        self.given.logits.grad = None
+        if not self.contestant.overwrites:
+            return self.given.logits
+        with torch.set_grad_enabled(self.train):
+            return self.given.logits.clone()
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        with torch.set_grad_enabled(self.backward):
+            loss = self.contestant.loss(logits, self.given.target, self.given.weight)
+            if self.backward:
+                loss.backward()
+        return loss
+
+    def time(self, calls: int) -> float:
+        """Milliseconds of a call, over so many in a row; what is freed after the last is not timed."""
+        logits = self.prepare()
+        start = time.perf_counter_ns()
+        for _ in range(calls):
+            self.given.logits.grad = None
+            _kept = self(logits)
+        return (time.perf_counter_ns() - start) / calls / 1e6
+
+
+class Wanted(NamedTuple):
+    """The sum of the weighted row losses in float64, its gradient, and what means divide by."""
+
+    loss: float
+    grad: Tensor
+    denominators: dict[str, float]
+
+
+def wanted(case: Case, given: Problem) -> Wanted:
+    """The float64 reference, a few rows at a time."""
+    weight, total = given.weight.double(), 0.0
+    grad = torch.empty(case.shape, dtype=torch.float64)
+    for rows in _chunks(case):
+        logits = given.logits.detach()[rows].double().requires_grad_()
+        loss = reference.loss(
+            logits,
+            given.target[rows],
+            weight,
+            activation=case.activation,
+            gamma=case.gamma,
+            ignore_index=None,
+            reduction="sum",
+        )
+        loss.backward()
+        total += loss.item()
+        grad[rows] = logits.grad
+    r = weight[given.target].sum().item()
+    return Wanted(total, grad, {"mean": float(given.target.numel()), "weighted_mean": r})
+
+
+def check(case: Case, run: Run, want: Wanted) -> str | None:
+    """What is wrong with a contestant's loss and gradient; None: nothing."""
+    if run.contestant.column == "clone":
+        return None
+    try:
+        loss = run(run.prepare()).item()
+    except RuntimeError as error:  # out of memory, no compiler: it does not stop the others
+        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    times = want.denominators[run.contestant.reduction] * run.contestant.factor
+    if not abs(loss * times - want.loss) <= LOSS_TOLERANCE * abs(want.loss):
+        return f"wrong loss: {loss} is not {want.loss / times}"
+    if not run.train:
+        return None
+    grad = run.given.logits.grad
+    assert grad is not None
+    worst = max(_worst_row(grad[rows], times, want.grad[rows]) for rows in _chunks(case))
+    tolerance = GRADIENT_TOLERANCE[case.dtype]
+    return None if worst <= tolerance else f"wrong gradient: {worst:.1e} of the row's largest"
+
+
+def _worst_row(grad: Tensor, times: float, want: Tensor) -> float:
+    error = (grad.double() * times - want).abs().amax(1) / want.abs().amax(1)
+    return error.nan_to_num(nan=torch.inf).max().item()
+
+
+def _chunks(case: Case) -> Iterator[slice]:
+    rows = max(1, CHUNK // torch.Size(case.shape[1:]).numel())
+    return (slice(i, i + rows) for i in range(0, case.shape[0], rows))
+
+
+def times(runs: list[Run], calls: int, budget: float) -> list[list[float]]:
+    """Milliseconds of every run, in turns, until the budget in seconds is spent.
+
+    A formula that after 3 turns is half slower than the fastest of its column leaves.
+    """
+    for run in runs:  # compilation and caches
+        for _ in range(2):
+            run.time(1)
+    spent: list[list[float]] = [[] for _ in runs]
+    gc.collect()
+    gc.disable()
+    start, turn = time.perf_counter(), 0
+    while turn < 5 or (turn < 300 and time.perf_counter() - start < budget):
+        left = range(len(runs)) if turn < 3 else _leaders(runs, spent)
+        for i in left:
+            spent[i].append(runs[i].time(calls))
+        turn += 1
+    gc.enable()
+    return spent
+
+
+def _leaders(runs: list[Run], spent: list[list[float]]) -> list[int]:
+    best: dict[str, float] = {}
+    for run, ms in zip(runs, spent, strict=True):
+        column = run.contestant.column
+        best[column] = min(best.get(column, torch.inf), *ms)
+    return [
+        i
+        for i, run in enumerate(runs)
+        if min(spent[i]) <= 1.5 * best[run.contestant.column] and len(spent[i]) >= max(map(len, spent))
+    ]
+
+
+def peak_extra(case: Case, run: Run) -> float | None:
+    """Peak memory of a call beyond what it was given, in N x C tensors of the logits' dtype.
+
+    The operating system's high-water mark of resident memory, reset before the call: it sees every
+    buffer, torch's or not, and an untouched or reused one costs nothing, as it should for inplace.
+    None where tensors are so small that malloc hands out memory that is resident already, and off
+    Linux.
+    """
+    size = run.given.logits.numel() * run.given.logits.element_size()
+    reset = Path("/proc/self/clear_refs")
+    if size < MAPPED or not reset.exists():
+        return None
+    logits = run.prepare()
+    gc.collect()
+    reset.write_text("5")
+    before = _status("VmRSS")
+    _kept = run(logits)
+    return (_status("VmHWM") - before) / size
+
+
+def _status(key: str) -> int:
+    """Bytes of an entry of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) * 1024
+
+
+def summary(ms: list[float], peak: float | None) -> dict[str, float | int | None]:
+    return {
+        "median_ms": median(ms),
+        "min_ms": min(ms),
+        "repetitions": len(ms),
+        "peak_extra": peak,
+    }

@@ -1,0 +1,25 @@
+"""Class-balanced softmax, sigmoid and focal losses for PyTorch, loss and gradient in one pass."""
+
+from .functional import check_target, class_balanced_loss
+from .modules import ClassBalancedLoss
+from .ops import backends
+from .weights import (
+    beta_from_prototypes,
+    class_balanced_weights,
+    class_counts,
+    effective_number,
+    init_head_bias_,
+)
+
+__all__ = [
+    "ClassBalancedLoss",
+    "backends",
+    "beta_from_prototypes",
+    "check_target",
+    "class_balanced_loss",
+    "class_balanced_weights",
+    "class_counts",
+    "effective_number",
+    "init_head_bias_",
+]
+__version__ = "0.1.0"

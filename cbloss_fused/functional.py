@@ -1,0 +1,144 @@
+"""The public functions: signatures and docstrings."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import ops, reference, spec
+from .autograd import RecomputedGradient, StoredGradient
+
+
+def class_balanced_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    activation: str = "softmax",
+    gamma: float = 0.0,
+    label_smoothing: float = 0.0,
+    sample_weight: Tensor | None = None,
+    ignore_index: int | None = -100,
+    reduction: str = "mean",
+    normalizer: float | Tensor | None = None,
+    inplace: bool = False,
+    recompute: bool | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Class-balanced softmax, sigmoid or focal loss, with its gradient, in one pass over the logits.
+
+    Each row's loss is multiplied by r = weight[target] * sample_weight, the whole row, in the sigmoid
+    family too. With p = softmax(input) at the target, or p_t = sigmoid(±input) at every class:
+
+        softmax: r ((1-ε) (1-p)^γ (-log p) + ε/C Σ_j -log p_j)
+        sigmoid: r Σ_j (1-p_t)^γ (-log p_t)
+
+    Args:
+        input: logits, (C,), (N, C) or (N, C, d1, ..., dk), C >= 1, any strides; float32, bfloat16,
+            float16 or float64. Half types are computed in float32.
+        target: class indices in [0, C) or ignore_index; any signed integer type or uint8; (),
+            (N,) or (N, d1, ..., dk).
+        weight: (C,) of any floating type, finite and >= 0, as `class_balanced_weights` gives them;
+            None weighs all classes 1. Used in float32 (float64 for float64 logits).
+        activation: "softmax" or "sigmoid" (one-vs-all, summed over the classes).
+        gamma: focal exponent γ >= 0; 0 is the plain loss. The paper's focal loss is "sigmoid" with 0.5,
+            1 or 2.
+        label_smoothing: ε in [0, 1): the target becomes (1-ε) one-hot + ε/C. The row's weight
+            multiplies the smoothing term, unlike in F.cross_entropy, where class j's does.
+        sample_weight: shape of target, finite and >= 0.
+        ignore_index: rows with this target have no influence, whatever they hold; None: no row.
+        reduction: "none", "sum", "mean" (over the rows that are not ignored, as in the paper) or
+            "weighted_mean" (divided by Σ r, what F.cross_entropy calls "mean").
+        normalizer: positive float or 0-d tensor in place of the mean's denominator, to share one across
+            ranks or accumulation steps.
+        inplace: write the gradient over input, which must not be a leaf or a view of one: no N×C memory
+            at all. An earlier layer that saved input raises in its backward; a later use of input
+            sees the gradient and cannot be detected.
+        recompute: compute the gradient in the backward from input, not in the forward. None: for float16
+            (a stored gradient may underflow before a loss scaler acts) and for reduction "none".
+        backend: None (choose), "cpu" or "reference" (eager PyTorch; has second derivatives, torch.func).
+
+    Returns:
+        A scalar, or the shape of target for "none"; float64 for float64 logits, else float32. 0 with
+        zero gradients where there is nothing to average. NaN in, NaN out; finite for every logit with
+        |z| * C * max r <= 1e37, for every γ.
+
+    Raises:
+        IndexError: a target outside [0, C) on the CPU. On other devices nothing synchronises: the
+            row's loss and gradient are NaN there; `check_target` looks.
+        ValueError: a shape, device, range or choice that does not fit; a weight that is negative or not
+            finite (values are checked on the CPU); something but input requires grad.
+        TypeError: a dtype that does not fit.
+        NotImplementedError: torch.func transforms of a fused kernel.
+        RuntimeError: a second derivative of a fused kernel (in backward).
+
+    Source: Cui et al., Class-Balanced Loss Based on Effective Number of Samples, CVPR 2019
+    (arXiv 1901.05555), equations 8, 11 and 13.
+
+    >>> from cbloss_fused import class_balanced_weights
+    >>> logits = torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.0, 0.0]], requires_grad=True)
+    >>> target = torch.tensor([0, 2])
+    >>> weight = class_balanced_weights(torch.tensor([100, 10, 1]), beta=0.9)
+    >>> loss = class_balanced_loss(logits, target, weight, activation="sigmoid", gamma=0.5)
+    >>> loss.backward()
+    >>> loss
+    tensor(1.9990, grad_fn=<StoredGradientBackward>)
+    """
+    spec.check_options(
+        activation, gamma, label_smoothing, ignore_index, reduction, inplace, backend
+    )
+    spec.check_tensors(input, target, weight, sample_weight)
+    divisor = None
+    if normalizer is not None:
+        divisor = spec.normalizer_tensor(normalizer, reduction, input)
+    formula = spec.Formula(activation, float(gamma), float(label_smoothing))
+    if backend == "reference":
+        if input.device.type == "cpu" and not reference.tracing():
+            spec.check_values(weight, sample_weight, divisor)
+        logits = input if input.dim() > 1 else input.unsqueeze(0)
+        loss = reference.loss(
+            logits,
+            target.reshape(logits.shape[:1] + logits.shape[2:]),
+            weight,
+            None if sample_weight is None else sample_weight.reshape(target.shape or (1,)),
+            divisor,
+            **formula._asdict(),
+            ignore_index=ignore_index,
+            reduction=reduction,
+        )
+        return loss.reshape(target.shape) if reduction == "none" else loss
+    spec.check_kernel(input, backend)
+    if inplace:
+        spec.check_inplace(input)
+    if input.dim() != 2:  # (C,) and (N, C, d1, ..., dk): the operators know (N, C) and (N, C, K)
+        input = input.unsqueeze(0) if input.dim() == 1 else input.flatten(2)
+    if target.dtype != torch.int64 or not target.is_contiguous():
+        target = target.to(torch.int64).contiguous()
+    w, s = spec.as_vector(weight, input), spec.as_vector(sample_weight, input)
+    if not (torch.is_grad_enabled() and input.requires_grad):
+        return ops.loss(
+            input, target, w, s, divisor, *formula, ignore_index, reduction, None, None
+        )
+    if recompute is None:
+        recompute = input.dtype == torch.float16 or reduction == "none"
+    function = RecomputedGradient if recompute or reduction == "none" else StoredGradient
+    options = spec.Spec(formula, ignore_index, reduction, inplace)
+    return function.apply(input, target, w, s, divisor, options)  # type: ignore[no-any-return]
+
+
+def check_target(target: Tensor, num_classes: int, ignore_index: int | None = -100) -> None:
+    """Raise as the CPU does for a target that is no class; on a GPU this synchronises.
+
+    Args:
+        target: class indices, any shape, integer type and device.
+        num_classes: C >= 1.
+        ignore_index: the one value outside [0, C) that is right; None: there is none.
+
+    Raises:
+        IndexError: names the first offending value, its index and how many there are.
+
+    >>> check_target(torch.tensor([0, 7, 2]), num_classes=3)
+    Traceback (most recent call last):
+    IndexError: target[1] = 7 is no class: expected 0 <= target < 3 or ignore_index=-100 (1 of 3 are wrong)
+    """
+    reference.check_target(target, num_classes, ignore_index)

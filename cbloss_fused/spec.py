@@ -1,0 +1,180 @@
+"""The edge: every check of an argument and its message, once; what passes is a Spec.
+
+What needs the values inside a tensor (targets in range, weights >= 0) is checked in the operator.
+"""
+
+from __future__ import annotations
+
+from math import inf
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .reference import compute_dtype
+
+ACTIVATIONS = ("softmax", "sigmoid")
+REDUCTIONS = ("none", "mean", "weighted_mean", "sum")
+BACKENDS = ("cpu", "reference")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+class Formula(NamedTuple):
+    """The numbers that choose a member of a family."""
+
+    activation: str
+    gamma: float
+    label_smoothing: float
+
+
+class Spec(NamedTuple):
+    """Checked options, as autograd and the operators take them."""
+
+    formula: Formula
+    ignore_index: int | None
+    reduction: str
+    inplace: bool
+
+
+def check_options(
+    activation: str,
+    gamma: float,
+    label_smoothing: float,
+    ignore_index: int | None,
+    reduction: str,
+    inplace: bool,
+    backend: str | None,
+) -> None:
+    """Raise for an option that no tensor could make right."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(_choice("activation", activation, ACTIVATIONS))
+    if reduction not in REDUCTIONS:
+        raise ValueError(_choice("reduction", reduction, REDUCTIONS))
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(_choice("backend", backend, (None, *BACKENDS)))
+    if not 0 <= gamma < inf:
+        raise ValueError(f"gamma must be finite and >= 0, got {gamma}")
+    if not 0 <= label_smoothing < 1:
+        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+    if ignore_index is not None and not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an int or None, got {ignore_index!r}")
+    if inplace and backend == "reference":
+        raise ValueError("inplace=True needs a kernel: backend='reference' never writes its input")
+
+
+def check_tensors(
+    input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None
+) -> None:
+    """Raise for a rank, shape, dtype or device that does not fit, or for a gradient that is not there."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a Tensor, got {type(target).__name__}")
+    if input.dtype not in DTYPES:
+        raise TypeError(f"input must be one of {_names(DTYPES)}, got {input.dtype}")
+    shape = input.shape
+    if not shape:
+        raise ValueError("input must be (C,), (N, C) or (N, C, d1, ..., dk), got a 0-d tensor")
+    rows, C = (shape[:0], shape[0]) if len(shape) == 1 else (shape[:1] + shape[2:], shape[1])
+    if C < 1:
+        raise ValueError(f"input must have at least one class, got shape {tuple(shape)}")
+    if target.dtype not in INTEGERS:
+        raise TypeError(f"target must hold class indices ({_names(INTEGERS)}), got {target.dtype}")
+    if target.shape != rows:
+        raise ValueError(
+            f"target must have shape {tuple(rows)} for an input of shape {tuple(shape)}, "
+            f"got {tuple(target.shape)}"
+        )
+    if target.device != input.device:
+        raise ValueError(f"target must be on input's device {input.device}, got {target.device}")
+    if weight is not None:
+        _check_vector("weight", weight, (C,), input)
+    if sample_weight is not None:
+        _check_vector("sample_weight", sample_weight, rows, input)
+
+
+def check_kernel(input: Tensor, backend: str | None) -> None:
+    """Raise where the fused kernels cannot serve."""
+    if backend == "cpu" and input.device.type != "cpu":
+        raise ValueError(f"backend='cpu' needs CPU tensors, got {input.device}")
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            "torch.func transforms need a differentiable formula: pass backend='reference'"
+        )
+
+
+def check_values(
+    weight: Tensor | None, sample_weight: Tensor | None, normalizer: Tensor | None
+) -> None:
+    """What the kernels check as they read, for the reference on the CPU."""
+    for name, vector in (("weight", weight), ("sample_weight", sample_weight)):
+        if vector is None:
+            continue
+        bad = ~((vector >= 0) & vector.isfinite())
+        if bad.any():
+            first = tuple(bad.nonzero()[0].tolist())
+            raise ValueError(
+                f"{name}{list(first)} = {float(vector[first])}: "
+                f"{name.replace('_', ' ')}s must be finite and >= 0"
+            )
+    if normalizer is not None and not 0 < float(normalizer) < inf:
+        raise ValueError(f"normalizer must be positive and finite, got {float(normalizer)}")
+
+
+def check_inplace(input: Tensor) -> None:
+    """Raise if the gradient may not be written over input."""
+    if not input.requires_grad or not torch.is_grad_enabled():
+        return  # then nothing is written
+    if input.is_leaf or (input._is_view() and input._base.is_leaf):  # type: ignore[union-attr]
+        raise ValueError(
+            "inplace=True would write the gradient over a leaf (a parameter or an input): "
+            "pass logits that the model computed"
+        )
+    if torch._debug_has_internal_overlap(input) == 1:
+        raise ValueError("inplace=True needs logits that do not overlap themselves, got an expanded one")
+
+
+def normalizer_tensor(
+    normalizer: float | Tensor | None, reduction: str, input: Tensor
+) -> Tensor | None:
+    """The normalizer as a 0-d tensor of the type that the loss is computed in."""
+    if normalizer is None:
+        return None
+    if reduction != "mean":
+        raise ValueError(f"normalizer replaces the mean's denominator: reduction is {reduction!r}")
+    dtype = compute_dtype(input.dtype)
+    if isinstance(normalizer, Tensor):
+        _check_vector("normalizer", normalizer, (), input)
+        return normalizer.to(dtype)
+    if not 0 < normalizer < inf:
+        raise ValueError(f"normalizer must be positive and finite, got {normalizer}")
+    return torch.full((), normalizer, dtype=dtype, device=input.device)
+
+
+def as_vector(vector: Tensor | None, input: Tensor) -> Tensor | None:
+    """A weight vector in the type that the loss is computed in, contiguous."""
+    if vector is None:
+        return None
+    return vector.to(compute_dtype(input.dtype)).contiguous()
+
+
+def _check_vector(name: str, vector: Tensor, shape: tuple[int, ...], input: Tensor) -> None:
+    if not isinstance(vector, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(vector).__name__}")
+    if vector.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(vector.shape)}")
+    if not vector.dtype.is_floating_point:
+        raise TypeError(f"{name} must have a floating dtype, got {vector.dtype}")
+    if vector.device != input.device:
+        raise ValueError(f"{name} must be on input's device {input.device}, got {vector.device}")
+    if vector.requires_grad:
+        raise ValueError(f"{name} requires grad, but only input is differentiated: detach it")
+
+
+def _choice(name: str, given: object, valid: tuple[object, ...]) -> str:
+    return f"{name} must be one of {', '.join(map(repr, valid))}, got {given!r}"
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

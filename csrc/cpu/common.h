@@ -1,0 +1,84 @@
+// What both layouts of the row kernels use. Included by rows.cpp in the namespace of its instruction set.
+
+constexpr int64_t CHUNK = 64;  // vectors summed in float lanes before they join a double
+
+template <class T>
+constexpr T INF = std::numeric_limits<T>::infinity();
+template <class T>
+constexpr T LARGEST = std::numeric_limits<T>::max();
+
+inline int64_t row_offset(const Strides& s, int64_t K, int64_t i) {
+  return K == 1 ? i * s.n : i / K * s.n + i % K * s.k;
+}
+
+// r_i, with the incoming gradient when only the gradient is computed; negative: ignored.
+template <class T>
+struct RowScale {
+  const T *scale, *grad_loss;
+  bool per_row;
+  explicit RowScale(const Rows& a)
+      : scale(static_cast<const T*>(a.scale)),
+        grad_loss(static_cast<const T*>(a.grad_loss)),
+        per_row(a.grad_loss_per_row) {}
+  bool ignored(int64_t i) const { return scale[i] < 0; }
+  T operator()(int64_t i) const {
+    return grad_loss ? scale[i] * grad_loss[per_row ? i : 0] : scale[i];
+  }
+};
+
+// Where the largest logit is +inf the formulas still have a limit if it is alone: it takes all of p.
+// Writes that row, moved to 0 and -inf (NaN where there is no limit); its maximum is 0.
+template <class S, class Out>
+void limit_row(const S* x, int64_t stride, int64_t C, Out* z, int64_t z_stride) {
+  using T = typename Lanes<S>::T;
+  int64_t infinite = 0;
+  for (int64_t j = 0; j < C; ++j) infinite += load_one(x + j * stride) == INF<T>;
+  for (int64_t j = 0; j < C; ++j) {
+    const T v = load_one(x + j * stride);
+    store_one(z + j * z_stride, v != v || infinite > 1 ? T(NAN) : v == INF<T> ? T(0) : -INF<T>);
+  }
+}
+
+// Lanes from n on and the lane of the target.
+CB_FN bool outside(double, int64_t n, int64_t y) { return n == 0 || y == 0; }
+CB_FN IVec outside(Vec, int64_t n, int64_t y) {
+  IVec l;
+  for (int i = 0; i < W; ++i) l[i] = i;
+  return (l >= int32_t(n)) | (l == (y >= 0 && y < W ? int32_t(y) : -1));
+}
+
+// An element whose target is t instead of 0 or 1: t L(z, 1) + (1 - t) L(z, 0). Without smoothing t is 1.
+template <Gamma G, bool HALF, class V, class T>
+CB_FN Element<V> smoothed(V z, T gamma, T t, bool smooth) {
+  const Element<V> one = sigmoid_element<G, HALF, V, T>(-z, gamma);
+  if (!smooth) return {one.L, -one.g};
+  const Element<V> zero = sigmoid_element<G, HALF, V, T>(z, gamma);
+  return {t * one.L + (1 - t) * zero.L, (1 - t) * zero.g - t * one.g};
+}
+
+// Sum of the negatives' losses, lane by lane, for at most CHUNK of them.
+template <Gamma G, bool SMOOTH, bool HALF, class V>
+struct LossSum {
+  V L{};
+  SoftplusSum<HALF, V> softplus;
+  // Returns dL/dz. Lanes that excluded() names do not count; without smoothing their -inf sees to that.
+  template <class T, class Excluded>
+  CB_FN V add(V z, T gamma, T t, const Excluded& excluded) {
+    if constexpr (SMOOTH) {
+      const Element<V> e = smoothed<G, HALF, V, T>(z, gamma, t, true);
+      L += excluded() ? V{} : e.L;
+      return e.g;
+    } else if constexpr (G == Gamma::ZERO) {
+      return softplus.add(z);
+    } else {
+      const Element<V> e = sigmoid_element<G, HALF, V, T>(z, gamma);
+      L += e.L;
+      return e.g;
+    }
+  }
+  CB_FN V take() {
+    const V total = G == Gamma::ZERO && !SMOOTH ? softplus.value() : L;
+    *this = LossSum{};
+    return total;
+  }
+};

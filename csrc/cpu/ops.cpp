@@ -1,0 +1,354 @@
+// The CPU operators over the LibTorch stable ABI: prologue, row kernel, epilogue. Schemas: ops.py.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cmath>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <vector>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include "rows.h"
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+namespace {
+
+template <class Error = std::invalid_argument, class... Parts>
+void require(bool good, const Parts&... parts) {
+  if (good) return;
+  std::ostringstream text;
+  (text << ... << parts);
+  throw Error(text.str());
+}
+
+struct Isa {
+  const char* name;
+  FindKernel* find;
+  bool supported;
+};
+
+const std::vector<Isa>& isas() {  // best first
+#if defined(__x86_64__)
+  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+#endif
+  static const std::vector<Isa> all = {
+#if defined(__x86_64__)
+      {"avx512_bf16", avx512_bf16::find, has_avx512 && __builtin_cpu_supports("avx512bf16")},
+      {"avx512", avx512::find, has_avx512},
+      {"avx2", avx2::find,
+       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("f16c")},
+#endif
+      {"baseline", baseline::find, true},
+  };
+  return all;
+}
+
+const Isa* best_isa() {
+  return &*std::find_if(isas().begin(), isas().end(), [](const Isa& isa) { return isa.supported; });
+}
+const Isa* isa = best_isa();
+
+DType dtype_of(const Tensor& logits) {
+  switch (logits.scalar_type()) {
+    case ScalarType::Double: return DType::Float64;
+    case ScalarType::Float: return DType::Float32;
+    case ScalarType::BFloat16: return DType::BFloat16;
+    case ScalarType::Half: return DType::Float16;
+    default: throw std::invalid_argument("logits must be float64, float32, bfloat16 or float16");
+  }
+}
+
+// The logits as (N, C, K) with every stride in elements; a row is (n, k).
+struct Shape {
+  int64_t N, C, K, rows;
+  explicit Shape(const Tensor& logits) {
+    require(logits.dim() == 2 || logits.dim() == 3, "logits must be (N, C) or (N, C, K), got ",
+            logits.dim(), " dimensions");
+    N = logits.size(0), C = logits.size(1), K = logits.dim() == 3 ? logits.size(2) : 1, rows = N * K;
+    require(C >= 1 && C < INT32_MAX, "logits must have 1 to 2^31 - 2 classes, got ", C);
+  }
+};
+
+Strides strides_of(const Tensor& t) {
+  return {t.stride(0), t.stride(1), t.dim() == 3 ? t.stride(2) : 0};
+}
+
+void check_vector(const Tensor& t, ScalarType dtype, int64_t numel, const char* name) {
+  require(t.scalar_type() == dtype && t.numel() == numel && t.is_contiguous(), name, " must be ",
+          numel, " contiguous elements of the type that the loss is computed in");
+}
+
+Family family_of(const std::string& activation) {
+  require(activation == "softmax" || activation == "sigmoid",
+          "activation must be 'softmax' or 'sigmoid', got '", activation, "'");
+  return activation == "softmax" ? Family::SOFTMAX : Family::SIGMOID;
+}
+
+// What a forward that will recompute its gradient leaves: scale, for softmax M and R behind it.
+int64_t saved_size(Family family, int64_t rows) { return family == Family::SOFTMAX ? 3 * rows : rows; }
+
+// Fixed blocks, so that no sum depends on the number of threads.
+constexpr int64_t BLOCK = 4096;
+template <class Body>
+void for_blocks(int64_t n, const Body& body) {
+  const int64_t blocks = (n + BLOCK - 1) / BLOCK;
+  const auto run = [&](int64_t begin, int64_t end) {
+    for (int64_t b = begin; b < end; ++b) body(b, b * BLOCK, std::min(n, (b + 1) * BLOCK));
+  };
+  if (blocks < 2) run(0, blocks);
+  else torch::stable::parallel_for(0, blocks, 4, run);
+}
+
+// "[2, 0, 17]" for the flat index i of a tensor; "[i]" for a vector.
+std::string position(const Tensor& t, int64_t i) {
+  std::string text;
+  for (int64_t d = t.dim(); d-- > 0;) {
+    text = std::to_string(i % t.size(d)) + (text.empty() ? "" : ", " + text);
+    i /= t.size(d);
+  }
+  return "[" + text + "]";
+}
+
+struct Prologue {
+  double kept = 0, total = 0;            // rows not ignored; sum of their r_i
+  int64_t bad_target = -1, bad_sample = -1;  // first offending row
+  int64_t bad_targets = 0;
+};
+
+// scale_i = r_i, negative where the row is ignored; checks every value that it reads.
+template <class T>
+Prologue row_weights(const int64_t* target, const T* weight, const T* sample_weight,
+                     std::optional<int64_t> ignore_index, int64_t n, int64_t C, T* scale) {
+  std::vector<Prologue> parts((n + BLOCK - 1) / BLOCK);
+  const bool may_ignore = ignore_index.has_value();
+  const int64_t ignored = ignore_index.value_or(0);
+  for_blocks(n, [&](int64_t b, int64_t begin, int64_t end) {
+    Prologue p;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t y = target[i];
+      if (may_ignore && y == ignored) {
+        scale[i] = -1;
+        continue;
+      }
+      if (uint64_t(y) >= uint64_t(C)) {
+        if (p.bad_targets++ == 0) p.bad_target = i;
+        continue;
+      }
+      T r = weight ? weight[y] : T(1);
+      if (sample_weight) {
+        const T s = sample_weight[i];
+        if (!(s >= 0 && s < INFINITY) && p.bad_sample < 0) p.bad_sample = i;
+        r *= s;
+      }
+      scale[i] = r;
+      p.kept += 1, p.total += r;
+    }
+    parts[b] = p;
+  });
+  Prologue all;
+  for (const Prologue& p : parts) {
+    all.kept += p.kept, all.total += p.total, all.bad_targets += p.bad_targets;
+    if (all.bad_target < 0) all.bad_target = p.bad_target;
+    if (all.bad_sample < 0) all.bad_sample = p.bad_sample;
+  }
+  return all;
+}
+
+template <class T>
+void check_weight(const T* weight, int64_t C) {
+  bool good = true;
+  for (int64_t c = 0; c < C; ++c) good &= weight[c] >= 0 && weight[c] < INFINITY;
+  if (good) return;
+  const T* bad = std::find_if_not(weight, weight + C, [](T w) { return w >= 0 && w < INFINITY; });
+  require(false, "weight[", bad - weight, "] = ", *bad, ": weights must be finite and >= 0");
+}
+
+template <class T>
+double denominator(const std::string& reduction, const OptionalTensor& normalizer,
+                   const Prologue& p) {
+  if (reduction == "mean" && normalizer) {
+    const double value = *static_cast<const T*>(normalizer->const_data_ptr());
+    require(value > 0 && value < INFINITY, "normalizer must be positive and finite, got ", value);
+    return value;
+  }
+  if (reduction == "mean") return p.kept;
+  if (reduction == "weighted_mean") return p.total;
+  require(reduction == "sum" || reduction == "none",
+          "reduction must be 'none', 'mean', 'weighted_mean' or 'sum', got '", reduction, "'");
+  return 1;
+}
+
+// Large fresh buffers: page faults of 4 KiB pages would cost more than the kernel.
+void advise_huge_pages(const Tensor& t) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t PAGE = 4096, LARGE = 16 << 20;
+  const uintptr_t bytes = t.numel() * t.element_size();
+  if (bytes < LARGE) return;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(t.const_data_ptr()) & ~(PAGE - 1);
+  madvise(reinterpret_cast<void*>(begin), bytes & ~(PAGE - 1), MADV_HUGEPAGE);  // advice: may fail
+#endif
+}
+
+void run_rows(RowKernel kernel, const Rows& a, int64_t rows) {
+  // A multiple of every vector's lanes, about 16 Ki elements: some 10 us of work.
+  const int64_t grain = (16384 / a.C + 16) / 16 * 16;
+  const int64_t tiles = (rows + grain - 1) / grain;
+  const auto run = [&](int64_t begin, int64_t end) {
+    kernel(a, begin * grain, std::min(rows, end * grain));
+  };
+  if (a.C >= 1024) torch::stable::parallel_for(0, rows, 2, [&](int64_t b, int64_t e) { kernel(a, b, e); });
+  else if (tiles < 2) run(0, tiles);
+  else torch::stable::parallel_for(0, tiles, 1, run);
+}
+
+template <class T>
+Tensor loss_of(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+               const OptionalTensor& sample_weight, const OptionalTensor& normalizer, Rows a,
+               Family family, std::optional<int64_t> ignore_index, const std::string& reduction,
+               const OptionalTensor& grad, const OptionalTensor& saved, const Shape& shape) {
+  const auto dtype = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
+  const auto data = [&](const OptionalTensor& t, int64_t numel, const char* name) -> const T* {
+    if (!t) return nullptr;
+    check_vector(*t, dtype, numel, name);
+    return static_cast<const T*>(t->const_data_ptr());
+  };
+  const T* w = data(weight, shape.C, "weight");
+  const T* s = data(sample_weight, shape.rows, "sample_weight");
+  data(normalizer, 1, "normalizer");
+  if (w) check_weight(w, shape.C);
+
+  std::vector<T> own;
+  T* scale;
+  if (saved) {
+    check_vector(*saved, dtype, saved_size(family, shape.rows), "saved");
+    scale = static_cast<T*>(saved->mutable_data_ptr());
+    if (family == Family::SOFTMAX) a.M = scale + shape.rows, a.R = scale + 2 * shape.rows;
+  } else {
+    own.resize(shape.rows);
+    scale = own.data();
+  }
+  const Prologue p = row_weights<T>(a.target, w, s, ignore_index, shape.rows, shape.C, scale);
+  if (p.bad_target >= 0) {
+    const std::string ignored =
+        ignore_index ? " or ignore_index=" + std::to_string(*ignore_index) : "";
+    require<std::out_of_range>(false, "target", position(target, p.bad_target), " = ",
+                               a.target[p.bad_target], " is no class: expected 0 <= target < ",
+                               shape.C, ignored, " (", p.bad_targets, " of ", shape.rows,
+                               " are wrong)");
+  }
+  if (p.bad_sample >= 0)
+    require(false, "sample_weight", position(*sample_weight, p.bad_sample), " = ", s[p.bad_sample],
+            ": sample weights must be finite and >= 0");
+  const double divisor = denominator<T>(reduction, normalizer, p);
+  if (divisor != 1 && divisor > 0)
+    for_blocks(shape.rows, [&](int64_t, int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) scale[i] = T(scale[i] / divisor);
+    });
+
+  const bool vector = reduction == "none";
+  Tensor loss = torch::stable::new_empty(
+      logits, vector ? target.sizes() : torch::headeronly::IntHeaderOnlyArrayRef(), dtype);
+  std::vector<T> row_loss(vector ? 0 : shape.rows);
+  a.scale = scale;
+  a.loss = vector ? loss.mutable_data_ptr() : row_loss.data();
+  if (grad && grad->const_data_ptr() != logits.const_data_ptr()) advise_huge_pages(*grad);
+  const Mode mode = grad ? Mode::LOSS_AND_GRAD : Mode::LOSS;
+  run_rows(isa->find(dtype_of(logits), family, mode, a), a, shape.rows);
+  if (vector) return loss;
+
+  std::vector<double> partial((shape.rows + BLOCK - 1) / BLOCK);
+  for_blocks(shape.rows, [&](int64_t b, int64_t begin, int64_t end) {
+    double lanes[8] = {};
+    for (int64_t i = begin; i < end; ++i) lanes[i % 8] += row_loss[i];
+    for (double lane : lanes) partial[b] += lane;
+  });
+  double total = 0;
+  for (double part : partial) total += part;
+  *static_cast<T*>(loss.mutable_data_ptr()) = T(total);
+  return loss;
+}
+
+Rows rows_of(const Tensor& logits, const Tensor& target, const Shape& shape, double gamma,
+             double eps) {
+  check_vector(target, ScalarType::Long, shape.rows, "target");
+  Rows a{};
+  a.logits = logits.const_data_ptr(), a.logits_stride = strides_of(logits);
+  a.C = shape.C, a.K = shape.K;
+  a.target = static_cast<const int64_t*>(target.const_data_ptr());
+  a.gamma = gamma, a.eps = eps;
+  return a;
+}
+
+void set_grad(Rows& a, const Tensor& grad, const Tensor& logits) {
+  require(grad.scalar_type() == logits.scalar_type() && grad.dim() == logits.dim() &&
+              std::equal(grad.sizes().begin(), grad.sizes().end(), logits.sizes().begin()),
+          "grad must have the shape and dtype of logits");
+  a.grad = grad.mutable_data_ptr(), a.grad_stride = strides_of(grad);
+}
+
+Tensor loss(Tensor logits, Tensor target, OptionalTensor weight, OptionalTensor sample_weight,
+            OptionalTensor normalizer, std::string activation, double gamma, double label_smoothing,
+            std::optional<int64_t> ignore_index, std::string reduction, OptionalTensor grad,
+            OptionalTensor saved) {
+  const Shape shape(logits);
+  Rows a = rows_of(logits, target, shape, gamma, label_smoothing);
+  if (grad) set_grad(a, *grad, logits);
+  const auto run = dtype_of(logits) == DType::Float64 ? loss_of<double> : loss_of<float>;
+  return run(logits, target, weight, sample_weight, normalizer, a, family_of(activation),
+             ignore_index, reduction, grad, saved, shape);
+}
+
+void gradient(Tensor logits, Tensor target, Tensor saved, Tensor grad_loss, std::string activation,
+              double gamma, double label_smoothing, Tensor grad) {
+  const Shape shape(logits);
+  Rows a = rows_of(logits, target, shape, gamma, label_smoothing);
+  set_grad(a, grad, logits);
+  const bool f64 = dtype_of(logits) == DType::Float64;
+  const auto dtype = f64 ? ScalarType::Double : ScalarType::Float;
+  const Family family = family_of(activation);
+  check_vector(saved, dtype, saved_size(family, shape.rows), "saved");
+  a.grad_loss_per_row = grad_loss.dim() > 0;
+  check_vector(grad_loss, dtype, a.grad_loss_per_row ? shape.rows : 1, "grad_loss");
+  char* scale = static_cast<char*>(saved.mutable_data_ptr());
+  const int64_t bytes = shape.rows * saved.element_size();
+  a.scale = scale;
+  if (family == Family::SOFTMAX) a.M = scale + bytes, a.R = scale + 2 * bytes;
+  a.grad_loss = grad_loss.const_data_ptr();
+  if (a.grad != a.logits) advise_huge_pages(grad);
+  run_rows(isa->find(dtype_of(logits), family, Mode::GRAD, a), a, shape.rows);
+}
+
+// For tests and backends(): runs the variant of that name from now on ("" for the best) and returns
+// the names of those that this machine can run, best first.
+std::string set_isa(std::string name) {
+  std::string names;
+  for (const Isa& each : isas()) {
+    if (!each.supported) continue;
+    names += (names.empty() ? "" : " ") + std::string(each.name);
+    if (name == each.name) isa = &each;
+  }
+  if (name.empty()) isa = best_isa();
+  require(isa->name == name || name.empty(), "no such instruction set here: '", name, "', only ", names);
+  return names;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(cbloss_fused, CPU, m) {
+  m.impl("loss", TORCH_BOX(&loss));
+  m.impl("gradient", TORCH_BOX(&gradient));
+}
+STABLE_TORCH_LIBRARY_IMPL(cbloss_fused, CompositeExplicitAutograd, m) {
+  m.impl("_set_isa", TORCH_BOX(&set_isa));
+}

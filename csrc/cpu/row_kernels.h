@@ -1,0 +1,154 @@
+// One row at a time, its classes side by side in memory: vectors of classes.
+
+// body(j, z, n) for all vectors of a row, with the target's lane and those past the end blanked; flush()
+// at least every CHUNK vectors. The order depends on C and y alone.
+template <class S, class Body, class Flush>
+CB_FN void for_negatives(const S* x, int64_t C, int64_t y, const Body& body, const Flush& flush) {
+  using V = typename Lanes<S>::V;
+  constexpr int64_t N = Lanes<S>::N;
+  const int64_t whole = C / N * N, at_y = y / N * N;
+  const int64_t segment[2][2] = {{0, at_y}, {at_y + N, whole}};
+  for (const auto& [begin, end] : segment)
+    for (int64_t b = begin; b < end; b += CHUNK * N) {
+      const int64_t stop = end < b + CHUNK * N ? end : b + CHUNK * N;
+      for (int64_t j = b; j < stop; j += N) body(j, load(x + j), N);
+      flush();
+    }
+  for (int64_t j = at_y; j < C; j = j < whole ? whole : C) {
+    const int64_t n = C - j < N ? C - j : N;
+    const V z = load_some(x + j, n);
+    body(j, outside(z, n, y - j) ? V{} - INF<typename Lanes<S>::T> : z, n);  // -inf: its term is 0
+  }
+  flush();
+}
+
+template <class S, class V>
+CB_FN void store_n(S* p, V v, int64_t n) {
+  if (n == Lanes<S>::N) store(p, v);
+  else store_some(p, v, n);
+}
+
+// p_j = map(p_j, q_j) in one pass; q may be p.
+template <class S, class Q, class Map>
+CB_FN void transform(S* p, const Q* q, int64_t C, const Map& map) {
+  constexpr int64_t N = Lanes<S>::N;
+  const int64_t whole = C / N * N;
+  for (int64_t j = 0; j < whole; j += N) store(p + j, map(load(q + j)));
+  if (whole < C) store_some(p + whole, map(load_some(q + whole, C - whole)), C - whole);
+}
+
+template <class S>
+void zero_row(S* g, int64_t C) {
+  for (int64_t j = 0; j < C; ++j) g[j] = S{};
+}
+
+// Sum over all j of (z_j - M), for label smoothing.
+template <class S, class T>
+double sum_below(const S* x, int64_t C, T M) {
+  double D = 0;
+  for (int64_t j = 0; j < C; ++j) D += double(load_one(x + j)) - double(M);
+  return D;
+}
+
+// Traffic: one read of the logits from memory (the maximum's pass leaves the row in cache), one write
+// of the gradient.
+template <class S, Mode MODE>
+void softmax_rows(const Rows& a, int64_t begin, int64_t end) {
+  using V = typename Lanes<S>::V;
+  using T = typename Lanes<S>::T;
+  constexpr bool IN_PLACE = std::is_same_v<S, T>;  // e^{z - M} waits in the gradient, or in scratch
+  const int64_t C = a.C;
+  const RowScale<T> scale(a);
+  T *loss = static_cast<T*>(a.loss), *M_ = static_cast<T*>(a.M), *R_ = static_cast<T*>(a.R);
+  std::unique_ptr<T[]> scratch(IN_PLACE || MODE == Mode::LOSS ? nullptr : new T[C]);
+  std::unique_ptr<S[]> limit;
+  for (int64_t i = begin; i < end; ++i) {
+    const S* x = static_cast<const S*>(a.logits) + row_offset(a.logits_stride, a.K, i);
+    S* g = static_cast<S*>(a.grad) + row_offset(a.grad_stride, a.K, i);
+    if (scale.ignored(i)) {
+      if constexpr (MODE != Mode::GRAD) loss[i] = 0;
+      if constexpr (MODE != Mode::LOSS) zero_row(g, C);
+      continue;
+    }
+    const int64_t y = a.target[i];
+    T M, R = 0;
+    if constexpr (MODE == Mode::GRAD) {
+      M = M_[i], R = R_[i];
+    } else {
+      V top = V{} - LARGEST<T>;
+      for_negatives(
+          x, C, y,
+          [&](int64_t, V z, int64_t) __attribute__((always_inline)) { top = max(z, top); }, [] {});
+      M = max(T(largest(top)), load_one(x + y));
+      if (M_) M_[i] = M;
+    }
+    if (__builtin_expect(M == INF<T>, 0)) {
+      limit.reset(new S[C]);
+      limit_row(x, 1, C, limit.get(), 1);
+      x = limit.get(), M = 0;
+    }
+    const T d = load_one(x + y) - M;
+    const T D = a.eps != 0 && MODE != Mode::GRAD ? T(sum_below(x, C, M)) : T(0);
+    T* e;
+    if constexpr (IN_PLACE) e = g;
+    else e = scratch.get();
+    if constexpr (MODE != Mode::GRAD) {
+      V lanes{};
+      DoubleLanes<V> total;
+      for_negatives(
+          x, C, y,
+          [&](int64_t j, V z, int64_t n) __attribute__((always_inline)) {
+            const V t = exp<IS_HALF<S>>(z - M);
+            lanes += t;
+            if constexpr (MODE == Mode::LOSS_AND_GRAD) store_n(e + j, t, n);
+          },
+          [&]() __attribute__((always_inline)) { total.add(lanes), lanes = V{}; });
+      R = T(total.sum());
+      if (R_) R_[i] = R;
+    }
+    const SoftmaxRow<V> row =
+        softmax_row<V, T>(V{} + d, V{} + R, V{} + scale(i), T(a.gamma), T(a.eps), V{} + D, T(C));
+    if constexpr (MODE != Mode::GRAD) loss[i] = lane(row.loss, 0);
+    if constexpr (MODE == Mode::LOSS_AND_GRAD)
+      transform(g, e, C, [&](V t) __attribute__((always_inline)) { return row.k * t - row.uniform; });
+    if constexpr (MODE == Mode::GRAD)
+      transform(g, x, C, [&](V z) __attribute__((always_inline)) {
+        return row.k * exp<IS_HALF<S>>(z - M) - row.uniform;
+      });
+    if constexpr (MODE != Mode::LOSS) store_one(g + y, T(lane(row.g_y, 0)));
+  }
+}
+
+// Traffic: one read of the logits, one write of the gradient.
+template <class S, Mode MODE, Gamma G, bool SMOOTH>
+void sigmoid_rows(const Rows& a, int64_t begin, int64_t end) {
+  using V = typename Lanes<S>::V;
+  using T = typename Lanes<S>::T;
+  const int64_t C = a.C;
+  const T gamma = T(a.gamma), t = T(a.eps) / T(C);  // t: the smoothed target of a negative
+  const RowScale<T> scale(a);
+  T* loss = static_cast<T*>(a.loss);
+  for (int64_t i = begin; i < end; ++i) {
+    const S* x = static_cast<const S*>(a.logits) + row_offset(a.logits_stride, a.K, i);
+    S* g = static_cast<S*>(a.grad) + row_offset(a.grad_stride, a.K, i);
+    if (scale.ignored(i)) {
+      if constexpr (MODE != Mode::GRAD) loss[i] = 0;
+      if constexpr (MODE != Mode::LOSS) zero_row(g, C);
+      continue;
+    }
+    const int64_t y = a.target[i];
+    const T r = scale(i);
+    const Element<V> at_y = smoothed<G, IS_HALF<S>, V, T>(V{} + load_one(x + y), gamma, 1 - T(a.eps) + t, SMOOTH);
+    DoubleLanes<V> total;
+    LossSum<G, SMOOTH, IS_HALF<S>, V> sum_L;
+    for_negatives(
+        x, C, y,
+        [&](int64_t j, V z, int64_t n) __attribute__((always_inline)) {
+          const V g_z = sum_L.add(z, gamma, t, [&] { return outside(z, n, y - j); });
+          if constexpr (MODE != Mode::LOSS) store_n(g + j, r * g_z, n);
+        },
+        [&]() __attribute__((always_inline)) { total.add(sum_L.take()); });
+    if constexpr (MODE != Mode::GRAD) loss[i] = T(weighted(double(r), total.sum() + lane(at_y.L, 0)));
+    if constexpr (MODE != Mode::LOSS) store_one(g + y, r * T(lane(at_y.g, 0)));
+  }
+}

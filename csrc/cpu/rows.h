@@ -1,0 +1,42 @@
+// What ops.cpp and the row kernels share: tensors and numbers, no options.
+#pragma once
+#include <cstdint>
+
+enum class DType { Float64, Float32, BFloat16, Float16 };
+enum class Family { SOFTMAX, SIGMOID };
+enum class Mode { LOSS, LOSS_AND_GRAD, GRAD };
+
+struct Strides {  // of (N, C, K), in elements
+  int64_t n, c, k;
+};
+
+// Row i is logits[i / K, :, i % K]. Computed in T: double for Float64, else float.
+struct Rows {
+  const void* logits;
+  void* grad;  // may be logits
+  Strides logits_stride, grad_stride;
+  int64_t C, K;
+  const int64_t* target;
+  const void* scale;      // T[rows]: r_i / denominator; negative where the row is ignored
+  void* loss;             // T[rows]
+  void *M, *R;            // T[rows], softmax, for recomputing: written by LOSS, read by GRAD; or null
+  const void* grad_loss;  // GRAD: T[1], or T[rows] if grad_loss_per_row
+  bool grad_loss_per_row;
+  double gamma, eps;  // eps: label smoothing
+};
+
+using RowKernel = void (*)(const Rows&, int64_t begin, int64_t end);
+// One variant of the kernels an instruction set.
+using FindKernel = RowKernel(DType, Family, Mode, const Rows&);
+namespace baseline {
+FindKernel find;
+}
+namespace avx2 {
+FindKernel find;
+}
+namespace avx512 {
+FindKernel find;
+}
+namespace avx512_bf16 {
+FindKernel find;
+}

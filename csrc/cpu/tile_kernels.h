@@ -1,0 +1,177 @@
+// As many rows at a time as a vector has lanes, for few classes or any other stride: vectors of rows,
+// the class is a plain loop.
+
+// W rows at once: their logits as vectors of rows, class by class.
+template <class S>
+struct Tile {
+  using V = typename Lanes<S>::V;
+  using T = typename Lanes<S>::T;
+  using Index = std::conditional_t<std::is_same_v<T, double>, int64_t, IVec>;
+  static constexpr int64_t N = Lanes<S>::N;
+
+  const Rows& a;
+  int64_t i, n;  // first row, number of rows
+  V r{};
+  Index y{}, ignored{};
+
+  Tile(const Rows& a, int64_t i, int64_t end) : a(a), i(i), n(end - i < N ? end - i : N) {
+    const RowScale<T> scale(a);
+    if constexpr (N == 1) {
+      ignored = scale.ignored(i), y = a.target[i], r = scale(i);
+    } else {
+      for (int64_t l = 0; l < n; ++l) {
+        ignored[l] = scale.ignored(i + l) ? -1 : 0;
+        y[l] = int32_t(a.target[i + l]);
+        r[l] = scale(i + l);
+      }
+    }
+  }
+  auto is_y(int64_t c) const { return y == (Index{} + std::conditional_t<N == 1, int64_t, int32_t>(c)); }
+  // Whole and side by side in memory: then a vector is loaded as it lies.
+  bool adjacent(const Strides& s) const {
+    if (n != N) return false;
+    return a.K == 1 ? s.n == 1 : s.k == 1 && i / a.K == (i + N - 1) / a.K;
+  }
+  void load_logits(V* z) const {
+    const S* x = static_cast<const S*>(a.logits);
+    const Strides& s = a.logits_stride;
+    if (adjacent(s)) {
+      x += row_offset(s, a.K, i);
+      for (int64_t c = 0; c < a.C; ++c) z[c] = load(x + c * s.c);
+      return;
+    }
+    T* lanes = reinterpret_cast<T*>(z);
+    for (int64_t l = 0; l < N; ++l) {
+      const S* row = x + row_offset(s, a.K, l < n ? i + l : i);  // spare lanes repeat a row
+      for (int64_t c = 0; c < a.C; ++c) lanes[c * N + l] = load_one(row + c * s.c);
+    }
+  }
+  void store_grad(const V* z) const {
+    S* g = static_cast<S*>(a.grad);
+    const Strides& s = a.grad_stride;
+    if (adjacent(s)) {
+      g += row_offset(s, a.K, i);
+      for (int64_t c = 0; c < a.C; ++c) store(g + c * s.c, z[c]);
+      return;
+    }
+    const T* lanes = reinterpret_cast<const T*>(z);
+    for (int64_t l = 0; l < n; ++l) {
+      S* row = g + row_offset(s, a.K, i + l);
+      for (int64_t c = 0; c < a.C; ++c) store_one(row + c * s.c, lanes[c * N + l]);
+    }
+  }
+  void put(void* out, V v) const {
+    T* p = static_cast<T*>(out) + i;
+    if constexpr (N == 1) *p = v;
+    else store_n(p, v, n);
+  }
+  V get(const void* in) const { return load_some(static_cast<const T*>(in) + i, n); }
+};
+
+// body(c) for every class; flush() at least every CHUNK.
+template <class Body, class Flush>
+CB_FN void for_classes(int64_t C, const Body& body, const Flush& flush) {
+  for (int64_t b = 0; b < C; b += CHUNK) {
+    for (int64_t c = b; c < (C < b + CHUNK ? C : b + CHUNK); ++c) body(c);
+    flush();
+  }
+}
+
+template <class S, Mode MODE>
+void softmax_tiles(const Rows& a, int64_t begin, int64_t end) {
+  using V = typename Lanes<S>::V;
+  using T = typename Lanes<S>::T;
+  constexpr int64_t N = Lanes<S>::N;
+  const int64_t C = a.C;
+  std::unique_ptr<V[]> z(new V[C]);
+  for (int64_t i = begin; i < end; i += N) {
+    const Tile<S> tile(a, i, end);
+    tile.load_logits(z.get());
+    V M = V{} - LARGEST<T>, R{}, D{}, z_y{}, part{};
+    const auto leave_target_out = [&] {
+      for (int64_t c = 0; c < C; ++c) {
+        const auto is_y = tile.is_y(c);
+        z_y = is_y ? z[c] : z_y;
+        z[c] = is_y ? V{} - INF<T> : z[c];
+        if constexpr (MODE != Mode::GRAD) M = max(z[c], M);
+      }
+      if constexpr (MODE != Mode::GRAD) M = max(M, z_y);
+    };
+    leave_target_out();
+    if constexpr (MODE == Mode::GRAD) M = tile.get(a.M), R = tile.get(a.R);
+    else if (a.M) tile.put(a.M, M);
+    for (int64_t l = 0; l < tile.n; ++l)
+      if (__builtin_expect(lane(M, l) == INF<T>, 0)) {
+        const Strides& s = a.logits_stride;
+        T* column = reinterpret_cast<T*>(z.get()) + l;
+        limit_row(static_cast<const S*>(a.logits) + row_offset(s, a.K, i + l), s.c, C, column, N);
+        const int64_t y = lane_index(tile.y, l);
+        if (y >= 0 && y < C) set_lane(z_y, l, column[y * N]), column[y * N] = -INF<T>;
+        set_lane(M, l, 0);
+      }
+    const V d = z_y - M;
+    if (MODE != Mode::GRAD && a.eps != 0) {
+      for_classes(
+          C,
+          [&](int64_t c) {
+            part += tile.is_y(c) ? d : z[c] - M;
+          },
+          [&] { D += part, part = V{}; });
+    }
+    for_classes(
+        C,
+        [&](int64_t c) __attribute__((always_inline)) {
+          const V e = exp<IS_HALF<S>>(z[c] - M);
+          if constexpr (MODE != Mode::GRAD) part += e;
+          if constexpr (MODE != Mode::LOSS) z[c] = e;
+        },
+        [&] { if constexpr (MODE != Mode::GRAD) R += part, part = V{}; });
+    if (MODE != Mode::GRAD && a.R) tile.put(a.R, R);
+    const SoftmaxRow<V> row = softmax_row<V, T>(d, R, tile.r, T(a.gamma), T(a.eps), D, T(C));
+    if constexpr (MODE != Mode::GRAD) tile.put(a.loss, tile.ignored ? V{} : row.loss);
+    if constexpr (MODE != Mode::LOSS) {
+      for (int64_t c = 0; c < C; ++c) {
+        const auto is_y = tile.is_y(c);
+        const V g = is_y ? row.g_y : row.k * z[c] - row.uniform;
+        z[c] = tile.ignored ? V{} : g;
+      }
+      tile.store_grad(z.get());
+    }
+  }
+}
+
+template <class S, Mode MODE, Gamma G, bool SMOOTH>
+void sigmoid_tiles(const Rows& a, int64_t begin, int64_t end) {
+  using V = typename Lanes<S>::V;
+  using T = typename Lanes<S>::T;
+  constexpr int64_t N = Lanes<S>::N;
+  const int64_t C = a.C;
+  const T gamma = T(a.gamma), t = T(a.eps) / T(C), t_y = 1 - T(a.eps) + t;
+  std::unique_ptr<V[]> z(new V[C]);
+  for (int64_t i = begin; i < end; i += N) {
+    const Tile<S> tile(a, i, end);
+    tile.load_logits(z.get());
+    V z_y{}, total{};
+    LossSum<G, SMOOTH, IS_HALF<S>, V> sum_L;
+    for_classes(
+        C,
+        [&](int64_t c) __attribute__((always_inline)) {
+          const auto is_y = tile.is_y(c);
+          z_y = is_y ? z[c] : z_y;
+          const V z_c = is_y ? V{} - INF<T> : z[c];  // -inf: its term is 0
+          z[c] = tile.r * sum_L.add(z_c, gamma, t, [&] { return is_y; });
+        },
+        [&]() __attribute__((always_inline)) { total += sum_L.take(); });
+    const Element<V> at_y = smoothed<G, IS_HALF<S>, V, T>(z_y, gamma, t_y, SMOOTH);
+    const V row_loss = weighted(tile.r, total + at_y.L), g_y = tile.r * at_y.g;
+    if constexpr (MODE != Mode::GRAD) tile.put(a.loss, tile.ignored ? V{} : row_loss);
+    if constexpr (MODE != Mode::LOSS) {
+      for (int64_t c = 0; c < C; ++c) {
+        const auto is_y = tile.is_y(c);
+        const V g = is_y ? g_y : z[c];
+        z[c] = tile.ignored ? V{} : g;
+      }
+      tile.store_grad(z.get());
+    }
+  }
+}

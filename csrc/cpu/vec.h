@@ -1,0 +1,284 @@
+// Vectors of W floats: load, convert, exp, log. Included by rows.cpp alone, once per instruction set,
+// inside the namespace of that set: an inline function shared by the variants would be merged by the
+// linker, and the baseline would then call AVX-512 code.
+//
+// Vec is a GCC/Clang vector: + - * / < ?: work lane by lane in every instruction set. double goes one
+// element at a time through libm, under the same names.
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#define X86_SIMD(name) _mm512_##name
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#define X86_SIMD(name) _mm256_##name
+#else
+constexpr int W = 4;
+#if defined(__SSE2__)
+#define X86_SIMD(name) _mm_##name
+#endif
+#endif
+typedef float Vec __attribute__((vector_size(4 * W)));
+typedef int32_t IVec __attribute__((vector_size(4 * W)));
+typedef uint32_t UVec __attribute__((vector_size(4 * W)));
+typedef uint16_t HVec __attribute__((vector_size(2 * W)));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+// The type that a storage type is computed in, and how many elements go together.
+template <class S>
+struct Lanes {
+  using V = Vec;
+  using T = float;
+  static constexpr int N = W;
+};
+template <>
+struct Lanes<double> {
+  using V = double;
+  using T = double;
+  static constexpr int N = 1;
+};
+
+template <class S>
+constexpr bool IS_HALF = sizeof(S) == 2;
+
+template <class T>
+CB_FN T constant(float x) {
+  return T{} + x;
+}
+template <class T>
+CB_FN T min(T a, T b) {
+  return a < b ? a : b;
+}
+template <class T>
+CB_FN T max(T a, T b) {
+  return a > b ? a : b;
+}
+#ifdef X86_SIMD  // the compiler needs two instructions for what these do in one
+CB_FN Vec min(Vec a, Vec b) { return X86_SIMD(min_ps)(a, b); }
+CB_FN Vec max(Vec a, Vec b) { return X86_SIMD(max_ps)(a, b); }
+#endif
+CB_FN double neg_abs(double x) { return -std::fabs(x); }
+CB_FN Vec neg_abs(Vec x) { return (Vec)((UVec)x | 0x80000000u); }
+
+template <bool HALF = false>
+CB_FN double exp(double x) {
+  return std::exp(x);
+}
+CB_FN double log(double x) { return std::log(x); }
+CB_FN double rcp(double x) { return 1 / x; }
+template <bool HALF = false>
+CB_FN double log1m_over(double m) {
+  return m > 0 ? -std::log1p(-m) / m : m + 1;
+}
+
+
+// HALF: the value ends in a half type, whose rounding is 4e-3; a shorter polynomial does.
+// e^x for x <= 88, as 2^n e^r with |r| <= ln2/2: relative error 2e-7 (HALF: 4e-6); 0 below 2^-126.
+template <bool HALF = false>
+CB_FN Vec exp(Vec x) {
+  constexpr float LOG2_E = 1.44269504f, LN2 = 0.693147181f, LOWEST = -87.3f;
+  constexpr float ROUND = 12582912.f + 127;  // 1.5 * 2^23: adding it rounds to an integer
+  const Vec shifted = x * LOG2_E + ROUND, n = shifted - ROUND;
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+  const Vec r = x - n * LN2;
+#else
+  const Vec r = (x - n * 0.693359375f) + (n * (0.693359375f - LN2));  // the first product is exact
+#endif
+  Vec p;
+  if constexpr (HALF) {
+    p = r * 4.151318790e-02f + 1.678794694e-01f;
+    p = p * r + 5.000303824e-01f;
+    p = p * r + 9.999665808e-01f;
+  } else {
+    p = r * 8.290144645e-3f + 4.189885101e-2f;
+    p = p * r + 1.666764394e-1f;
+    p = p * r + 4.999914276e-1f;
+    p = p * r + 9.999997037e-01f;
+  }
+  p = p * r + 1.f;
+#if defined(__AVX512F__)
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, Vec{} + LOWEST, _CMP_NLT_UQ), p, n);
+#else
+  return x < LOWEST ? Vec{} : p * (Vec)((IVec)shifted << 23);  // the low bits of shifted are n + 127
+#endif
+}
+
+// log x for normal x > 0, by atanh: absolute error 1e-7 near 1, relative elsewhere.
+CB_FN Vec log(Vec x) {
+  constexpr float LN2 = 0.693147181f;
+  const IVec bits = (IVec)x, n = (bits - 0x3f3504f3) >> 23;  // mantissa in [sqrt(1/2), sqrt 2)
+  const Vec m = (Vec)(bits - (n << 23)), f = m - 1.f, s = f / (m + 1.f), t = s * s;
+  const Vec p = ((t * 0.1111111f + 0.1428571f) * t + 0.2f) * t + 0.3333333f;
+  const Vec y = __builtin_convertvector(n, Vec) * LN2 + (2.f * s + 2.f * s * t * p);
+  return x < FLT_MAX ? y : x;  // infinity and NaN stay
+}
+
+// -log(1 - m)/m on [0, 1/2], minimax: relative error 2e-7 (HALF: 7e-6).
+template <bool HALF = false>
+CB_FN Vec log1m_over(Vec m) {
+  if constexpr (HALF) {
+    Vec p = m * 0.8463787436f - 0.3110924959f;
+    p = p * m + 0.4033622444f;
+    p = p * m + 0.3136711717f;
+    p = p * m + 0.5008954406f;
+    return p * m + 0.9999935031f;
+  }
+  Vec p = m * 1.184951782f - 1.081576824f;
+  p = p * m + 0.7854571939f;
+  p = p * m + 0.03800872341f;
+  p = p * m + 0.2722522616f;
+  p = p * m + 0.3318624794f;
+  p = p * m + 0.5000365376f;
+  return p * m + 0.9999998808f;
+}
+
+// 1/x and 1/sqrt(x) for finite x > 0. The estimate's 14 bits and one Newton step are 2^-23; a
+// division or square root would keep its unit busy for the time of ten multiplications.
+CB_FN Vec rcp(Vec x) {
+#if defined(__AVX512F__)
+  const Vec y = _mm512_rcp14_ps(x);
+  return y + y * (1.f - x * y);
+#else
+  return 1.f / x;
+#endif
+}
+CB_FN Vec rsqrt(Vec x) {
+#if defined(__AVX512F__)
+  const Vec y = _mm512_rsqrt14_ps(x);
+  return y + y * (0.5f - 0.5f * x * y * y);
+#else
+  Vec y;
+  for (int l = 0; l < W; ++l) y[l] = __builtin_sqrtf(x[l]);
+  return 1.f / y;
+#endif
+}
+
+// Half types to float and back, rounded to nearest even.
+#if defined(__AVX512F__)
+CB_FN Vec widen(HVec h, BFloat16) {  // lane 2l + 1 of 32 takes h[l]: one shuffle, no shift
+  const __m512i spread = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0,  //
+                                          7, 0, 6, 0, 5, 0, 4, 0, 3, 0, 2, 0, 1, 0, 0, 0);
+  const __m512i all = _mm512_castsi256_si512((__m256i)h);
+  return (Vec)_mm512_maskz_permutexvar_epi16(0xaaaaaaaa, spread, all);
+}
+#if defined(__AVX512BF16__)
+CB_FN HVec narrow(Vec x, BFloat16) { return (HVec)_mm512_cvtneps_pbh(x); }
+#else
+CB_FN HVec narrow(Vec x, BFloat16) {
+  const __m512i u = (__m512i)x, up = _mm512_add_epi32(u, _mm512_set1_epi32(0x7fff));
+  const __mmask16 odd = _mm512_test_epi32_mask(u, _mm512_set1_epi32(0x10000));
+  const __m512i rounded = _mm512_mask_add_epi32(up, odd, up, _mm512_set1_epi32(1));
+  return (HVec)_mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+}
+#endif
+#else
+CB_FN Vec widen(HVec h, BFloat16) { return (Vec)(__builtin_convertvector(h, UVec) << 16); }
+CB_FN HVec narrow(Vec x, BFloat16) {
+  const UVec u = (UVec)x;
+  return __builtin_convertvector((u + 0x7fff + ((u >> 16) & 1)) >> 16, HVec);
+}
+#endif
+#if defined(__AVX512F__)
+CB_FN Vec widen(HVec h, Float16) { return _mm512_cvtph_ps((__m256i)h); }
+CB_FN HVec narrow(Vec x, Float16) { return (HVec)_mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
+#elif defined(__F16C__)
+CB_FN Vec widen(HVec h, Float16) { return _mm256_cvtph_ps((__m128i)h); }
+CB_FN HVec narrow(Vec x, Float16) { return (HVec)_mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
+#else
+CB_FN Vec widen(HVec h, Float16) {
+  const UVec u = __builtin_convertvector(h, UVec), magnitude = u & 0x7fff;
+  const Vec finite = (Vec)(magnitude << 13) * 0x1p112f;  // exponent bias 127 - 15; subnormals too
+  const UVec special = (magnitude << 13) | 0x7f800000;   // infinity, NaN
+  return (Vec)((magnitude >= 0x7c00 ? special : (UVec)finite) | (u & 0x8000) << 16);
+}
+CB_FN HVec narrow(Vec x, Float16) {
+  const UVec u = (UVec)x, sign = u & 0x80000000, a = u ^ sign;
+  const UVec tiny = (UVec)((Vec)a + 0.5f) - 0x3f000000;  // below 2^-14: the adder rounds
+  const UVec normal = (a - 0x38000000 + 0xfff + ((a >> 13) & 1)) >> 13;
+  const UVec special = a > 0x7f800000 ? UVec{} + 0x7e00 : UVec{} + 0x7c00;
+  const UVec h = a >= 0x477ff000 ? special : a < 0x38800000 ? tiny : normal;
+  return __builtin_convertvector(h | sign >> 16, HVec);
+}
+#endif
+
+// Lanes::N elements from and to memory; the *_some forms touch the first n alone.
+CB_FN Vec load(const float* p) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+CB_FN void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
+template <class S>
+CB_FN Vec load(const S* p) {
+  HVec h;
+  std::memcpy(&h, p, sizeof h);
+  return widen(h, S{});
+}
+template <class S>
+CB_FN void store(S* p, Vec v) {
+  const HVec h = narrow(v, S{});
+  std::memcpy(p, &h, sizeof h);
+}
+CB_FN double load(const double* p) { return *p; }
+CB_FN void store(double* p, double v) { *p = v; }
+template <class S>
+CB_FN typename Lanes<S>::V load_some(const S* p, int64_t n) {
+  S part[Lanes<S>::N] = {};
+  std::memcpy(part, p, n * sizeof(S));
+  return load(part);
+}
+template <class S>
+CB_FN void store_some(S* p, typename Lanes<S>::V v, int64_t n) {
+  S part[Lanes<S>::N];
+  store(part, v);
+  std::memcpy(p, part, n * sizeof(S));
+}
+template <class S>
+CB_FN typename Lanes<S>::T load_one(const S* p) {
+  if constexpr (std::is_same_v<S, double>) return *p;
+  else return load_some(p, 1)[0];
+}
+template <class S>
+CB_FN void store_one(S* p, typename Lanes<S>::T x) {
+  if constexpr (std::is_same_v<S, double>) *p = x;
+  else store_some(p, constant<Vec>(x), 1);
+}
+
+// Lanes in their order.
+CB_FN double lane(double v, int) { return v; }
+CB_FN float lane(Vec v, int l) { return v[l]; }
+CB_FN int64_t lane_index(int64_t v, int) { return v; }
+CB_FN int64_t lane_index(IVec v, int l) { return v[l]; }
+CB_FN void set_lane(double& v, int, double x) { v = x; }
+CB_FN void set_lane(Vec& v, int l, float x) { v[l] = x; }
+
+// A sum in double, lane by lane, that float lanes join now and then.
+template <class V>
+struct DoubleLanes {
+  static constexpr int N = sizeof(V) / sizeof(float) > 2 ? W : 1;
+  double lanes[N] = {};
+  CB_FN void add(V v) {
+    if constexpr (N == 1) {
+      lanes[0] += v;
+    } else {
+      for (int l = 0; l < N; ++l) lanes[l] += v[l];
+    }
+  }
+  CB_FN double sum() const {
+    double s = 0;
+    for (double lane : lanes) s += lane;
+    return s;
+  }
+};
+
+CB_FN double largest(double v) { return v; }
+CB_FN float largest(Vec v) {
+  float m = v[0];
+  for (int l = 1; l < W; ++l) m = v[l] > m ? v[l] : m;
+  return m;
+}

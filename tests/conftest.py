@@ -1,0 +1,206 @@
+"""Backends, samples, oracle and tolerances: once, for every test.
+
+A backend is one entry of BACKENDS; every test that takes the fixture `backend` runs on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import hypothesis
+import pytest
+import torch
+from torch import Tensor
+
+from cbloss_fused import class_balanced_loss, ops, reference
+
+hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
+hypothesis.settings.load_profile("fixed")
+
+FAMILIES = ("softmax", "sigmoid")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+GAMMAS = (0.0, 0.1, 0.5, 1.0, 2.0, 5.0)
+REDUCTIONS = ("none", "mean", "weighted_mean", "sum")
+IGNORED = -100
+
+
+def name_of(value: object) -> str | None:
+    """Ids of parameters: float16, g0.5 is left to the caller."""
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else None
+
+
+# Backends --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Backend:
+    """What a test needs to know about an implementation of the two operators."""
+
+    argument: str | None  # of class_balanced_loss(backend=...)
+    device: str = "cpu"
+    isa: str = ""  # an instruction set of the C++ kernels
+    fallback: bool = False  # the operators' Python implementation instead of the kernels
+
+    @contextlib.contextmanager
+    def active(self) -> Iterator[None]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ops, "_warned", True)
+            if self.fallback:
+                patch.setattr(ops, "loss", ops._loss)
+                patch.setattr(ops, "gradient", ops._gradient)
+            if self.isa:
+                torch.ops.cbloss_fused._set_isa(self.isa)
+            try:
+                yield
+            finally:
+                if self.isa:
+                    torch.ops.cbloss_fused._set_isa("")
+
+
+def _backends() -> dict[str, Backend]:
+    found = {"fallback": Backend(None, fallback=True)}
+    if ops.missing is None:
+        isas = torch.ops.cbloss_fused._set_isa("").split()
+        found = {f"cpu-{isa}": Backend("cpu", isa=isa) for isa in isas} | found
+    return found
+
+
+BACKENDS = _backends()
+BEST = next(iter(BACKENDS.values()))
+
+
+@pytest.fixture(params=BACKENDS.values(), ids=BACKENDS.keys())
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Every backend, one after the other."""
+    with request.param.active():
+        yield request.param
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _surroundings() -> Iterator[None]:
+    """torch.empty gives NaN, so that what a kernel forgets to write is seen; no threads but where tested."""
+    deterministic, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
+    torch.use_deterministic_algorithms(True)
+    torch.set_num_threads(1)
+    yield
+    torch.use_deterministic_algorithms(deterministic)
+    torch.set_num_threads(threads)
+
+
+def loss_and_grad(
+    backend: Backend,
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    grad_output: Tensor | None = None,
+    **options: object,
+) -> tuple[Tensor, Tensor]:
+    """Loss and gradient through the public function; the logits keep their layout."""
+    leaf = logits.detach().requires_grad_()
+    loss = class_balanced_loss(leaf, target, weight, backend=backend.argument, **options)
+    if grad_output is None:
+        grad_output = torch.ones_like(loss)
+    (grad,) = torch.autograd.grad(loss, leaf, grad_output)
+    return loss.detach(), grad
+
+
+# Oracle ----------------------------------------------------------------------------------------------
+
+
+def oracle(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    grad_output: Tensor | None = None,
+    *,
+    sample_weight: Tensor | None = None,
+    normalizer: Tensor | None = None,
+    **options: object,
+) -> tuple[Tensor, Tensor]:
+    """The eager formula, differentiated by autograd, in float64 of the same numbers."""
+    compute = reference.compute_dtype(logits.dtype)
+
+    def exact(vector: Tensor | None) -> Tensor | None:
+        return None if vector is None else vector.to(compute).double()
+
+    leaf = logits.double().detach().clone().requires_grad_()
+    loss = reference.loss(
+        leaf, target, exact(weight), exact(sample_weight), exact(normalizer), **options
+    )
+    if grad_output is None:
+        grad_output = torch.ones_like(loss)
+    (grad,) = torch.autograd.grad(loss, leaf, grad_output.double())
+    return loss.detach(), grad
+
+
+@lru_cache(maxsize=None)
+def sample(C: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(logits, target, weight, sample_weight): rows from flat to certain, right and wrong, one ignored."""
+    N = 21 if C < 100 else 5  # few classes: more than a vector of rows
+    g = torch.Generator().manual_seed(seed + C)
+    spread = torch.logspace(-3, 1, N, dtype=torch.float64).unsqueeze(1)
+    logits = torch.randn(N, C, generator=g, dtype=torch.float64) * spread
+    target = torch.randint(C, (N,), generator=g)
+    logits[0, target[0]] += 12
+    logits[2, target[2]] -= 12
+    target[1] = IGNORED
+    weight = torch.rand(C, generator=g, dtype=torch.float64) + 0.2
+    sample_weight = torch.rand(N, generator=g, dtype=torch.float64) + 0.2
+    return logits.to(dtype), target, weight.float(), sample_weight.float()
+
+
+# Tolerances ------------------------------------------------------------------------------------------
+
+EXACT = 1e-12, 2e-5  # relative, computed in float64 or float32
+ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # half a spacing, relative
+SMALLEST = {torch.float64: 2.3e-308, torch.float16: 2.0**-24}  # float32: may be flushed to 0
+FLUSHED = 1.2e-38  # a class
+
+
+def assert_loss(
+    got: Tensor, want: Tensor, dtype: torch.dtype, C: int = 1, **context: object
+) -> None:
+    """The loss of logits of that dtype, or every row's, against float64; C: where flushed terms count."""
+    assert got.dtype == reference.compute_dtype(dtype)
+    assert got.shape == want.shape
+    rtol = EXACT[0] if dtype == torch.float64 else EXACT[1]
+    smallest = SMALLEST[dtype] if dtype == torch.float64 else FLUSHED
+    bound = rtol * want.abs() + C * smallest
+    _assert_within(got, want, bound, "loss", context)
+
+
+def assert_grad(got: Tensor, want: Tensor, dtype: torch.dtype, **context: object) -> None:
+    """The gradient (N, C, ...) against float64: relative to the row's largest, half types rounded once."""
+    assert got.dtype == dtype
+    assert got.shape == want.shape
+    rtol = EXACT[0] if dtype == torch.float64 else EXACT[1]
+    largest = want.abs().amax(1, keepdim=True)
+    smallest = SMALLEST.get(dtype, want.shape[1] * FLUSHED)
+    bound = rtol * largest + ROUNDING.get(dtype, 0) * want.abs() + smallest
+    _assert_within(got, want, bound, "gradient", context)
+
+
+def _assert_within(
+    got: Tensor, want: Tensor, bound: Tensor, what: str, context: dict[str, object]
+) -> None:
+    got = got.detach().double()
+    good = ((got - want).abs() <= bound) | (got == want) | (got.isnan() & want.isnan())
+    if good.all():
+        return
+    where = tuple((~good).nonzero()[0].tolist())
+    told = "".join(f", {key} {value}" for key, value in context.items())
+    pytest.fail(
+        f"{what}{list(where)} is {got[where]:.9g}, expected {want[where]:.9g} "
+        f"within {bound.expand_as(want)[where]:.2g} ({int((~good).sum())} of {good.numel()} wrong{told})"
+    )
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Equal bit for bit, NaN too."""
+    integer = {8: torch.int64, 4: torch.int32, 2: torch.int16}[a.element_size()]
+    return a.dtype == b.dtype and torch.equal(
+        a.contiguous().view(integer), b.contiguous().view(integer)
+    )
