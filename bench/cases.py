@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ except ImportError:  # its column stays empty
     BalancedLoss = None
 
 LossFunction = Callable[[Tensor, Tensor, Tensor], Tensor]  # logits, target, weight
+Options = dict[str, Any]
 BETA = 0.999
 
 
@@ -45,7 +46,6 @@ class Problem(NamedTuple):
     logits: Tensor  # a leaf that requires grad
     target: Tensor
     weight: Tensor
-    counts: Tensor
 
 
 class Contestant(NamedTuple):
@@ -74,20 +74,23 @@ CASES.sort(key=lambda c: (SHAPES.index(c.shape), c.dtype != torch.float32))
 QUICK = [c for c in CASES if c.shape in ((32, 10), CLASSES) and c.dtype == torch.float32]
 
 
+def counts(case: Case) -> Tensor:
+    """Samples per class, from 1000 down to 1."""
+    return torch.logspace(3, 0, case.shape[1], dtype=torch.float64).round()
+
+
 def problem(case: Case) -> Problem:
-    """Normal logits; long-tailed counts, and targets drawn from them."""
+    """Normal logits; targets drawn from the long-tailed counts."""
     generator = torch.Generator().manual_seed(0)
-    C = case.shape[1]
-    counts = torch.logspace(3, 0, C, dtype=torch.float64).round()
+    n_c = counts(case)
     logits = torch.randn(case.shape, generator=generator).mul_(2).to(case.dtype)
-    rows = case.shape[:1] + case.shape[2:]
-    n = logits.numel() // C
-    target = torch.multinomial(counts, n, replacement=True, generator=generator).reshape(rows)
-    weight = class_balanced_weights(counts, BETA)
-    return Problem(logits.requires_grad_(), target, weight, counts)
+    rows = torch.Size(case.shape[:1] + case.shape[2:])
+    target = torch.multinomial(n_c, rows.numel(), replacement=True, generator=generator)
+    weight = class_balanced_weights(n_c, BETA)
+    return Problem(logits.requires_grad_(), target.reshape(rows), weight)
 
 
-# The formulas that people write, for (logits, target, weight, gamma) ---------------------------------
+# The formulas that people write, for (logits, target, weight, gamma) ------------------------------
 
 
 def ce_none(x: Tensor, y: Tensor, w: Tensor, gamma: float) -> Tensor:
@@ -125,13 +128,13 @@ def softplus(x: Tensor, y: Tensor, w: Tensor, gamma: float) -> Tensor:
     The fewest passes that eager PyTorch gives; it cancels for logits beyond some 1000.
     """
 
-    def L(z: Tensor) -> Tensor:
+    def term(z: Tensor) -> Tensor:
         nll = F.softplus(z)
         return torch.exp(gamma * (z - nll)) * nll if gamma else nll
 
     z = x.float()
     z_y = z.gather(1, y.unsqueeze(1)).squeeze(1)
-    return (w[y] * (L(z).sum(1) + L(-z_y) - L(z_y))).mean()
+    return (w[y] * (term(z).sum(1) + term(-z_y) - term(z_y))).mean()
 
 
 def _focus(nll: Tensor, gamma: float) -> Tensor:
@@ -151,17 +154,19 @@ def formulas(case: Case) -> dict[str, LossFunction]:
         ("sigmoid", False): (softplus, bce_sum),
         ("sigmoid", True): (softplus, bce_none),
     }[case.activation, case.gamma > 0]
-    options = {"activation": case.activation, "gamma": case.gamma, "ignore_index": None}
-    named = {f.__name__: partial(f, gamma=case.gamma) for f in plain}
-    return {**named, "reference": partial(reference.loss, **options)}
+    options: Options = {"activation": case.activation, "gamma": case.gamma, "ignore_index": None}
+    named: dict[str, LossFunction] = {f.__name__: partial(f, gamma=case.gamma) for f in plain}
+    if case.shape != LARGE:  # a second a call there, and never the fastest
+        named["reference"] = partial(reference.loss, **options)
+    return named
 
 
-# The contestants -------------------------------------------------------------------------------------
+# The contestants ----------------------------------------------------------------------------------
 
 
-def contestants(case: Case, given: Problem, compiled: int) -> list[Contestant]:
+def contestants(case: Case, compiled: int = 0) -> list[Contestant]:
     """Everyone who can compute the case; the first so many formulas through torch.compile too."""
-    options = {"activation": case.activation, "gamma": case.gamma, "ignore_index": None}
+    options: Options = {"activation": case.activation, "gamma": case.gamma, "ignore_index": None}
     fused = partial(class_balanced_loss, **options)
     field = [Contestant("fused", fused)]
     if case.shape == LARGE:
@@ -175,7 +180,7 @@ def contestants(case: Case, given: Problem, compiled: int) -> list[Contestant]:
         by_weight = partial(fused, reduction="weighted_mean")
         field.append(Contestant("weighted", by_weight, reduction="weighted_mean"))
         field.append(Contestant("cross_entropy", _cross_entropy, reduction="weighted_mean"))
-    field += _balanced_loss(case, given.counts)
+    field += _balanced_loss(case)
     return [*field, Contestant("clone", lambda x, y, w: x.clone())]
 
 
@@ -183,13 +188,14 @@ def _cross_entropy(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
     return F.cross_entropy(x.float(), y, weight=w)
 
 
-def _balanced_loss(case: Case, counts: Tensor) -> list[Contestant]:
-    """The package of this name: (N, C) only, no softmax focal loss; its BCE divides by N * C."""
-    softmax = case.activation == "softmax"
-    if BalancedLoss is None or len(case.shape) > 2 or (softmax and case.gamma):
+def _balanced_loss(case: Case) -> list[Contestant]:
+    """The package of this name: (N, C), float32, no softmax focal loss; BCE divided by N * C."""
+    kinds = {"softmax": "cross_entropy", "sigmoid": "binary_cross_entropy"}
+    kind = kinds[case.activation] if not case.gamma else "focal_loss"
+    fits = len(case.shape) == 2 and case.dtype == torch.float32
+    if BalancedLoss is None or not fits or (case.activation, kind) == ("softmax", "focal_loss"):
         return []
-    kind = "cross_entropy" if softmax else "focal_loss" if case.gamma else "binary_cross_entropy"
-    numbers = {"beta": BETA, "fl_gamma": case.gamma, "samples_per_class": counts.numpy()}
+    numbers = {"beta": BETA, "fl_gamma": case.gamma, "samples_per_class": counts(case).numpy()}
     loss = BalancedLoss(kind, class_balanced=True, **numbers)
     factor = float(case.shape[1]) if kind == "binary_cross_entropy" else 1.0
-    return [Contestant("balanced-loss", lambda x, y, w: loss(x.float(), y), kind, factor=factor)]
+    return [Contestant("balanced-loss", lambda x, y, w: loss(x, y), factor=factor)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Iterator
-from functools import lru_cache
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -18,7 +17,9 @@ from cbloss_fused import reference
 from .cases import Case, Contestant, Problem
 
 CHUNK = 2**21  # elements that the reference takes at a time
+WEIGHED = ("fused", "in place", "eager", "compile")  # whose memory is measured
 MAPPED = 2**25  # bytes from which on glibc maps a block afresh, always
+SLOW = 150  # ms: one call is enough a turn
 LOSS_TOLERANCE = 2e-5  # relative
 GRADIENT_TOLERANCE = {  # of the row's largest; half types: half a spacing more
     torch.float32: 2e-5,
@@ -41,20 +42,23 @@ class Run:
         with torch.set_grad_enabled(self.train):
             return self.given.logits.clone()
 
-    def __call__(self, logits: Tensor) -> Tensor:
-        with torch.set_grad_enabled(self.backward):
-            loss = self.contestant.loss(logits, self.given.target, self.given.weight)
-            if self.backward:
-                loss.backward()
+    def __call__(self, logits: Tensor, calls: int = 1) -> Tensor:
+        """The last of so many losses, with its gradient in the leaf's grad when training."""
+        leaf, target, weight = self.given
+        compute, backward = self.contestant.loss, self.backward
+        with torch.set_grad_enabled(backward):
+            for _ in range(calls):
+                leaf.grad = None
+                loss = compute(logits, target, weight)
+                if backward:
+                    loss.backward()
         return loss
 
     def time(self, calls: int) -> float:
-        """Milliseconds of a call, over so many in a row; what is freed after the last is not timed."""
+        """Milliseconds of a call, over so many in a row; what the last leaves is freed untimed."""
         logits = self.prepare()
         start = time.perf_counter_ns()
-        for _ in range(calls):
-            self.given.logits.grad = None
-            _kept = self(logits)
+        _kept = self(logits, calls)
         return (time.perf_counter_ns() - start) / calls / 1e6
 
 
@@ -81,9 +85,8 @@ def wanted(case: Case, given: Problem) -> Wanted:
             ignore_index=None,
             reduction="sum",
         )
-        loss.backward()
         total += loss.item()
-        grad[rows] = logits.grad
+        grad[rows] = torch.autograd.grad(loss, logits)[0]
     r = weight[given.target].sum().item()
     return Wanted(total, grad, {"mean": float(given.target.numel()), "weighted_mean": r})
 
@@ -95,7 +98,7 @@ def check(case: Case, run: Run, want: Wanted) -> str | None:
     try:
         loss = run(run.prepare()).item()
     except RuntimeError as error:  # out of memory, no compiler: it does not stop the others
-        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        return f"failed: {type(error).__name__}: {str(error).splitlines()[0]}"
     times = want.denominators[run.contestant.reduction] * run.contestant.factor
     if not abs(loss * times - want.loss) <= LOSS_TOLERANCE * abs(want.loss):
         return f"wrong loss: {loss} is not {want.loss / times}"
@@ -121,20 +124,24 @@ def _chunks(case: Case) -> Iterator[slice]:
 def times(runs: list[Run], calls: int, budget: float) -> list[list[float]]:
     """Milliseconds of every run, in turns, until the budget in seconds is spent.
 
-    A formula that after 3 turns is half slower than the fastest of its column leaves.
+    `check` has warmed them up. A turn is up to three calls on end, as in a training loop: a virtual
+    machine may take freed huge pages back within seconds, and refill them slowly. A formula that
+    is twice as slow as the fastest of its column leaves after two turns.
     """
-    for run in runs:  # compilation and caches
-        for _ in range(2):
-            run.time(1)
     spent: list[list[float]] = [[] for _ in runs]
+    left = list(range(len(runs)))
     gc.collect()
     gc.disable()
     start, turn = time.perf_counter(), 0
-    while turn < 5 or (turn < 300 and time.perf_counter() - start < budget):
-        left = range(len(runs)) if turn < 3 else _leaders(runs, spent)
+    while turn < 3 or (turn < 100 and time.perf_counter() - start < budget):
         for i in left:
-            spent[i].append(runs[i].time(calls))
+            for _ in range(3):
+                spent[i].append(runs[i].time(calls))
+                if spent[i][-1] > SLOW:
+                    break
         turn += 1
+        if turn == 2:
+            left = _leaders(runs, spent)
     gc.enable()
     return spent
 
@@ -144,14 +151,10 @@ def _leaders(runs: list[Run], spent: list[list[float]]) -> list[int]:
     for run, ms in zip(runs, spent, strict=True):
         column = run.contestant.column
         best[column] = min(best.get(column, torch.inf), *ms)
-    return [
-        i
-        for i, run in enumerate(runs)
-        if min(spent[i]) <= 1.5 * best[run.contestant.column] and len(spent[i]) >= max(map(len, spent))
-    ]
+    return [i for i, run in enumerate(runs) if min(spent[i]) < 2 * best[run.contestant.column]]
 
 
-def peak_extra(case: Case, run: Run) -> float | None:
+def peak_extra(run: Run) -> float | None:
     """Peak memory of a call beyond what it was given, in N x C tensors of the logits' dtype.
 
     The operating system's high-water mark of resident memory, reset before the call: it sees every
@@ -161,7 +164,7 @@ def peak_extra(case: Case, run: Run) -> float | None:
     """
     size = run.given.logits.numel() * run.given.logits.element_size()
     reset = Path("/proc/self/clear_refs")
-    if size < MAPPED or not reset.exists():
+    if run.contestant.column not in WEIGHED or size < MAPPED or not reset.exists():
         return None
     logits = run.prepare()
     gc.collect()

@@ -27,12 +27,14 @@ class StoredGradient(torch.autograd.Function):
         normalizer: Tensor | None,
         spec: Spec,
     ) -> Tensor:
-        grad = logits.detach() if spec.inplace else torch.empty_like(logits)
-        loss = ops.loss(
+        sigmoid, gamma, label_smoothing, ignore_index, reduction, inplace = spec
+        grad = logits.detach() if inplace else torch.empty_like(logits)
+        loss = ops.new_loss(logits, target, reduction)
+        ops.loss(
             logits, target, weight, sample_weight, normalizer,
-            *spec.formula, spec.ignore_index, spec.reduction, grad, None,
+            sigmoid, gamma, label_smoothing, ignore_index, reduction, loss, grad, None,
         )  # fmt: skip
-        if spec.inplace:  # whoever saved the logits raises in its backward
+        if inplace:  # whoever saved the logits raises in its backward
             torch.autograd.graph.increment_version(logits)
         ctx.save_for_backward(grad)
         return loss
@@ -61,10 +63,12 @@ class RecomputedGradient(torch.autograd.Function):
         normalizer: Tensor | None,
         spec: Spec,
     ) -> Tensor:
-        saved = ops.new_saved(target, logits, spec.formula.activation)
-        loss = ops.loss(
+        sigmoid, gamma, label_smoothing, ignore_index, reduction, _ = spec
+        saved = ops.new_saved(logits, target, sigmoid)
+        loss = ops.new_loss(logits, target, reduction)
+        ops.loss(
             logits, target, weight, sample_weight, normalizer,
-            *spec.formula, spec.ignore_index, spec.reduction, None, saved,
+            sigmoid, gamma, label_smoothing, ignore_index, reduction, loss, None, saved,
         )  # fmt: skip
         ctx.save_for_backward(logits, target, saved)
         ctx.spec = spec
@@ -74,8 +78,11 @@ class RecomputedGradient(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_double_backward()
         logits, target, saved = ctx.saved_tensors
+        sigmoid, gamma, label_smoothing = ctx.spec[:3]
         grad = logits.detach() if ctx.spec.inplace else torch.empty_like(logits)
-        ops.gradient(logits, target, saved, grad_loss.contiguous(), *ctx.spec.formula, grad)
+        ops.gradient(
+            logits, target, saved, grad_loss.contiguous(), sigmoid, gamma, label_smoothing, grad
+        )
         if ctx.spec.inplace:
             torch.autograd.graph.increment_version(logits)
         return grad, None, None, None, None, None

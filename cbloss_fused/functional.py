@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -82,7 +84,7 @@ def class_balanced_loss(
     >>> loss = class_balanced_loss(logits, target, weight, activation="sigmoid", gamma=0.5)
     >>> loss.backward()
     >>> loss
-    tensor(1.9990, grad_fn=<StoredGradientBackward>)
+    tensor(2.6000, grad_fn=<StoredGradientBackward>)
     """
     spec.check_options(
         activation, gamma, label_smoothing, ignore_index, reduction, inplace, backend
@@ -91,39 +93,59 @@ def class_balanced_loss(
     divisor = None
     if normalizer is not None:
         divisor = spec.normalizer_tensor(normalizer, reduction, input)
-    formula = spec.Formula(activation, float(gamma), float(label_smoothing))
     if backend == "reference":
         if input.device.type == "cpu" and not reference.tracing():
             spec.check_values(weight, sample_weight, divisor)
-        logits = input if input.dim() > 1 else input.unsqueeze(0)
-        loss = reference.loss(
-            logits,
-            target.reshape(logits.shape[:1] + logits.shape[2:]),
+        return _reference_loss(
+            input,
+            target,
             weight,
-            None if sample_weight is None else sample_weight.reshape(target.shape or (1,)),
+            sample_weight,
             divisor,
-            **formula._asdict(),
+            activation=activation,
+            gamma=gamma,
+            label_smoothing=label_smoothing,
             ignore_index=ignore_index,
             reduction=reduction,
         )
-        return loss.reshape(target.shape) if reduction == "none" else loss
     spec.check_kernel(input, backend)
     if inplace:
         spec.check_inplace(input)
     if input.dim() != 2:  # (C,) and (N, C, d1, ..., dk): the operators know (N, C) and (N, C, K)
         input = input.unsqueeze(0) if input.dim() == 1 else input.flatten(2)
-    if target.dtype != torch.int64 or not target.is_contiguous():
+    if target.dtype is not torch.int64 or not target.is_contiguous():
         target = target.to(torch.int64).contiguous()
-    w, s = spec.as_vector(weight, input), spec.as_vector(sample_weight, input)
-    if not (torch.is_grad_enabled() and input.requires_grad):
-        return ops.loss(
-            input, target, w, s, divisor, *formula, ignore_index, reduction, None, None
-        )
+    weight, sample_weight = spec.as_vector(weight, input), spec.as_vector(sample_weight, input)
+    options = spec.Spec(
+        activation == "sigmoid", float(gamma), float(label_smoothing), ignore_index,
+        spec.REDUCTIONS.index(reduction), inplace,
+    )  # fmt: skip
+    if not input.requires_grad or not torch.is_grad_enabled():
+        loss = ops.new_loss(input, target, options.reduction)
+        ops.loss(input, target, weight, sample_weight, divisor, *options[:5], loss, None, None)
+        return loss
     if recompute is None:
-        recompute = input.dtype == torch.float16 or reduction == "none"
+        recompute = input.dtype is torch.float16
     function = RecomputedGradient if recompute or reduction == "none" else StoredGradient
-    options = spec.Spec(formula, ignore_index, reduction, inplace)
-    return function.apply(input, target, w, s, divisor, options)  # type: ignore[no-any-return]
+    return function.apply(input, target, weight, sample_weight, divisor, options)
+
+
+def _reference_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    normalizer: Tensor | None,
+    **options: Any,
+) -> Tensor:
+    if input.dim() > 1:
+        return reference.loss(input, target, weight, sample_weight, normalizer, **options)
+    if sample_weight is not None:
+        sample_weight = sample_weight.unsqueeze(0)
+    loss = reference.loss(
+        input.unsqueeze(0), target.unsqueeze(0), weight, sample_weight, normalizer, **options
+    )
+    return loss.reshape(())
 
 
 def check_target(target: Tensor, num_classes: int, ignore_index: int | None = -100) -> None:

@@ -1,6 +1,7 @@
 """The operators: schemas, fake kernels, loading of the compiled library, backends().
 
-loss fills its buffers, which the caller allocates, and returns the reduced loss:
+loss fills its buffers, which the caller allocates:
+    loss   0-d, or for reduction "none" like target
     grad   like logits: the gradient of the loss (for reduction "none": of the sum); or None
     saved  (1, rows) or, for softmax, (3, rows): scale, M, R, for gradient; or None
 Where a device has no kernel, the reference computes both.
@@ -18,17 +19,17 @@ from torch import Tensor
 
 from . import reference
 from .reference import compute_dtype
-from .spec import check_values
+from .spec import ACTIVATIONS, REDUCTIONS, check_values
 
 _library = torch.library.Library("cbloss_fused", "DEF")
 _library.define(
     "loss(Tensor logits, Tensor target, Tensor? weight, Tensor? sample_weight, Tensor? normalizer, "
-    "str activation, float gamma, float label_smoothing, int? ignore_index, str reduction, "
-    "Tensor(a!)? grad, Tensor(b!)? saved) -> Tensor"
+    "bool sigmoid, float gamma, float label_smoothing, int? ignore_index, int reduction, "
+    "Tensor(a!) loss, Tensor(b!)? grad, Tensor(c!)? saved) -> ()"
 )
 _library.define(
     "gradient(Tensor logits, Tensor target, Tensor saved, Tensor grad_loss, "
-    "str activation, float gamma, float label_smoothing, Tensor(a!) grad) -> ()"
+    "bool sigmoid, float gamma, float label_smoothing, Tensor(a!) grad) -> ()"
 )
 _library.define("_set_isa(str name) -> str")
 
@@ -49,12 +50,17 @@ missing = _load()
 _warned = False
 
 
-def new_saved(target: Tensor, logits: Tensor, activation: str) -> Tensor:
+def new_loss(logits: Tensor, target: Tensor, reduction: int) -> Tensor:
+    """The buffer for the loss: one a row for reduction "none"."""
+    shape = () if reduction else target.shape
+    dtype = torch.float64 if logits.dtype is torch.float64 else torch.float32
+    return logits.new_empty(shape, dtype=dtype)
+
+
+def new_saved(logits: Tensor, target: Tensor, sigmoid: bool) -> Tensor:
     """The buffer that a forward leaves for a recomputing backward."""
-    rows = 3 if activation == "softmax" else 1
-    return torch.empty(
-        (rows, target.numel()), dtype=compute_dtype(logits.dtype), device=logits.device
-    )
+    shape = (1 if sigmoid else 3, target.numel())
+    return torch.empty(shape, dtype=compute_dtype(logits.dtype), device=logits.device)
 
 
 def _rows_of(logits: Tensor, target: Tensor) -> Tensor:
@@ -68,14 +74,15 @@ def _loss(
     weight: Tensor | None,
     sample_weight: Tensor | None,
     normalizer: Tensor | None,
-    activation: str,
+    sigmoid: bool,
     gamma: float,
     label_smoothing: float,
     ignore_index: int | None,
-    reduction: str,
+    reduction: int,
+    loss: Tensor,
     grad: Tensor | None,
     saved: Tensor | None,
-) -> Tensor:
+) -> None:
     _warn_once(logits.device)
     if logits.device.type == "cpu":  # before the rows are laid out: the message names target's own index
         reference.check_target(target, logits.shape[1], ignore_index)
@@ -86,17 +93,17 @@ def _loss(
         weight,
         None if sample_weight is None else _rows_of(logits, sample_weight),
         normalizer,
-        activation=activation,
+        activation=ACTIVATIONS[sigmoid],
         gamma=gamma,
         label_smoothing=label_smoothing,
         ignore_index=ignore_index,
-        reduction=reduction,
+        reduction=REDUCTIONS[reduction],
     )
+    loss.copy_(L.reshape(loss.shape))
     if grad is not None:
         grad.copy_(gradient)
     if saved is not None:  # M and R only save the kernels a pass: the reference has no use for them
         saved.zero_()[0].copy_(scale.flatten())
-    return L.reshape(target.shape) if reduction == "none" else L
 
 
 def _gradient(
@@ -104,7 +111,7 @@ def _gradient(
     target: Tensor,
     saved: Tensor,
     grad_loss: Tensor,
-    activation: str,
+    sigmoid: bool,
     gamma: float,
     label_smoothing: float,
     grad: Tensor,
@@ -116,13 +123,17 @@ def _gradient(
             y,
             saved[0].reshape(y.shape),
             _rows_of(logits, grad_loss) if grad_loss.dim() else grad_loss,
-            activation=activation,
+            activation=ACTIVATIONS[sigmoid],
             gamma=gamma,
             label_smoothing=label_smoothing,
         )
     )
 
 
+# autograd.py differentiates: below it the dispatcher need not look for gradients again.
+for _name in ("loss", "gradient"):
+    _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
+    _library.impl(_name, torch.library.fallthrough_kernel, "ADInplaceOrView")
 _library.impl("loss", _loss, "CompositeExplicitAutograd")
 _library.impl("gradient", _gradient, "CompositeExplicitAutograd")
 
@@ -134,16 +145,16 @@ def _loss_fake(
     weight: Tensor | None,
     sample_weight: Tensor | None,
     normalizer: Tensor | None,
-    activation: str,
+    sigmoid: bool,
     gamma: float,
     label_smoothing: float,
     ignore_index: int | None,
-    reduction: str,
+    reduction: int,
+    loss: Tensor,
     grad: Tensor | None,
     saved: Tensor | None,
-) -> Tensor:
-    shape = target.shape if reduction == "none" else ()
-    return logits.new_empty(shape, dtype=compute_dtype(logits.dtype))
+) -> None:
+    pass
 
 
 @torch.library.register_fake("cbloss_fused::gradient", lib=_library)
@@ -152,7 +163,7 @@ def _gradient_fake(
     target: Tensor,
     saved: Tensor,
     grad_loss: Tensor,
-    activation: str,
+    sigmoid: bool,
     gamma: float,
     label_smoothing: float,
     grad: Tensor,

@@ -14,26 +14,20 @@ from torch import Tensor
 from .reference import compute_dtype
 
 ACTIVATIONS = ("softmax", "sigmoid")
-REDUCTIONS = ("none", "mean", "weighted_mean", "sum")
+REDUCTIONS = ("none", "mean", "weighted_mean", "sum")  # the operators take the index
 BACKENDS = ("cpu", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-class Formula(NamedTuple):
-    """The numbers that choose a member of a family."""
-
-    activation: str
-    gamma: float
-    label_smoothing: float
-
-
 class Spec(NamedTuple):
     """Checked options, as autograd and the operators take them."""
 
-    formula: Formula
+    sigmoid: bool
+    gamma: float
+    label_smoothing: float
     ignore_index: int | None
-    reduction: str
+    reduction: int
     inplace: bool
 
 
@@ -76,7 +70,10 @@ def check_tensors(
     shape = input.shape
     if not shape:
         raise ValueError("input must be (C,), (N, C) or (N, C, d1, ..., dk), got a 0-d tensor")
-    rows, C = (shape[:0], shape[0]) if len(shape) == 1 else (shape[:1] + shape[2:], shape[1])
+    if len(shape) == 2:
+        C, rows = shape[1], shape[:1]
+    else:
+        C, rows = (shape[0], shape[:0]) if len(shape) == 1 else (shape[1], shape[:1] + shape[2:])
     if C < 1:
         raise ValueError(f"input must have at least one class, got shape {tuple(shape)}")
     if target.dtype not in INTEGERS:
@@ -156,7 +153,10 @@ def as_vector(vector: Tensor | None, input: Tensor) -> Tensor | None:
     """A weight vector in the type that the loss is computed in, contiguous."""
     if vector is None:
         return None
-    return vector.to(compute_dtype(input.dtype)).contiguous()
+    dtype = torch.float64 if input.dtype is torch.float64 else torch.float32
+    if vector.dtype is dtype and vector.is_contiguous():
+        return vector
+    return vector.to(dtype).contiguous()
 
 
 def _check_vector(name: str, vector: Tensor, shape: tuple[int, ...], input: Tensor) -> None:

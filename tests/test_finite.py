@@ -1,8 +1,8 @@
-"""Saturated, huge and nearly certain logits: finite, exact, never NaN. """
+"""Saturated, huge, nearly certain and infinite logits: exact, never a NaN without a NaN."""
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import mpmath
 import pytest
@@ -31,22 +31,25 @@ def bound(dtype: torch.dtype, C: int) -> float:
     return 65504.0 if dtype == torch.float16 else 0.99e37 / C
 
 
-@lru_cache(maxsize=None)
+@cache
 def saturated(C: int, dtype: torch.dtype, beyond: bool = False):
     """Rows of every pattern at every magnitude: right, wrong, alternating, one rival, all alike."""
-    magnitudes = [*MAGNITUDES, 1e30, bound(dtype, C)] if dtype != torch.float16 else MAGNITUDES
+    magnitudes = MAGNITUDES if dtype == torch.float16 else (*MAGNITUDES, 1e30, bound(dtype, C))
+    if C > 1000:
+        magnitudes = magnitudes[-1::-4]
     if beyond:
         largest = torch.finfo(torch.float32 if dtype == torch.float64 else dtype).max
         magnitudes = [1e37, 1e38, largest]
     y, sign = C // 2, 1 - 2 * (torch.arange(C) % 2)
     at_y = (torch.arange(C) == y).double()
     rival = (torch.arange(C) == C - 1).double() - at_y
-    patterns = [2 * at_y - 1, 1 - 2 * at_y, sign, -sign, at_y, -at_y, rival, at_y * 0 + 1, at_y * 0 - 1]
+    one = torch.ones(C)
+    patterns = [2 * at_y - 1, 1 - 2 * at_y, sign, -sign, at_y, -at_y, rival, one, -one]
     rows = torch.stack([m * p.double() for m in magnitudes for p in patterns])
     return rows.to(dtype), torch.full((len(rows),), y)
 
 
-@lru_cache(maxsize=None)
+@cache
 def expected(family, gamma, eps, dtype, C):
     logits, target = saturated(C, dtype)
     options = {"activation": family, "gamma": gamma, "label_smoothing": eps}
@@ -86,27 +89,17 @@ def test_beyond_the_bound_never_nan(backend, family, dtype, gamma, C, eps):
         assert not loss.isnan().any()
         assert (loss >= 0).all()
         assert grad.isfinite().all()
-
-
-@FOCAL
-@pytest.mark.parametrize("dtype", DTYPES[1:3], ids=name_of)
-@FAMILY
-def test_no_weight_times_infinite_loss_is_zero(backend, family, dtype, gamma):
-    """r = 0 where the loss overflows: 0, not 0 * inf."""
-    logits, target = saturated(10, dtype, beyond=True)
-    zero = torch.zeros(10)
-    for recompute in (False, True):
         loss, grad = loss_and_grad(
-            backend, logits, target, zero, activation=family, gamma=gamma,
-            reduction="sum", recompute=recompute,
-        )  # fmt: skip
-        assert loss == 0
+            backend, logits, target, torch.zeros(C), **options, reduction=reduction
+        )
+        assert (loss == 0).all()  # not 0 * inf
         assert (grad == 0).all()
 
 
-# Near certainty --------------------------------------------------------------------------------------
+# Near certainty -----------------------------------------------------------------------------------
 
 
+@cache
 @mpmath.workdps(250)
 def exact_loss(family: str, gamma: float, margin: int, C: int) -> float:
     """A row whose target is `margin` above the others (softmax), above and below 0 (sigmoid)."""
@@ -122,37 +115,23 @@ def exact_loss(family: str, gamma: float, margin: int, C: int) -> float:
 @DTYPE
 @FAMILY
 def test_near_certainty(backend, family, dtype, gamma, C):
-    """Relative accuracy of losses down to 1e-30, from whole margins, exact in every type."""
-    margins = [m for m in range(1, 90) if exact_loss(family, gamma, m, C) > 1e-30]
-    assert len(margins) >= 11
+    """Relative accuracy down to 1e-30 (float64: 1e-200); whole margins, exact in every type."""
+    smallest, step = (1e-200, 10) if dtype == torch.float64 else (1e-30, 1)
+    margins = [m for m in range(1, 451, step) if exact_loss(family, gamma, m, C) > smallest]
+    assert len(margins) >= 8
     rows = torch.tensor(margins, dtype=torch.float64).unsqueeze(1)
     at_y = torch.arange(C) == 1
     logits = (rows * at_y if family == "softmax" else rows * (2.0 * at_y - 1)).to(dtype)
     target = torch.ones(len(margins), dtype=torch.int64)
-    loss, _ = loss_and_grad(
-        backend, logits, target, activation=family, gamma=gamma, reduction="none"
-    )
+    options = {"activation": family, "gamma": gamma, "reduction": "none"}
+    loss, grad = loss_and_grad(backend, logits, target, **options)
     want = torch.tensor([exact_loss(family, gamma, m, C) for m in margins], dtype=torch.float64)
     assert_loss(loss, want, dtype)
     assert ((loss.double() - want).abs() <= EXACT[dtype != torch.float64] * want).all()
+    assert_grad(grad, oracle(logits, target, **options)[1], dtype)
 
 
-@FOCAL
-@FAMILY
-def test_near_certainty_in_float64_to_1e_200(backend, family, gamma):
-    margins = [m for m in range(90, 450, 30) if exact_loss(family, gamma, m, 10) > 1e-200]
-    rows = torch.tensor(margins, dtype=torch.float64).unsqueeze(1)
-    at_y = torch.arange(10) == 1
-    logits = rows * at_y if family == "softmax" else rows * (2.0 * at_y - 1)
-    target = torch.ones(len(margins), dtype=torch.int64)
-    options = {"activation": family, "gamma": gamma, "reduction": "none"}
-    loss, grad = loss_and_grad(backend, logits, target, **options)
-    want = torch.tensor([exact_loss(family, gamma, m, 10) for m in margins], dtype=torch.float64)
-    assert_loss(loss, want, torch.float64)
-    assert_grad(grad, oracle(logits, target, **options)[1], torch.float64)
-
-
-# Where other implementations give NaN ----------------------------------------------------------------
+# Where other implementations give NaN -------------------------------------------------------------
 
 SATURATION = (6.0, 6.25, 8.5, 17.0, 18.42, 40.0, 100.0)
 
@@ -166,8 +145,6 @@ def check(backend, z, target, dtype, **options):
         loss, grad = loss_and_grad(
             backend, logits, y, **options, reduction="sum", recompute=recompute
         )
-        assert loss.isfinite()
-        assert grad.isfinite().all()
         assert_loss(loss, want[0], dtype)
         assert_grad(grad, want[1], dtype)
 
@@ -192,44 +169,22 @@ def test_exp_of_minus_z_overflows(backend, dtype, gamma, target, z):
 
 
 def test_float16_positive_at_minus_20(backend):
-    """A clamped probability gives a positive at z = -20 no gradient, a power of it NaN; here it is 20."""
-    logits = torch.tensor([[-20.0, -30.0]], dtype=torch.float16)
-    loss, grad = loss_and_grad(
-        backend, logits, torch.tensor([0]), activation="sigmoid", gamma=2.0
-    )
-    assert loss.item() == pytest.approx(20, rel=2e-5)
-    assert grad[0, 0].item() == pytest.approx(-1, rel=1e-3)
+    """A clamped probability has no gradient there, a power of it gives NaN."""
+    check(backend, [-20.0, -30.0], 0, torch.float16, activation="sigmoid", gamma=2.0)
 
 
-@pytest.mark.parametrize("z", (88.0, 1e2, 1e4, 1e30), ids="z{:g}".format)
-@FOCAL
-@FAMILY
-def test_loss_of_a_wrong_and_huge_logit_is_not_capped(backend, family, gamma, z):
-    """A clamped probability caps the loss at 87.3; the loss is |z| + log(C - 1)."""
-    check(backend, [-z, z, -z], 0, torch.float32, activation=family, gamma=gamma)
+# Infinite logits and NaN --------------------------------------------------------------------------
 
-
-@pytest.mark.parametrize("C", (2, 100), ids="C{}".format)
-def test_one_huge_logit_does_not_swallow_the_row(backend, C):
-    """The target's 1e4 is left out of the negatives' sum, not subtracted from it."""
-    logits = torch.full((1, C), 1.5)
-    logits[0, 0] = 1e4
-    check(backend, logits[0].tolist(), 0, torch.float32, activation="sigmoid")
-
-
-# Infinite logits and NaN -----------------------------------------------------------------------------
-
-INFINITE = [
-    pytest.mark.parametrize("C", (3, 70), ids="C{}".format),  # vectors of rows, vectors of classes
-    pytest.mark.parametrize("gamma", (0.0, 0.1, 0.5, 2.0), ids="g{}".format),
-    DTYPE,
-]
 Y, OTHER = 1, 2  # the target's class, another one
 inf, nan = float("inf"), float("nan")
 
 
 def on_infinite(function):
-    for mark in INFINITE:
+    for mark in (
+        pytest.mark.parametrize("C", (3, 70), ids="C{}".format),  # vectors of rows, of classes
+        pytest.mark.parametrize("gamma", (0.0, 0.1, 0.5), ids="g{}".format),
+        DTYPE,
+    ):
         function = mark(function)
     return function
 
@@ -261,7 +216,8 @@ def without(j, z, target=Y, **options):
     """Oracle of a row from which class j is absent; its gradient there is 0."""
     there = torch.arange(z.shape[1]) != j
     y = torch.tensor([target - (target > j)])
-    loss, g = oracle(z[:, there], y, torch.full((z.shape[1] - 1,), 2.0), reduction="none", **options)
+    weight = torch.full((z.shape[1] - 1,), 2.0)
+    loss, g = oracle(z[:, there], y, weight, reduction="none", **options)
     grad = torch.zeros_like(z, dtype=torch.float64)
     grad[:, there] = g
     return loss, grad
@@ -276,13 +232,7 @@ def test_minus_infinity_masks_a_class(backend, family, dtype, gamma, C):
     assert_loss(loss, want[0], dtype)
     assert_grad(grad, want[1], dtype)
     assert grad[0, 0] == 0
-
-
-@FAMILY
-@on_infinite
-def test_masked_class_and_label_smoothing_is_infinite(backend, family, dtype, gamma, C):
-    options = {"activation": family, "gamma": gamma, "label_smoothing": 0.1}
-    _, loss, grad = special_row(backend, C, dtype, {0: -inf}, **options)
+    _, loss, grad = special_row(backend, C, dtype, {0: -inf}, **options, label_smoothing=0.1)
     assert loss == inf
     assert grad.isfinite().all()
 
@@ -292,27 +242,24 @@ def test_masked_class_and_label_smoothing_is_infinite(backend, family, dtype, ga
 def test_target_at_minus_infinity(backend, family, dtype, gamma, C):
     options = {"activation": family, "gamma": gamma}
     _, loss, grad = special_row(backend, C, dtype, {Y: -inf}, **options)
-    z, _, far = special_row(backend, C, dtype, {Y: -3e4}, **options)
+    _, _, far = special_row(backend, C, dtype, {Y: -3e4}, **options)
     assert loss == inf
     assert grad[0, Y] == -2
     torch.testing.assert_close(grad, far, rtol=1e-3, atol=0.0)
-    assert z[0, Y] == z.min()
 
 
 @on_infinite
 def test_softmax_plus_infinity_takes_all(backend, dtype, gamma, C):
     _, loss, grad = special_row(backend, C, dtype, {OTHER: inf}, gamma=gamma)
     assert loss == inf
-    assert grad[0, OTHER] == 2
-    assert grad[0, Y] == -2
-    assert grad.abs().sum() == 4
-
-
-@on_infinite
-def test_softmax_plus_infinity_at_the_target(backend, dtype, gamma, C):
+    assert (grad[0, OTHER], grad[0, Y], grad.abs().sum()) == (2, -2, 4)
     _, loss, grad = special_row(backend, C, dtype, {Y: inf}, gamma=gamma)
     assert loss == 0
     assert (grad == 0).all()
+    for second in (0, Y):
+        _, loss, grad = special_row(backend, C, dtype, {OTHER: inf, second: inf}, gamma=gamma)
+        assert loss.isnan().all()
+        assert grad.isnan().any()
 
 
 @on_infinite
@@ -326,14 +273,6 @@ def test_sigmoid_plus_infinity(backend, dtype, gamma, C):
     z, loss, grad = special_row(backend, C, dtype, {Y: inf}, **options)
     assert loss.isfinite()
     assert grad[0, Y] == 0
-
-
-@on_infinite
-def test_softmax_of_two_infinities_is_nan(backend, dtype, gamma, C):
-    for second in (0, Y):
-        _, loss, grad = special_row(backend, C, dtype, {OTHER: inf, second: inf}, gamma=gamma)
-        assert loss.isnan().all()
-        assert grad.isnan().any()
 
 
 @pytest.mark.parametrize("eps", (0.0, 0.1), ids="s{}".format)

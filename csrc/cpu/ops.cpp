@@ -89,11 +89,9 @@ void check_vector(const Tensor& t, ScalarType dtype, int64_t numel, const char* 
           numel, " contiguous elements of the type that the loss is computed in");
 }
 
-Family family_of(const std::string& activation) {
-  require(activation == "softmax" || activation == "sigmoid",
-          "activation must be 'softmax' or 'sigmoid', got '", activation, "'");
-  return activation == "softmax" ? Family::SOFTMAX : Family::SIGMOID;
-}
+Family family_of(bool sigmoid) { return sigmoid ? Family::SIGMOID : Family::SOFTMAX; }
+
+enum Reduction { NONE, MEAN, WEIGHTED_MEAN, SUM };  // in the order of spec.REDUCTIONS
 
 // What a forward that will recompute its gradient leaves: scale, for softmax M and R behind it.
 int64_t saved_size(Family family, int64_t rows) { return family == Family::SOFTMAX ? 3 * rows : rows; }
@@ -175,18 +173,14 @@ void check_weight(const T* weight, int64_t C) {
 }
 
 template <class T>
-double denominator(const std::string& reduction, const OptionalTensor& normalizer,
-                   const Prologue& p) {
-  if (reduction == "mean" && normalizer) {
-    const double value = *static_cast<const T*>(normalizer->const_data_ptr());
-    require(value > 0 && value < INFINITY, "normalizer must be positive and finite, got ", value);
-    return value;
-  }
-  if (reduction == "mean") return p.kept;
-  if (reduction == "weighted_mean") return p.total;
-  require(reduction == "sum" || reduction == "none",
-          "reduction must be 'none', 'mean', 'weighted_mean' or 'sum', got '", reduction, "'");
-  return 1;
+double denominator(int64_t reduction, const OptionalTensor& normalizer, const Prologue& p) {
+  require(NONE <= reduction && reduction <= SUM, "reduction must be 0, 1, 2 or 3, got ", reduction);
+  if (reduction == WEIGHTED_MEAN) return p.total;
+  if (reduction != MEAN) return 1;
+  if (!normalizer) return p.kept;
+  const double value = *static_cast<const T*>(normalizer->const_data_ptr());
+  require(value > 0 && value < INFINITY, "normalizer must be positive and finite, got ", value);
+  return value;
 }
 
 // Large fresh buffers: page faults of 4 KiB pages would cost more than the kernel.
@@ -213,10 +207,11 @@ void run_rows(RowKernel kernel, const Rows& a, int64_t rows) {
 }
 
 template <class T>
-Tensor loss_of(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-               const OptionalTensor& sample_weight, const OptionalTensor& normalizer, Rows a,
-               Family family, std::optional<int64_t> ignore_index, const std::string& reduction,
-               const OptionalTensor& grad, const OptionalTensor& saved, const Shape& shape) {
+void loss_of(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+             const OptionalTensor& sample_weight, const OptionalTensor& normalizer, Rows a,
+             Family family, std::optional<int64_t> ignore_index, int64_t reduction,
+             const Tensor& loss, const OptionalTensor& grad, const OptionalTensor& saved,
+             const Shape& shape) {
   const auto dtype = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
   const auto data = [&](const OptionalTensor& t, int64_t numel, const char* name) -> const T* {
     if (!t) return nullptr;
@@ -256,16 +251,15 @@ Tensor loss_of(const Tensor& logits, const Tensor& target, const OptionalTensor&
       for (int64_t i = begin; i < end; ++i) scale[i] = T(scale[i] / divisor);
     });
 
-  const bool vector = reduction == "none";
-  Tensor loss = torch::stable::new_empty(
-      logits, vector ? target.sizes() : torch::headeronly::IntHeaderOnlyArrayRef(), dtype);
+  const bool vector = reduction == NONE;
+  check_vector(loss, dtype, vector ? shape.rows : 1, "loss");
   std::vector<T> row_loss(vector ? 0 : shape.rows);
   a.scale = scale;
   a.loss = vector ? loss.mutable_data_ptr() : row_loss.data();
   if (grad && grad->const_data_ptr() != logits.const_data_ptr()) advise_huge_pages(*grad);
   const Mode mode = grad ? Mode::LOSS_AND_GRAD : Mode::LOSS;
   run_rows(isa->find(dtype_of(logits), family, mode, a), a, shape.rows);
-  if (vector) return loss;
+  if (vector) return;
 
   std::vector<double> partial((shape.rows + BLOCK - 1) / BLOCK);
   for_blocks(shape.rows, [&](int64_t b, int64_t begin, int64_t end) {
@@ -276,7 +270,6 @@ Tensor loss_of(const Tensor& logits, const Tensor& target, const OptionalTensor&
   double total = 0;
   for (double part : partial) total += part;
   *static_cast<T*>(loss.mutable_data_ptr()) = T(total);
-  return loss;
 }
 
 Rows rows_of(const Tensor& logits, const Tensor& target, const Shape& shape, double gamma,
@@ -297,26 +290,26 @@ void set_grad(Rows& a, const Tensor& grad, const Tensor& logits) {
   a.grad = grad.mutable_data_ptr(), a.grad_stride = strides_of(grad);
 }
 
-Tensor loss(Tensor logits, Tensor target, OptionalTensor weight, OptionalTensor sample_weight,
-            OptionalTensor normalizer, std::string activation, double gamma, double label_smoothing,
-            std::optional<int64_t> ignore_index, std::string reduction, OptionalTensor grad,
-            OptionalTensor saved) {
+void loss(Tensor logits, Tensor target, OptionalTensor weight, OptionalTensor sample_weight,
+          OptionalTensor normalizer, bool sigmoid, double gamma, double label_smoothing,
+          std::optional<int64_t> ignore_index, int64_t reduction, Tensor loss, OptionalTensor grad,
+          OptionalTensor saved) {
   const Shape shape(logits);
   Rows a = rows_of(logits, target, shape, gamma, label_smoothing);
   if (grad) set_grad(a, *grad, logits);
   const auto run = dtype_of(logits) == DType::Float64 ? loss_of<double> : loss_of<float>;
-  return run(logits, target, weight, sample_weight, normalizer, a, family_of(activation),
-             ignore_index, reduction, grad, saved, shape);
+  run(logits, target, weight, sample_weight, normalizer, a, family_of(sigmoid), ignore_index,
+      reduction, loss, grad, saved, shape);
 }
 
-void gradient(Tensor logits, Tensor target, Tensor saved, Tensor grad_loss, std::string activation,
+void gradient(Tensor logits, Tensor target, Tensor saved, Tensor grad_loss, bool sigmoid,
               double gamma, double label_smoothing, Tensor grad) {
   const Shape shape(logits);
+  const Family family = family_of(sigmoid);
   Rows a = rows_of(logits, target, shape, gamma, label_smoothing);
   set_grad(a, grad, logits);
   const bool f64 = dtype_of(logits) == DType::Float64;
   const auto dtype = f64 ? ScalarType::Double : ScalarType::Float;
-  const Family family = family_of(activation);
   check_vector(saved, dtype, saved_size(family, shape.rows), "saved");
   a.grad_loss_per_row = grad_loss.dim() > 0;
   check_vector(grad_loss, dtype, a.grad_loss_per_row ? shape.rows : 1, "grad_loss");

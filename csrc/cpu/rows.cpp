@@ -26,7 +26,7 @@ namespace CBLOSS_ISA {
 #include "tile_kernels.h"
 
 // A row kernel wants its classes side by side and enough of them to fill vectors.
-constexpr int64_t FEW_CLASSES = 64;
+constexpr int64_t FEW_CLASSES = 100;
 
 template <class S, Mode MODE, Gamma G, bool SMOOTH>
 RowKernel sigmoid_kernel(bool rows) {

@@ -32,7 +32,7 @@ struct Tile {
     if (n != N) return false;
     return a.K == 1 ? s.n == 1 : s.k == 1 && i / a.K == (i + N - 1) / a.K;
   }
-  void load_logits(V* z) const {
+  void load_logits(V* z, S* gathered) const {
     const S* x = static_cast<const S*>(a.logits);
     const Strides& s = a.logits_stride;
     if (adjacent(s)) {
@@ -40,13 +40,13 @@ struct Tile {
       for (int64_t c = 0; c < a.C; ++c) z[c] = load(x + c * s.c);
       return;
     }
-    T* lanes = reinterpret_cast<T*>(z);
     for (int64_t l = 0; l < N; ++l) {
       const S* row = x + row_offset(s, a.K, l < n ? i + l : i);  // spare lanes repeat a row
-      for (int64_t c = 0; c < a.C; ++c) lanes[c * N + l] = load_one(row + c * s.c);
+      for (int64_t c = 0; c < a.C; ++c) gathered[c * N + l] = row[c * s.c];
     }
+    for (int64_t c = 0; c < a.C; ++c) z[c] = load(gathered + c * N);
   }
-  void store_grad(const V* z) const {
+  void store_grad(const V* z, S* gathered) const {
     S* g = static_cast<S*>(a.grad);
     const Strides& s = a.grad_stride;
     if (adjacent(s)) {
@@ -54,10 +54,10 @@ struct Tile {
       for (int64_t c = 0; c < a.C; ++c) store(g + c * s.c, z[c]);
       return;
     }
-    const T* lanes = reinterpret_cast<const T*>(z);
+    for (int64_t c = 0; c < a.C; ++c) store(gathered + c * N, z[c]);
     for (int64_t l = 0; l < n; ++l) {
       S* row = g + row_offset(s, a.K, i + l);
-      for (int64_t c = 0; c < a.C; ++c) store_one(row + c * s.c, lanes[c * N + l]);
+      for (int64_t c = 0; c < a.C; ++c) row[c * s.c] = gathered[c * N + l];
     }
   }
   void put(void* out, V v) const {
@@ -84,9 +84,10 @@ void softmax_tiles(const Rows& a, int64_t begin, int64_t end) {
   constexpr int64_t N = Lanes<S>::N;
   const int64_t C = a.C;
   std::unique_ptr<V[]> z(new V[C]);
+  std::unique_ptr<S[]> gathered(new S[C * N]);
   for (int64_t i = begin; i < end; i += N) {
     const Tile<S> tile(a, i, end);
-    tile.load_logits(z.get());
+    tile.load_logits(z.get(), gathered.get());
     V M = V{} - LARGEST<T>, R{}, D{}, z_y{}, part{};
     const auto leave_target_out = [&] {
       for (int64_t c = 0; c < C; ++c) {
@@ -135,7 +136,7 @@ void softmax_tiles(const Rows& a, int64_t begin, int64_t end) {
         const V g = is_y ? row.g_y : row.k * z[c] - row.uniform;
         z[c] = tile.ignored ? V{} : g;
       }
-      tile.store_grad(z.get());
+      tile.store_grad(z.get(), gathered.get());
     }
   }
 }
@@ -148,9 +149,10 @@ void sigmoid_tiles(const Rows& a, int64_t begin, int64_t end) {
   const int64_t C = a.C;
   const T gamma = T(a.gamma), t = T(a.eps) / T(C), t_y = 1 - T(a.eps) + t;
   std::unique_ptr<V[]> z(new V[C]);
+  std::unique_ptr<S[]> gathered(new S[C * N]);
   for (int64_t i = begin; i < end; i += N) {
     const Tile<S> tile(a, i, end);
-    tile.load_logits(z.get());
+    tile.load_logits(z.get(), gathered.get());
     V z_y{}, total{};
     LossSum<G, SMOOTH, IS_HALF<S>, V> sum_L;
     for_classes(
@@ -171,7 +173,7 @@ void sigmoid_tiles(const Rows& a, int64_t begin, int64_t end) {
         const V g = is_y ? g_y : z[c];
         z[c] = tile.ignored ? V{} : g;
       }
-      tile.store_grad(z.get());
+      tile.store_grad(z.get(), gathered.get());
     }
   }
 }

@@ -226,27 +226,45 @@ CB_FN void store(S* p, Vec v) {
 }
 CB_FN double load(const double* p) { return *p; }
 CB_FN void store(double* p, double v) { *p = v; }
+#if defined(__AVX512F__)
+CB_FN __mmask16 first(int64_t n) { return __mmask16((1u << n) - 1); }
+CB_FN Vec load_some(const float* p, int64_t n) { return _mm512_maskz_loadu_ps(first(n), p); }
+CB_FN void store_some(float* p, Vec v, int64_t n) { _mm512_mask_storeu_ps(p, first(n), v); }
 template <class S>
-CB_FN typename Lanes<S>::V load_some(const S* p, int64_t n) {
-  S part[Lanes<S>::N] = {};
+CB_FN Vec load_some(const S* p, int64_t n) {
+  return widen((HVec)_mm256_maskz_loadu_epi16(first(n), p), S{});
+}
+template <class S>
+CB_FN void store_some(S* p, Vec v, int64_t n) {
+  _mm256_mask_storeu_epi16(p, first(n), (__m256i)narrow(v, S{}));
+}
+#else
+template <class S>
+CB_FN Vec load_some(const S* p, int64_t n) {
+  S part[W] = {};
   std::memcpy(part, p, n * sizeof(S));
   return load(part);
 }
 template <class S>
-CB_FN void store_some(S* p, typename Lanes<S>::V v, int64_t n) {
-  S part[Lanes<S>::N];
+CB_FN void store_some(S* p, Vec v, int64_t n) {
+  S part[W];
   store(part, v);
   std::memcpy(p, part, n * sizeof(S));
 }
+#endif
+CB_FN double load_some(const double* p, int64_t n) { return n ? *p : 0; }
+CB_FN void store_some(double* p, double v, int64_t n) {
+  if (n) *p = v;
+}
 template <class S>
 CB_FN typename Lanes<S>::T load_one(const S* p) {
-  if constexpr (std::is_same_v<S, double>) return *p;
-  else return load_some(p, 1)[0];
+  if constexpr (IS_HALF<S>) return load_some(p, 1)[0];
+  else return *p;
 }
 template <class S>
 CB_FN void store_one(S* p, typename Lanes<S>::T x) {
-  if constexpr (std::is_same_v<S, double>) *p = x;
-  else store_some(p, constant<Vec>(x), 1);
+  if constexpr (IS_HALF<S>) store_some(p, constant<Vec>(x), 1);
+  else *p = x;
 }
 
 // Lanes in their order.

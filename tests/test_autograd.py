@@ -1,0 +1,270 @@
+"""The autograd Functions: incoming gradients, kept graphs, in place, autocast, what is saved."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import DTYPES, FAMILIES, assert_grad, name_of, oracle, same_bits, sample
+from torch.autograd import gradcheck
+
+from cbloss_fused import class_balanced_loss
+
+FAMILY = pytest.mark.parametrize("family", FAMILIES)
+MODES = pytest.mark.parametrize("recompute", (False, True), ids=("stored", "recomputed"))
+HALF = pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=name_of)
+
+
+@pytest.mark.parametrize("reduction", ("none", "sum", "mean", "weighted_mean"))
+@pytest.mark.parametrize("gamma", (0.0, 0.1, 0.5, 1.0, 2.0, 5.0), ids="g{}".format)
+@MODES
+@FAMILY
+def test_gradcheck(backend, family, recompute, gamma, reduction):
+    logits, target, weight, sample_weight = sample(5, torch.float64)
+    logits, target, sample_weight = logits[::3], target[::3], sample_weight[::3]
+    options = {
+        "activation": family,
+        "gamma": gamma,
+        "reduction": reduction,
+        "recompute": recompute,
+        "label_smoothing": 0.1 if gamma == 1 else 0.0,
+        "sample_weight": sample_weight,
+        "backend": backend.argument,
+    }
+    x = logits.clamp(-6, 6).requires_grad_()
+    assert gradcheck(lambda x: class_balanced_loss(x, target, weight, **options), x)
+
+
+@pytest.mark.parametrize("incoming", (1.0, -1.0, 0.0, 0.25, 65536.0), ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@MODES
+@FAMILY
+def test_incoming_gradient(backend, family, recompute, dtype, incoming):
+    logits, target, weight, _ = sample(10, dtype)
+    options = {"activation": family, "gamma": 0.5}
+    leaf = logits.clone().requires_grad_()
+    loss = class_balanced_loss(
+        leaf, target, weight, recompute=recompute, backend=backend.argument, **options
+    )
+    (loss * incoming).backward()
+    want = oracle(logits, target, weight, **options)[1] * incoming
+    if dtype == torch.float16 and not recompute:  # stored with a subnormal's error, then scaled
+        want = torch.where(want.abs() > abs(incoming) * 2.0**-14, want, leaf.grad.double())
+    assert_grad(leaf.grad, want, dtype)
+
+
+@pytest.mark.parametrize("scale", (2.0**16, 2.0**24), ids=str)
+def test_float16_gradient_does_not_underflow_before_the_loss_scaler(backend, scale):
+    """1/N below the smallest subnormal: a stored gradient would be 0, so float16 recomputes."""
+    N = 2**17
+    logits, target = torch.zeros(N, 2, dtype=torch.float16), torch.zeros(N, dtype=torch.int64)
+    logits[:, 0] = 10
+    leaf = logits.requires_grad_()
+    (class_balanced_loss(leaf, target, backend=backend.argument) * scale).backward()
+    want = scale / N / (1 + torch.tensor(10.0).exp().item())
+    assert leaf.grad[:, 1].double() == pytest.approx(want, rel=1e-3, abs=6e-8)
+
+
+@MODES
+@FAMILY
+@pytest.mark.parametrize("C", (10, 65), ids="C{}".format)
+def test_vector_of_incoming_gradients(backend, family, recompute, C):
+    logits, target, weight, _ = sample(C, torch.float64)
+    incoming = torch.linspace(-2, 3, len(target), dtype=torch.float64)
+    incoming[4] = 0
+    leaf = logits.clone().requires_grad_()
+    options = {"activation": family, "gamma": 2.0, "reduction": "none"}
+    loss = class_balanced_loss(
+        leaf, target, weight, recompute=recompute, backend=backend.argument, **options
+    )
+    loss.backward(incoming)
+    assert_grad(leaf.grad, oracle(logits, target, weight, incoming, **options)[1], torch.float64)
+
+
+@pytest.mark.parametrize("first", (1.0, -3.0), ids=str)
+@pytest.mark.parametrize("reduction", ("none", "mean"))
+@MODES
+@FAMILY
+def test_second_backward_of_a_kept_graph(backend, family, recompute, reduction, first):
+    logits, target, weight, _ = sample(10, torch.float64)
+    leaf = logits.clone().requires_grad_()
+    middle = leaf * 1
+    loss = class_balanced_loss(
+        middle, target, weight, activation=family, reduction=reduction, recompute=recompute,
+        backend=backend.argument,
+    )  # fmt: skip
+    (a,) = torch.autograd.grad(loss, leaf, torch.full_like(loss, first), retain_graph=True)
+    kept = a.clone()
+    a.mul_(7)  # the caller's own now
+    (b,) = torch.autograd.grad(loss, leaf, torch.full_like(loss, first), retain_graph=True)
+    assert same_bits(b, kept)
+    (c,) = torch.autograd.grad(loss, leaf, torch.ones_like(loss))
+    torch.testing.assert_close(c * first, b, rtol=1e-12, atol=1e-15)
+    assert same_bits(middle.detach(), logits)
+
+
+def test_accumulates_into_the_leaf(backend):
+    logits, target, _, _ = sample(10, torch.float32)
+    leaf = logits.clone().requires_grad_()
+    for _ in range(3):
+        class_balanced_loss(leaf, target, backend=backend.argument).backward()
+    assert_grad(leaf.grad / 3, oracle(logits, target)[1], torch.float32)
+
+
+@pytest.mark.parametrize("reduction", ("none", "mean"))
+@MODES
+def test_second_derivative_is_refused(backend, recompute, reduction):
+    logits, target, _, _ = sample(10, torch.float32)
+    leaf = logits.clone().requires_grad_()
+    loss = class_balanced_loss(
+        leaf, target, reduction=reduction, recompute=recompute, backend=backend.argument
+    )
+    with pytest.raises(RuntimeError, match="backend='reference'"):
+        torch.autograd.grad(loss.sum(), leaf, create_graph=True)
+
+
+@MODES
+def test_without_grad_nothing_is_recorded(backend, recompute):
+    logits, target, _, _ = sample(10, torch.float32)
+    for inplace in (False, True):
+        options = {"recompute": recompute, "inplace": inplace, "backend": backend.argument}
+        before = logits.clone()
+        assert class_balanced_loss(logits, target, **options).grad_fn is None
+        leaf = logits.clone().requires_grad_()
+        middle = leaf * 1
+        with torch.no_grad():
+            loss = class_balanced_loss(middle, target, **options)
+        assert loss.grad_fn is None
+        assert middle._version == 0
+        assert same_bits(middle.detach(), before)
+        assert same_bits(logits, before)
+
+
+# In place -----------------------------------------------------------------------------------------
+
+
+def in_place(logits, target, backend, **options):
+    return class_balanced_loss(logits, target, inplace=True, backend=backend.argument, **options)
+
+
+@pytest.mark.parametrize(
+    "view", (lambda x: x, lambda x: x[:], lambda x: x.view(-1, 10)[2:], lambda x: x.t().t()),
+    ids=("leaf", "slice", "view", "transposed"),
+)  # fmt: skip
+@MODES
+def test_inplace_refuses_a_leaf(backend, view, recompute):
+    leaf = torch.zeros(6, 10, requires_grad=True)
+    logits = view(leaf)
+    with pytest.raises(ValueError, match="leaf"):
+        in_place(logits, torch.zeros(len(logits)).long(), backend, recompute=recompute)
+    assert (leaf == 0).all()
+
+
+@pytest.mark.parametrize("shape", ((6, 1), (1, 10), (1, 1)), ids=("classes", "rows", "both"))
+def test_inplace_refuses_logits_that_overlap(backend, shape):
+    leaf = torch.zeros(shape, requires_grad=True)
+    logits = (leaf * 1).expand(6, 10)
+    with pytest.raises(ValueError, match="expand"):
+        in_place(logits, torch.zeros(6).long(), backend)
+
+
+def test_inplace_refuses_windows_that_overlap(backend):
+    leaf = torch.zeros(20, requires_grad=True)
+    logits = (leaf * 1).as_strided((6, 10), (2, 1))
+    with pytest.raises(ValueError, match="overlap"):
+        in_place(logits, torch.zeros(6).long(), backend)
+
+
+@MODES
+@FAMILY
+def test_inplace_writes_the_gradient_over_the_logits(backend, family, recompute):
+    logits, target, _, _ = sample(10, torch.float32)
+    leaf = logits.clone().requires_grad_()
+    middle = leaf * 1
+    version = middle._version
+    loss = in_place(middle, target, backend, activation=family, recompute=recompute)
+    if recompute:
+        assert same_bits(middle.detach(), logits)
+    else:
+        assert middle._version > version
+    loss.backward()
+    assert middle._version > version
+    want = oracle(logits, target, activation=family)[1]
+    assert_grad(middle.detach(), want, torch.float32)
+    assert_grad(leaf.grad, want, torch.float32)
+
+
+@MODES
+def test_inplace_and_a_consumer_that_saved_the_logits(backend, recompute):
+    logits, target, _, _ = sample(10, torch.float32)
+    middle = logits.clone().requires_grad_() * 1
+    other = (middle**2).sum()
+    loss = in_place(middle, target, backend, recompute=recompute)
+    if recompute:
+        loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        other.backward()
+
+
+@pytest.mark.parametrize("shape", ((2, 5, 3, 4), (2, 70, 3, 4), (10,)), ids=str)
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+@MODES
+def test_inplace_images(backend, recompute, layout, shape):
+    """Written into the caller's own tensor, or refused; never into a copy."""
+    logits = torch.linspace(-3, 3, torch.Size(shape).numel()).sin().reshape(shape)
+    if layout == "channels_last" and len(shape) == 4:
+        logits = logits.contiguous(memory_format=torch.channels_last)
+    rows = shape[:1] + shape[2:] if len(shape) > 1 else ()
+    target = torch.arange(torch.Size(rows).numel()).reshape(rows) % 5
+    leaf = logits.clone().requires_grad_()
+    middle = leaf * 1
+    in_place(middle, target, backend, recompute=recompute).backward()
+    batched = logits if len(shape) > 1 else logits[None]
+    want = oracle(batched, target if rows else target[None])[1].reshape(shape)
+    assert middle.is_contiguous() == logits.is_contiguous()
+    for got in (leaf.grad, middle.detach()):
+        torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=1e-6)
+
+
+# Autocast and memory ------------------------------------------------------------------------------
+
+
+@HALF
+@FAMILY
+def test_autocast(backend, family, dtype):
+    """The logits keep their type, no copy; the loss is float32; the layer below is trained."""
+    head = torch.nn.Linear(6, 10)
+    features, target = torch.randn(8, 6), torch.arange(8)
+    with torch.autocast("cpu", dtype=dtype):
+        logits = head(features)
+        loss = class_balanced_loss(logits, target, activation=family, backend=backend.argument)
+    assert logits.dtype == dtype
+    assert loss.dtype == torch.float32
+    logits.retain_grad()
+    loss.backward()
+    assert_grad(logits.grad, oracle(logits, target, activation=family)[1], dtype)
+    assert head.weight.grad.dtype == torch.float32
+    assert head.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("inplace", (False, True), ids=("", "inplace"))
+@pytest.mark.parametrize("C", (10, 2000), ids="C{}".format)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@MODES
+@FAMILY
+def test_saved_for_backward(backend, family, recompute, dtype, C, inplace):
+    """One N×C tensor, the gradient or the logits themselves, and at most three numbers a row."""
+    N = 16
+    leaf = torch.zeros(N, C, dtype=dtype, requires_grad=True)
+    logits = leaf * 1
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        class_balanced_loss(
+            logits, torch.arange(N) % C, activation=family, recompute=recompute, inplace=inplace,
+            backend=backend.argument,
+        )  # fmt: skip
+    large = [t for t in saved if t.numel() >= N * C and t.numel() > 3 * N]
+    assert len(large) == 1
+    assert (large[0].data_ptr() == logits.data_ptr()) == (recompute or inplace)
+    assert large[0].dtype == dtype
+    small = sum(t.numel() for t in saved) - N * C
+    assert small <= 4 * N

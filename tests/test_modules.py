@@ -1,0 +1,165 @@
+"""ClassBalancedLoss: the function with the weights of class counts, as a module."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import io
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from conftest import FAMILIES, REDUCTIONS
+
+from cbloss_fused import ClassBalancedLoss, class_balanced_loss, class_balanced_weights
+
+COUNTS = [100, 10, 1, 40]
+LOGITS = torch.linspace(-3, 3, 24).reshape(6, 4).sin() * 4
+TARGET = torch.tensor([0, 1, 2, 3, 0, 2])
+OPTIONS = {
+    "default": {},
+    "focal": {"activation": "sigmoid", "gamma": 0.5},
+    "smoothed": {"label_smoothing": 0.1, "reduction": "sum"},
+    "none": {"reduction": "none", "gamma": 2.0},
+    "weighted": {"reduction": "weighted_mean", "ignore_index": 2},
+    "reference": {"backend": "reference", "gamma": 1.0},
+    "recompute": {"recompute": True, "ignore_index": None},
+    "inplace": {"inplace": True},
+}
+GIVEN = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
+
+
+def run(loss_fn, *args, **kwargs):
+    leaf = LOGITS.clone().requires_grad_()
+    loss = loss_fn(leaf * 1, *args, **kwargs)
+    loss.sum().backward()
+    return loss.detach(), leaf.grad
+
+
+@GIVEN
+def test_is_the_function_with_these_weights(options):
+    weight = class_balanced_weights(COUNTS, 0.9)
+    loss, grad = run(ClassBalancedLoss(COUNTS, 0.9, **options), TARGET)
+    want = run(lambda x: class_balanced_loss(x, TARGET, weight, **options))
+    assert torch.equal(loss, want[0])
+    assert torch.equal(grad, want[1])
+
+
+@pytest.mark.parametrize("activation", FAMILIES)
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_options_change_the_result(activation, reduction):
+    loss_fn = ClassBalancedLoss(COUNTS, 0.9, activation=activation, reduction=reduction)
+    other = ClassBalancedLoss(COUNTS, 0.9, activation=activation, reduction=reduction, gamma=1.0)
+    assert not torch.equal(run(loss_fn, TARGET)[0], run(other, TARGET)[0])
+
+
+def test_sample_weight_and_normalizer_come_with_the_batch():
+    s, weight = torch.rand(6), class_balanced_weights(COUNTS, 0.9)
+    loss, grad = run(ClassBalancedLoss(COUNTS, 0.9), TARGET, s, 5.0)
+    want = run(lambda x: class_balanced_loss(x, TARGET, weight, sample_weight=s, normalizer=5.0))
+    assert torch.equal(loss, want[0])
+    assert torch.equal(grad, want[1])
+
+
+@pytest.mark.parametrize("form", (list, torch.tensor, np.array), ids=("list", "tensor", "array"))
+def test_weights(form):
+    counts = form(COUNTS)
+    loss_fn = ClassBalancedLoss(counts, 0.99)
+    assert torch.equal(loss_fn.weight, class_balanced_weights(COUNTS, 0.99))
+    assert loss_fn.weight.dtype == torch.float32
+    assert loss_fn.weight.sum().item() == pytest.approx(4)
+    assert not list(loss_fn.parameters())
+    per_class = torch.tensor([0.9, 0.99, 0.5, 0.0])
+    assert torch.equal(
+        ClassBalancedLoss(counts, per_class).weight, class_balanced_weights(COUNTS, per_class)
+    )
+    zero = ClassBalancedLoss([5, 0, 1], empty="zero")
+    assert torch.equal(zero.weight, class_balanced_weights([5, 0, 1], empty="zero"))
+
+
+@GIVEN
+def test_state_dict_round_trip(options):
+    loss_fn = ClassBalancedLoss(COUNTS, 0.9, **options)
+    assert list(loss_fn.state_dict()) == ["weight"]
+    buffer = io.BytesIO()
+    torch.save(loss_fn.state_dict(), buffer)
+    buffer.seek(0)
+    other = ClassBalancedLoss([1, 1, 1, 1], 0.0, **options)
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    assert torch.equal(run(other, TARGET)[0], run(loss_fn, TARGET)[0])
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        ClassBalancedLoss([1, 2, 3], 0.9).load_state_dict(loss_fn.state_dict())
+
+
+@pytest.mark.parametrize(
+    "clone", (copy.deepcopy, copy.copy, lambda m: pickle.loads(pickle.dumps(m))),
+    ids=("deepcopy", "copy", "pickle"),
+)  # fmt: skip
+@GIVEN
+def test_copies(options, clone):
+    loss_fn = ClassBalancedLoss(COUNTS, 0.9, **options)
+    other = clone(loss_fn)
+    assert other.extra_repr() == loss_fn.extra_repr()
+    assert torch.equal(run(other, TARGET)[0], run(loss_fn, TARGET)[0])
+    assert torch.equal(run(other, TARGET)[1], run(loss_fn, TARGET)[1])
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16, torch.float16), ids=str)
+def test_to_dtype(dtype):
+    """A model cast with its loss still trains; the loss stays a float32 or float64 one."""
+    loss_fn = ClassBalancedLoss(COUNTS, 0.9).to(dtype)
+    assert loss_fn.weight.dtype == dtype
+    loss = loss_fn(LOGITS.to(dtype).requires_grad_(), TARGET)
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    want = class_balanced_loss(LOGITS.to(dtype).double(), TARGET, loss_fn.weight.double())
+    assert loss.item() == pytest.approx(want.item(), rel=2e-5)
+
+
+def test_to_another_device():
+    loss_fn = ClassBalancedLoss(COUNTS, 0.9).to("meta")
+    assert loss_fn.weight.device.type == "meta"
+    assert loss_fn(LOGITS.to("meta"), TARGET.to("meta")).device.type == "meta"
+    with pytest.raises(ValueError, match="weight must be on input's device cpu, got meta"):
+        loss_fn(LOGITS, TARGET)
+
+
+def test_extra_repr():
+    assert repr(ClassBalancedLoss(COUNTS)) == "ClassBalancedLoss(num_classes=4, beta=0.999)"
+    loss_fn = ClassBalancedLoss(COUNTS, 0.9, activation="sigmoid", gamma=0.5, ignore_index=None)
+    assert loss_fn.extra_repr() == (
+        "num_classes=4, beta=0.9, activation='sigmoid', gamma=0.5, ignore_index=None"
+    )
+    assert "beta per class" in repr(ClassBalancedLoss(COUNTS, torch.full((4,), 0.9)))
+
+
+def test_takes_every_option_of_the_function():
+    ours = inspect.signature(ClassBalancedLoss.__init__).parameters
+    batch = inspect.signature(ClassBalancedLoss.forward).parameters
+    for name, parameter in inspect.signature(class_balanced_loss).parameters.items():
+        if name == "weight":
+            continue
+        assert name in ours or name in batch
+        if name in ours:
+            assert ours[name].default == parameter.default
+
+
+BAD = {
+    "empty-class": ({"counts": [5, 0, 3]}, ValueError, "1"),
+    "negative-count": ({"counts": [5, -1, 3]}, ValueError, "-1"),
+    "beta": ({"beta": 1.5}, ValueError, "beta"),
+    "activation": ({"activation": "relu"}, ValueError, "activation"),
+    "gamma": ({"gamma": -1.0}, ValueError, "gamma"),
+    "smoothing": ({"label_smoothing": 1.0}, ValueError, "label_smoothing"),
+    "reduction": ({"reduction": "avg"}, ValueError, "reduction"),
+    "backend": ({"backend": "tpu"}, ValueError, "backend"),
+    "ignore_index": ({"ignore_index": "none"}, TypeError, "ignore_index"),
+    "inplace": ({"inplace": True, "backend": "reference"}, ValueError, "inplace"),
+    "unknown": ({"gama": 2.0}, TypeError, "gama"),
+}
+
+
+@pytest.mark.parametrize("changes, error, text", BAD.values(), ids=BAD.keys())
+def test_bad_options_raise_when_it_is_made(changes, error, text):
+    with pytest.raises(error, match=text):
+        ClassBalancedLoss(**{"counts": COUNTS} | changes)

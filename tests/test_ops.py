@@ -1,0 +1,234 @@
+"""The operators under opcheck, torch.compile and torch.export; backends(); no library."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+import torch._dynamo.testing
+from conftest import DTYPES, FAMILIES, assert_grad, name_of, oracle, sample
+
+from cbloss_fused import ClassBalancedLoss, backends, class_balanced_loss, ops
+
+FAMILY = pytest.mark.parametrize("family", FAMILIES)
+TORCH_WARNS = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+def arguments(shape, dtype, family, reduction, vectors):
+    """Of both operators, none of which needs a gradient."""
+    compute = torch.float64 if dtype == torch.float64 else torch.float32
+    logits = torch.linspace(-3, 3, torch.Size(shape).numel()).reshape(shape).to(dtype)
+    rows = shape[:1] + shape[2:]
+    target = torch.arange(torch.Size(rows).numel()).reshape(rows) % shape[1]
+    weight = torch.ones(shape[1], dtype=compute) if vectors else None
+    sample_weight = torch.ones(rows, dtype=compute) if vectors else None
+    normalizer = torch.tensor(3, dtype=compute) if vectors and reduction == "mean" else None
+    return (
+        (logits, target, weight, sample_weight, normalizer, family, 0.5, 0.1, -100, reduction),
+        torch.empty_like(logits),
+        ops.new_saved(target, logits, family),
+    )
+
+
+@TORCH_WARNS
+@pytest.mark.parametrize("vectors", (False, True), ids=("", "vectors"))
+@pytest.mark.parametrize("reduction", ("none", "mean"))
+@pytest.mark.parametrize("shape", ((5, 3), (2, 70, 4)), ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@FAMILY
+def test_opcheck(family, dtype, shape, reduction, vectors):
+    inputs, grad, saved = arguments(shape, dtype, family, reduction, vectors)
+    for buffers in ((None, None), (grad, None), (None, saved)):
+        torch.library.opcheck(ops.loss, (*inputs, *buffers))
+    loss = ops.loss(*inputs, None, saved)
+    logits, target = inputs[:2]
+    torch.library.opcheck(
+        ops.gradient, (logits, target, saved, torch.ones_like(loss), *inputs[5:8], grad)
+    )
+
+
+# torch.compile ------------------------------------------------------------------------------------
+
+COMPILED = {
+    "stored": ((6, 10), torch.float32, {}),
+    "sigmoid-focal": ((6, 10), torch.float32, {"activation": "sigmoid", "gamma": 0.5}),
+    "weighted-mean": ((6, 10), torch.float64, {"reduction": "weighted_mean"}),
+    "bfloat16": ((6, 130), torch.bfloat16, {"gamma": 2.0}),
+    "float16": ((6, 10), torch.float16, {}),  # recomputes
+    "none": ((6, 10), torch.float32, {"reduction": "none", "label_smoothing": 0.1}),
+    "inplace": ((6, 10), torch.float32, {"inplace": True}),
+    "inplace-recompute": ((6, 10), torch.float32, {"inplace": True, "recompute": True}),
+    "normalizer": ((6, 10), torch.float32, {"normalizer": torch.tensor(3.0)}),
+    "no-ignore": ((6, 10), torch.float32, {"ignore_index": None}),
+    "image": ((6, 5, 3, 4), torch.float32, {}),
+    "image-none": ((6, 5, 3, 4), torch.float32, {"reduction": "none", "activation": "sigmoid"}),
+    "reference": ((6, 10), torch.float32, {"backend": "reference", "gamma": 2.0}),
+}
+
+
+def batch(shape, dtype, n):
+    shape = (n, *shape[1:])
+    logits = (torch.linspace(-3, 3, torch.Size(shape).numel()).reshape(shape) * 1.7).sin().to(dtype)
+    rows = shape[:1] + shape[2:]
+    return logits, torch.arange(torch.Size(rows).numel()).reshape(rows) % shape[1]
+
+
+@TORCH_WARNS
+@pytest.mark.parametrize(
+    "compiler, name",
+    [
+        *(("aot_eager", name) for name in COMPILED),
+        *(("inductor", name) for name in ("stored", "float16", "inplace", "image-none")),
+    ],
+)
+def test_compile(name, compiler):
+    shape, dtype, options = COMPILED[name]
+    weight = torch.rand(shape[1]) + 0.5
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend(compiler)
+
+    def step(x, y, weight):
+        return class_balanced_loss(x * 1.5, y, weight, **options) * 2
+
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    for n in (6, 6, 9, 33):
+        logits, target = batch(shape, dtype, n)
+        results = []
+        for function in (step, compiled):
+            leaf = logits.clone().requires_grad_()
+            y = target.clone()
+            if n > 6 or function is compiled:
+                torch._dynamo.mark_dynamic(leaf, 0)
+                torch._dynamo.mark_dynamic(y, 0)
+            loss = function(leaf, y, weight)
+            loss.backward(torch.linspace(0.5, 2, loss.numel()).to(loss).reshape(loss.shape))
+            results.append((loss.detach(), leaf.grad))
+        rtol = 0.02 if dtype.itemsize == 2 else 1e-5
+        torch.testing.assert_close(results[1][0], results[0][0])
+        torch.testing.assert_close(results[1][1], results[0][1], rtol=rtol, atol=1e-5)
+    assert counter.frame_count <= 2
+
+
+@TORCH_WARNS
+@FAMILY
+def test_compile_a_model_with_its_loss(family):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    head = torch.nn.Linear(6, 10)
+    loss_fn = ClassBalancedLoss(range(1, 11), 0.9, activation=family, gamma=0.5)
+    features, target = torch.randn(8, 6), torch.arange(8)
+    want = loss_fn(head(features), target)
+    want.backward()
+    expected, head.weight.grad = head.weight.grad, None
+
+    compiled = torch.compile(lambda x, y: loss_fn(head(x), y), fullgraph=True, backend="aot_eager")
+    loss = compiled(features, target)
+    loss.backward()
+    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(head.weight.grad, expected)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(features, target), want.detach())
+
+
+class Model(torch.nn.Module):
+    def __init__(self, reduction):
+        super().__init__()
+        self.head = torch.nn.Linear(6, 10)
+        self.loss = ClassBalancedLoss(range(1, 11), 0.9, gamma=0.5, reduction=reduction)
+
+    def forward(self, features, target):
+        return self.loss(self.head(features), target)
+
+
+@TORCH_WARNS
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+def test_export(tmp_path, reduction):
+    model, features, target = Model(reduction).eval(), torch.randn(8, 6), torch.arange(8)
+    n = torch.export.Dim("n", min=2)
+    with torch.no_grad():
+        program = torch.export.export(
+            model, (features, target), dynamic_shapes={"features": {0: n}, "target": {0: n}}
+        )
+        torch.export.save(program, tmp_path / "model.pt2")
+        loaded = torch.export.load(tmp_path / "model.pt2").module()
+        for rows in (8, 3):
+            got = loaded(features[:rows], target[:rows])
+            torch.testing.assert_close(got, model(features[:rows], target[:rows]))
+
+
+# What runs where ----------------------------------------------------------------------------------
+
+
+def test_backends_tells_what_cpu_tensors_get():
+    found = backends()
+    assert all(isinstance(text, str) and text for text in found.values())
+    if ops.missing is not None:
+        assert found["cpu"] == f"reference: {ops.missing}"
+        return
+    names = torch.ops.cbloss_fused._set_isa("").split()
+    assert names[-1] == "baseline"
+    assert "fused" in found["cpu"]
+    assert names[0] in found["cpu"]
+    assert "reference" in found["other"]
+
+
+@pytest.mark.skipif(ops.missing is not None, reason="no library")
+def test_instruction_sets_can_be_chosen_and_a_wrong_name_is_refused():
+    for name in torch.ops.cbloss_fused._set_isa("").split():
+        assert name in torch.ops.cbloss_fused._set_isa(name).split()
+    with pytest.raises(ValueError, match=r"'sse9'.*baseline"):
+        torch.ops.cbloss_fused._set_isa("sse9")
+    torch.ops.cbloss_fused._set_isa("")
+
+
+WITHOUT_LIBRARY = """
+import json, sys, warnings
+sys.modules["cbloss_fused._C"] = None
+import torch, cbloss_fused
+results = []
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for family, recompute in json.loads(sys.argv[1]):
+        x = torch.linspace(-3, 3, 40, dtype=torch.float64).reshape(4, 10).sin().requires_grad_()
+        loss = cbloss_fused.class_balanced_loss(
+            x, torch.tensor([0, 3, -100, 9]), activation=family, gamma=0.5, recompute=recompute
+        )
+        loss.backward()
+        results.append([loss.item(), x.grad.tolist()])
+texts = [str(w.message) for w in caught]
+print(json.dumps([results, texts, cbloss_fused.backends(), caught[0].filename if caught else ""]))
+"""
+
+
+def test_without_the_library_the_reference_serves_and_says_so_once():
+    cases = list(product(FAMILIES, (False, True)))
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_LIBRARY, json.dumps(cases)],
+        capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent,
+    )  # fmt: skip
+    results, warned, found, _ = json.loads(done.stdout)
+    x = torch.linspace(-3, 3, 40, dtype=torch.float64).reshape(4, 10).sin()
+    for (family, _), (loss, grad) in zip(cases, results, strict=True):
+        want = oracle(x, torch.tensor([0, 3, -100, 9]), activation=family, gamma=0.5)
+        assert loss == pytest.approx(want[0].item(), rel=1e-12)
+        assert_grad(torch.tensor(grad, dtype=torch.float64), want[1], torch.float64)
+    assert len(warned) == 1
+    assert "cbloss_fused" in warned[0]
+    reason = found["cpu"].removeprefix("reference: ")
+    assert reason != found["cpu"]
+    assert reason in warned[0]
+
+
+def test_the_fallback_operators_are_what_is_registered():
+    """On a device without kernels the dispatcher finds the Python implementation."""
+    logits, target, _, _ = sample(10, torch.float32)
+    keys = torch._C._dispatch_dump("cbloss_fused::loss")
+    assert "CompositeExplicitAutograd" in keys
+    tensors = logits.to("meta"), target.to("meta"), None, None, None
+    meta = ops.loss(*tensors, "softmax", 0.0, 0.0, -100, "mean", None, None)
+    assert meta.device.type == "meta"

@@ -1,0 +1,154 @@
+"""The reference itself: its two implementations against each other, its derivatives, torch.func."""
+
+from __future__ import annotations
+
+import mpmath
+import pytest
+import torch
+from conftest import FAMILIES, GAMMAS, IGNORED, REDUCTIONS, assert_grad, assert_loss, sample
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.autograd import gradcheck, gradgradcheck
+
+from cbloss_fused import class_balanced_loss, reference
+
+FAMILY = pytest.mark.parametrize("family", FAMILIES)
+FOCAL = pytest.mark.parametrize("gamma", GAMMAS, ids="g{}".format)
+SMOOTHING = pytest.mark.parametrize("eps", (0.0, 0.1), ids="s{}".format)
+
+
+@st.composite
+def problems(draw):
+    """Logits, targets, weights and options of any shape."""
+    N, C = draw(st.integers(1, 6)), draw(st.integers(1, 12))
+    rest = tuple(draw(st.lists(st.integers(1, 4), max_size=2)))
+    g = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    size = draw(st.sampled_from((1e-3, 1.0, 10.0, 300.0)))
+    logits = size * torch.randn(N, C, *rest, generator=g, dtype=torch.float64)
+    target = torch.randint(C, (N, *rest), generator=g)
+    ignore_index = draw(st.sampled_from((None, -100, 0)))
+    weight = torch.rand(C, generator=g, dtype=torch.float64) if draw(st.booleans()) else None
+    sample_weight = torch.rand(target.shape, generator=g) if draw(st.booleans()) else None
+    reduction = draw(st.sampled_from(REDUCTIONS))
+    normalizer = torch.tensor(3.0) if reduction == "mean" and draw(st.booleans()) else None
+    gamma = draw(st.sampled_from(GAMMAS) | st.floats(0, 6))
+    return (logits, target, weight, sample_weight, normalizer), {
+        "activation": draw(st.sampled_from(FAMILIES)),
+        "gamma": gamma,
+        "label_smoothing": draw(st.sampled_from((0.0, 0.1, 0.9))),
+        "ignore_index": ignore_index,
+        "reduction": reduction,
+    }
+
+
+@given(problems())
+@settings(max_examples=300)
+def test_explicit_gradient_is_autograd_of_the_loss(problem):
+    (logits, *rest), options = problem
+    leaf = logits.clone().requires_grad_()
+    want = reference.loss(leaf, *rest, **options)
+    (g,) = torch.autograd.grad(want.sum(), leaf)
+    loss, grad, scale = reference.loss_and_grad(logits, *rest, **options)
+    assert_loss(loss, want.detach(), torch.float64, logits.shape[1])
+    assert_grad(grad, g, torch.float64)
+
+    formula = {key: options[key] for key in ("activation", "gamma", "label_smoothing")}
+    incoming = torch.tensor(-2.5, dtype=torch.float64)
+    again = reference.gradient(logits, rest[0], scale, incoming, **formula)
+    assert_grad(again, -2.5 * g, torch.float64)
+    incoming = torch.linspace(-1, 2, scale.numel(), dtype=torch.float64).reshape(scale.shape)
+    again = reference.gradient(logits, rest[0], scale, incoming, **formula)
+    assert_grad(again, incoming.unsqueeze(1) * g, torch.float64)
+
+
+@SMOOTHING
+@FOCAL
+@FAMILY
+def test_against_forty_digits(family, gamma, eps):
+    """The formulas of the paper, written down once more and evaluated with mpmath."""
+    z = [[0.5, -1.0, 2.0], [40.0, 1.0, 0.25], [-60.0, 3.0, 90.0], [300.0, -300.0, 0.0]]
+    target = [2, 0, 0, 1]
+    with mpmath.workdps(400):
+        want = [exact(family, gamma, eps, row, y) for row, y in zip(z, target, strict=True)]
+    loss = reference.loss(
+        torch.tensor(z, dtype=torch.float64), torch.tensor(target),
+        activation=family, gamma=gamma, label_smoothing=eps, reduction="none",
+    )  # fmt: skip
+    assert_loss(loss, torch.tensor(want, dtype=torch.float64), torch.float64)
+
+
+def exact(family, gamma, eps, row, y):
+    z, C = [mpmath.mpf(v) for v in row], len(row)
+    t = [(1 - mpmath.mpf(eps)) * (j == y) + mpmath.mpf(eps) / C for j in range(C)]
+    if family == "softmax":
+        e = [mpmath.exp(v) for v in z]
+        q, lse = (sum(e) - e[y]) / sum(e), mpmath.log(sum(e))
+        hard = (1 - mpmath.mpf(eps)) * q**gamma * (lse - z[y])
+        return float(hard + mpmath.mpf(eps) / C * sum(lse - v for v in z))
+
+    def element(s):
+        p = 1 / (1 + mpmath.exp(-s))
+        return (1 - p) ** gamma * -mpmath.log(p) if p < 1 else mpmath.mpf(0)
+
+    return float(
+        sum(t_j * element(v) + (1 - t_j) * element(-v) for t_j, v in zip(t, z, strict=True))
+    )
+
+
+# Derivatives --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@SMOOTHING
+@FOCAL
+@FAMILY
+def test_first_and_second_derivatives(family, gamma, eps, reduction):
+    logits, target, weight, sample_weight = sample(4, torch.float64)
+    rows = slice(14, 18)
+    target = target[rows].clone()
+    target[1] = IGNORED
+
+    def loss(x):
+        return class_balanced_loss(
+            x, target, weight, sample_weight=sample_weight[rows], activation=family, gamma=gamma,
+            label_smoothing=eps, reduction=reduction, backend="reference",
+        )  # fmt: skip
+
+    x = logits[rows].clamp(-6, 6).requires_grad_()
+    assert gradcheck(loss, x)
+    assert gradgradcheck(loss, x)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch.func.jvp's own
+@FOCAL
+@FAMILY
+def test_func_grad_and_vmap(family, gamma):
+    logits, target, weight, _ = sample(10, torch.float64)
+    target = target.clamp(min=0)
+
+    def row_loss(x, y):
+        return class_balanced_loss(
+            x, y, weight, activation=family, gamma=gamma, reduction="sum", backend="reference"
+        )
+
+    leaf = logits.clone().requires_grad_()
+    options = {"activation": family, "gamma": gamma, "reduction": "none"}
+    losses = class_balanced_loss(leaf, target, weight, **options)
+    losses.sum().backward()
+    assert_grad(torch.func.grad(row_loss)(logits, target), leaf.grad, torch.float64)
+    per_sample = torch.func.vmap(torch.func.grad(row_loss))(logits, target)
+    assert_grad(per_sample, leaf.grad, torch.float64)
+    assert_loss(torch.func.vmap(row_loss)(logits, target), losses.detach(), torch.float64)
+    ones = (torch.ones_like(logits),)
+    _, tangent = torch.func.jvp(lambda x: row_loss(x, target), (logits,), ones)
+    assert tangent.item() == pytest.approx(leaf.grad.sum().item(), abs=1e-10)
+
+
+@pytest.mark.parametrize("transform", (torch.func.grad, torch.func.vmap, torch.func.jacrev))
+def test_func_of_the_kernels_says_what_to_do(transform):
+    def loss(x):
+        return class_balanced_loss(x, torch.tensor(1))
+
+    x = torch.zeros(2, 3) if transform is torch.func.vmap else torch.zeros(3)
+    with pytest.raises(NotImplementedError, match="backend='reference'"):
+        transform(loss)(x)
