@@ -225,8 +225,8 @@ def _classes(
     A CPU target out of range raises here. Nothing may synchronise on other devices, and no value
     is known while torch.compile or torch.func traces: there such a row becomes NaN.
     """
-    keep = None if ignore_index is None else target != ignore_index
-    y = target.long()
+    y = target.long()  # first: -100 would wrap around in a uint8
+    keep = None if ignore_index is None else y != ignore_index
     if keep is not None:
         y = torch.where(keep, y, 0)
     if target.device.type == "cpu" and not tracing():
@@ -243,6 +243,7 @@ def tracing() -> bool:
 
 def check_target(target: Tensor, num_classes: int, ignore_index: int | None = -100) -> None:
     """Raise IndexError for the first target that is no class; see `functional.check_target`."""
+    target = target.long()
     bad = (target < 0) | (target >= num_classes)
     if ignore_index is not None:
         bad &= target != ignore_index

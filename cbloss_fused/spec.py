@@ -5,6 +5,7 @@ What needs the values inside a tensor (targets in range, weights >= 0) is checke
 
 from __future__ import annotations
 
+from itertools import pairwise
 from math import inf
 from typing import NamedTuple
 
@@ -47,6 +48,8 @@ def check_options(
         raise ValueError(_choice("reduction", reduction, REDUCTIONS))
     if backend is not None and backend not in BACKENDS:
         raise ValueError(_choice("backend", backend, (None, *BACKENDS)))
+    _check_number("gamma", gamma)
+    _check_number("label_smoothing", label_smoothing)
     if not 0 <= gamma < inf:
         raise ValueError(f"gamma must be finite and >= 0, got {gamma}")
     if not 0 <= label_smoothing < 1:
@@ -128,8 +131,21 @@ def check_inplace(input: Tensor) -> None:
             "inplace=True would write the gradient over a leaf (a parameter or an input): "
             "pass logits that the model computed"
         )
-    if torch._debug_has_internal_overlap(input) == 1:
-        raise ValueError("inplace=True needs logits that do not overlap themselves, got an expanded one")
+    span = 0  # of the dimensions with smaller strides
+    for stride, size in sorted(zip(input.stride(), input.shape, strict=True)):
+        if size > 1 and stride <= span:
+            raise ValueError(
+                "inplace=True needs logits that do not overlap themselves, got an "
+                f"expanded or overlapping one of shape {tuple(input.shape)} with strides {input.stride()}"
+            )
+        span += (size - 1) * stride
+    dims = [(n, stride) for n, stride in zip(input.shape[2:], input.stride()[2:], strict=True) if n > 1]
+    for (_, outer), (n, inner) in pairwise(dims):
+        if outer != n * inner:
+            raise ValueError(
+                "inplace=True needs logits that can be viewed as (N, C, d1 * ... * dk), got shape "
+                f"{tuple(input.shape)} with strides {input.stride()}"
+            )
 
 
 def normalizer_tensor(
@@ -144,6 +160,7 @@ def normalizer_tensor(
     if isinstance(normalizer, Tensor):
         _check_vector("normalizer", normalizer, (), input)
         return normalizer.to(dtype)
+    _check_number("normalizer", normalizer)
     if not 0 < normalizer < inf:
         raise ValueError(f"normalizer must be positive and finite, got {normalizer}")
     return torch.full((), normalizer, dtype=dtype, device=input.device)
@@ -170,6 +187,11 @@ def _check_vector(name: str, vector: Tensor, shape: tuple[int, ...], input: Tens
         raise ValueError(f"{name} must be on input's device {input.device}, got {vector.device}")
     if vector.requires_grad:
         raise ValueError(f"{name} requires grad, but only input is differentiated: detach it")
+
+
+def _check_number(name: str, value: object) -> None:
+    if not hasattr(value, "__float__"):
+        raise TypeError(f"{name} must be a number, got {value!r}")
 
 
 def _choice(name: str, given: object, valid: tuple[object, ...]) -> str:

@@ -112,6 +112,22 @@ def loss_and_grad(
     return loss.detach(), grad
 
 
+def operator_arguments(
+    logits: Tensor,
+    target: Tensor,
+    family: str,
+    gamma: float = 0.5,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    vectors: tuple[Tensor | None, ...] = (None, None, None),
+) -> tuple[tuple[object, ...], Tensor, tuple[object, ...]]:
+    """Arguments of the operator loss up to its buffers, its loss buffer, the formula of gradient."""
+    formula = (family == "sigmoid", gamma, label_smoothing)
+    number = REDUCTIONS.index(reduction)
+    arguments = (logits, target, *vectors, *formula, IGNORED, number)
+    return arguments, ops.new_loss(logits, target, number), formula
+
+
 # Oracle -------------------------------------------------------------------------------------------
 
 

@@ -175,13 +175,12 @@ def test_float16_positive_at_minus_20(backend):
 
 # Infinite logits and NaN --------------------------------------------------------------------------
 
-Y, OTHER = 1, 2  # the target's class, another one
-inf, nan = float("inf"), float("nan")
+Y, OTHER, inf, nan = 1, 2, float("inf"), float("nan")  # the target's class, another one
 
 
 def on_infinite(function):
     for mark in (
-        pytest.mark.parametrize("C", (3, 70), ids="C{}".format),  # vectors of rows, of classes
+        pytest.mark.parametrize("C", (3, 131), ids="C{}".format),  # vectors of rows, of classes
         pytest.mark.parametrize("gamma", (0.0, 0.1, 0.5), ids="g{}".format),
         DTYPE,
     ):
@@ -190,7 +189,7 @@ def on_infinite(function):
 
 
 def special_row(backend, C, dtype, changes, ignored=False, **options):
-    """Loss and gradient of a row with some logits changed, among others that it must not touch."""
+    """A row with some logits changed, among others that it must not touch."""
     logits = torch.linspace(-2, 2, 5 * C, dtype=torch.float64).reshape(5, C).to(dtype)
     target = torch.full((5,), Y)
     weight = torch.full((C,), 2.0)

@@ -11,6 +11,7 @@ from conftest import (
     assert_loss,
     loss_and_grad,
     name_of,
+    operator_arguments,
     oracle,
     same_bits,
 )
@@ -71,7 +72,7 @@ def test_shapes(backend, family, dtype, shape, options):
 @DTYPE
 @FAMILY
 def test_one_sample(backend, family, dtype, options):
-    for C in (3, 100):
+    for C in (3, 131):
         logits, target = random(C, dtype=dtype), torch.tensor(C - 1)
         options = {"activation": family, **options}
         loss, grad = loss_and_grad(
@@ -149,7 +150,7 @@ def test_strides_of_targets_and_sample_weights(backend, family):
 
 # Canaries -----------------------------------------------------------------------------------------
 
-CLASSES = (1, 2, 7, 8, 9, 63, 64, 65, 1000)
+CLASSES = (1, 2, 7, 8, 9, 63, 64, 65, 99, 100, 101, 127, 128, 129, 1000)
 
 
 def framed(values, offset, gap, sentinel):
@@ -175,33 +176,33 @@ def test_nothing_outside_is_read_or_written(backend, family, dtype, C):
     nan, sentinel = float("nan"), 77.0
     logits = random(19 if C < 100 else 3, C, dtype=dtype)
     target = labels(logits)
-    formula = (family, 0.5, 0.0, -100, "mean")
-    grad, saved = torch.empty_like(logits), ops.new_saved(target, logits, family)
-    loss = ops.loss(logits, target, None, None, None, *formula, grad, None)
-    ops.loss(logits, target, None, None, None, *formula, None, saved)
-    again = torch.empty_like(logits)
-    ops.gradient(logits, target, saved, torch.ones_like(loss), *formula[:3], again)
+    arguments, loss, formula = operator_arguments(logits, target, family)
+    grad, again, got = torch.empty_like(logits), torch.empty_like(logits), torch.empty_like(loss)
+    saved = ops.new_saved(logits, target, family == "sigmoid")
+    ops.loss(*arguments, loss, grad, None)
+    ops.loss(*arguments, loss, None, saved)
+    ops.gradient(logits, target, saved, torch.ones_like(loss), *formula, again)
     for offset in range(10):
         buffer, x = framed(logits, offset, offset % 4, nan)
         out, g = framed(torch.full_like(logits, nan), 9 - offset, offset % 3, sentinel)
         frame, s = framed(torch.full_like(saved, nan), offset, 0, sentinel)
         y = torch.full((offset + len(target) + 9,), 10**9)[offset:][: len(target)].copy_(target)
 
-        got = ops.loss(x, y, None, None, None, *formula, g, None)
+        ops.loss(x, y, *arguments[2:], got, g, None)
         assert backend.same(got, loss)  # the NaN around the logits has no influence
         assert backend.same(g, grad)
         assert (outside(out, g) == sentinel).all()
 
-        ops.loss(x, y, None, None, None, *formula, None, s)
+        ops.loss(x, y, *arguments[2:], got, None, s)
         g.fill_(nan)
-        ops.gradient(x, y, s, torch.ones_like(loss), *formula[:3], g)
+        ops.gradient(x, y, s, torch.ones_like(loss), *formula, g)
         assert backend.same(s, saved)
         assert backend.same(g, again)
         assert (outside(out, g) == sentinel).all()
         assert (outside(frame, s) == sentinel).all()
         assert same_bits(x, logits)
 
-        ops.loss(x, y, None, None, None, *formula, x, None)  # in place
+        ops.loss(x, y, *arguments[2:], got, x, None)  # in place
         assert backend.same(x, grad)
         assert outside(buffer, x).isnan().all()
 
@@ -220,7 +221,8 @@ def test_nothing_outside_a_strided_gradient_is_written(backend, family, dtype, l
         buffer = torch.full((3 * logits.numel() + 99,), 77.0, dtype=dtype)
         row = 2 * logits.shape[1] * K + 1
         g = buffer.as_strided(logits.shape, (row, *strides), 5)
-        ops.loss(logits, target, None, None, None, family, 2.0, 0.1, -100, "sum", g, None)
+        arguments, loss, _ = operator_arguments(logits, target, family, 2.0, 0.1, "sum")
+        ops.loss(*arguments, loss, g, None)
         assert (outside(buffer, g) == 77).all()
         grads.append(g)
     rtol = 0.01 if dtype.itemsize == 2 else 1e-5

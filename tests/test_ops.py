@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo.testing
-from conftest import DTYPES, FAMILIES, assert_grad, name_of, oracle, sample
+from conftest import DTYPES, FAMILIES, assert_grad, name_of, operator_arguments, oracle, sample
 
 from cbloss_fused import ClassBalancedLoss, backends, class_balanced_loss, ops
 
@@ -28,11 +28,8 @@ def arguments(shape, dtype, family, reduction, vectors):
     weight = torch.ones(shape[1], dtype=compute) if vectors else None
     sample_weight = torch.ones(rows, dtype=compute) if vectors else None
     normalizer = torch.tensor(3, dtype=compute) if vectors and reduction == "mean" else None
-    return (
-        (logits, target, weight, sample_weight, normalizer, family, 0.5, 0.1, -100, reduction),
-        torch.empty_like(logits),
-        ops.new_saved(target, logits, family),
-    )
+    vectors = (weight, sample_weight, normalizer)
+    return operator_arguments(logits, target, family, 0.5, 0.1, reduction, vectors)
 
 
 @TORCH_WARNS
@@ -42,14 +39,14 @@ def arguments(shape, dtype, family, reduction, vectors):
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 @FAMILY
 def test_opcheck(family, dtype, shape, reduction, vectors):
-    inputs, grad, saved = arguments(shape, dtype, family, reduction, vectors)
-    for buffers in ((None, None), (grad, None), (None, saved)):
-        torch.library.opcheck(ops.loss, (*inputs, *buffers))
-    loss = ops.loss(*inputs, None, saved)
+    inputs, loss, formula = arguments(shape, dtype, family, reduction, vectors)
     logits, target = inputs[:2]
-    torch.library.opcheck(
-        ops.gradient, (logits, target, saved, torch.ones_like(loss), *inputs[5:8], grad)
-    )
+    grad, saved = torch.empty_like(logits), ops.new_saved(logits, target, family == "sigmoid")
+    for buffers in ((None, None), (grad, None), (None, saved)):
+        torch.library.opcheck(ops.loss, (*inputs, loss, *buffers))
+    ops.loss(*inputs, loss, None, saved)
+    incoming = torch.ones_like(loss)
+    torch.library.opcheck(ops.gradient, (logits, target, saved, incoming, *formula, grad))
 
 
 # torch.compile ------------------------------------------------------------------------------------
@@ -229,6 +226,6 @@ def test_the_fallback_operators_are_what_is_registered():
     logits, target, _, _ = sample(10, torch.float32)
     keys = torch._C._dispatch_dump("cbloss_fused::loss")
     assert "CompositeExplicitAutograd" in keys
-    tensors = logits.to("meta"), target.to("meta"), None, None, None
-    meta = ops.loss(*tensors, "softmax", 0.0, 0.0, -100, "mean", None, None)
-    assert meta.device.type == "meta"
+    arguments, loss, _ = operator_arguments(logits.to("meta"), target.to("meta"), "softmax")
+    ops.loss(*arguments, loss, None, None)
+    assert loss.device.type == "meta"
