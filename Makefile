@@ -32,5 +32,5 @@ $(VENV)/bench: $(VENV)/ready
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[bench]"
 	touch $@
 $(VENV)/lint: $(VENV)/torch
-	$(BIN)/pip install --quiet ruff mypy clang-format==21.1.8
+	$(BIN)/pip install --quiet ruff mypy clang-format==23.1.5
 	touch $@

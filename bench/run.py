@@ -24,7 +24,7 @@ import cbloss_fused
 
 from . import measure
 from .cases import CASES, CLASSES, LARGE, QUICK, Case, contestants, problem
-from .measure import Run
+from .measure import Run, Verdict
 from .table import PASSES, Row, report
 
 
@@ -45,6 +45,8 @@ def main() -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     path.with_suffix(".md").write_text(text)
+    wrong = [row for row in rows if row["contestants"]["fused"]["outcome"] is not None]
+    sys.exit(f"fused is wrong or fails in {len(wrong)} of {len(rows)} rows" if wrong else 0)
 
 
 def parse() -> argparse.Namespace:
@@ -115,17 +117,19 @@ def measure_case(case: Case, compiled: int, budget: float) -> list[Row]:
     rows = []
     for title in PASSES:
         runs = [Run(contestant, given, train=PASSES[title] == 2) for contestant in field]
-        outcome = {run.contestant.name: measure.check(case, run, want) for run in runs}
-        rows.append(measure_row(case, title, runs, outcome, budget))
+        verdicts = [measure.check(case, run, want) for run in runs]
+        rows.append(measure_row(case, title, runs, verdicts, budget))
     return rows
 
 
 def measure_row(
-    case: Case, title: str, runs: list[Run], outcome: dict[str, str | None], budget: float
+    case: Case, title: str, runs: list[Run], verdicts: list[Verdict], budget: float
 ) -> Row:
-    results: Row = {name: {"outcome": wrong} for name, wrong in outcome.items()}
-    if outcome["fused"] is None:
-        right = [run for run in runs if outcome[run.contestant.name] is None]
+    results: Row = {
+        run.contestant.name: verdict._asdict() for run, verdict in zip(runs, verdicts, strict=True)
+    }
+    if results["fused"]["outcome"] is None:
+        right = [run for run in runs if results[run.contestant.name]["outcome"] is None]
         calls = 200 if case.shape[0] * case.shape[1] < 1000 else 1
         for run, ms in zip(right, measure.times(right, calls, budget), strict=True):
             results[run.contestant.name] |= measure.summary(ms, measure.peak_extra(run))

@@ -34,7 +34,7 @@ def test_bench(benchmark: BenchmarkFixture, case: Case, name: str) -> None:
     given, want = prepared(case)
     contestant = next(contestant for contestant in contestants(case) if contestant.name == name)
     run = measure.Run(contestant, given, train=True)
-    assert measure.check(case, run, want) is None
+    assert measure.check(case, run, want).outcome is None
     benchmark.group = "x".join(map(str, case.shape))
     rounds = 1000 if len(given.target) < 100 else 20
     benchmark.pedantic(run, setup=lambda: ((run.prepare(),), {}), rounds=rounds, warmup_rounds=1)

@@ -27,10 +27,10 @@ def class_balanced_loss(
     recompute: bool | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Class-balanced softmax, sigmoid or focal loss, with its gradient, in one pass over the logits.
+    """Class-balanced softmax, sigmoid or focal loss and its gradient, in one pass over the logits.
 
-    Each row's loss is multiplied by r = weight[target] * sample_weight, the whole row, in the sigmoid
-    family too. With p = softmax(input) at the target, or p_t = sigmoid(±input) at every class:
+    Each row's loss is multiplied by r = weight[target] * sample_weight: the whole row, in the
+    sigmoid family too. With p = softmax(input) at the target, p_t = sigmoid(±input) at every class:
 
         softmax: r ((1-ε) (1-p)^γ (-log p) + ε/C Σ_j -log p_j)
         sigmoid: r Σ_j (1-p_t)^γ (-log p_t)
@@ -38,39 +38,40 @@ def class_balanced_loss(
     Args:
         input: logits, (C,), (N, C) or (N, C, d1, ..., dk), C >= 1, any strides; float32, bfloat16,
             float16 or float64. Half types are computed in float32.
-        target: class indices in [0, C) or ignore_index; any signed integer type or uint8; (),
-            (N,) or (N, d1, ..., dk).
+        target: class indices in [0, C) or ignore_index; any integer type; (), (N,) or
+            (N, d1, ..., dk).
         weight: (C,) of any floating type, finite and >= 0, as `class_balanced_weights` gives them;
             None weighs all classes 1. Used in float32 (float64 for float64 logits).
-        activation: "softmax" or "sigmoid" (one-vs-all, summed over the classes).
-        gamma: focal exponent γ >= 0; 0 is the plain loss. The paper's focal loss is "sigmoid" with 0.5,
-            1 or 2.
+        activation: "softmax" or "sigmoid" (one against the rest, summed over the classes).
+        gamma: focal exponent γ >= 0; 0 is the plain loss. The paper's focal loss is "sigmoid" with
+            0.5, 1 or 2.
         label_smoothing: ε in [0, 1): the target becomes (1-ε) one-hot + ε/C. The row's weight
-            multiplies the smoothing term, unlike in F.cross_entropy, where class j's does.
+            multiplies the smoothing term; in F.cross_entropy class j's does.
         sample_weight: shape of target, finite and >= 0.
         ignore_index: rows with this target have no influence, whatever they hold; None: no row.
         reduction: "none", "sum", "mean" (over the rows that are not ignored, as in the paper) or
             "weighted_mean" (divided by Σ r, what F.cross_entropy calls "mean").
-        normalizer: positive float or 0-d tensor in place of the mean's denominator, to share one across
-            ranks or accumulation steps.
-        inplace: write the gradient over input, which must not be a leaf or a view of one: no N×C memory
-            at all. An earlier layer that saved input raises in its backward; a later use of input
-            sees the gradient and cannot be detected.
-        recompute: compute the gradient in the backward from input, not in the forward. None: for float16
-            (a stored gradient may underflow before a loss scaler acts) and for reduction "none".
-        backend: None (choose), "cpu" or "reference" (eager PyTorch; has second derivatives, torch.func).
+        normalizer: positive float or 0-d tensor in place of the mean's denominator, to share one
+            across ranks or accumulation steps.
+        inplace: write the gradient over input, which must not be a leaf or a view of one: no N×C
+            memory at all. An earlier layer that saved input raises in its backward; a later use of
+            input sees the gradient and cannot be detected.
+        recompute: compute the gradient in the backward, from input, not in the forward. None: for
+            float16 (a stored gradient may underflow before a loss scaler acts). Always for "none".
+        backend: None (choose), "cpu" or "reference" (eager PyTorch, which has second derivatives
+            and torch.func).
 
     Returns:
-        A scalar, or the shape of target for "none"; float64 for float64 logits, else float32. 0 with
-        zero gradients where there is nothing to average. NaN in, NaN out; finite for every logit with
-        |z| * C * max r <= 1e37, for every γ.
+        A scalar, or the shape of target for "none"; float64 for float64 logits, else float32. 0
+        with zero gradients where there is nothing to average. NaN in, NaN out; finite for every
+        logit with |z| * C * max r <= 1e37 and every γ.
 
     Raises:
         IndexError: a target outside [0, C) on the CPU. On other devices nothing synchronises: the
             row's loss and gradient are NaN there; `check_target` looks.
-        ValueError: a shape, device, range or choice that does not fit; a weight that is negative or not
-            finite (values are checked on the CPU); something but input requires grad.
-        TypeError: a dtype that does not fit.
+        ValueError: a shape, device, range or choice that does not fit; a weight that is negative or
+            not finite (values are checked on the CPU); something but input requires grad.
+        TypeError: a dtype or type that does not fit.
         NotImplementedError: torch.func transforms of a fused kernel.
         RuntimeError: a second derivative of a fused kernel (in backward).
 
@@ -127,7 +128,9 @@ def class_balanced_loss(
     if recompute is None:
         recompute = input.dtype is torch.float16
     function = RecomputedGradient if recompute or reduction == "none" else StoredGradient
-    return function.apply(input, target, weight, sample_weight, divisor, options)
+    return function.apply(  # type: ignore[no-untyped-call]
+        input, target, weight, sample_weight, divisor, options
+    )
 
 
 def _reference_loss(
@@ -159,8 +162,9 @@ def check_target(target: Tensor, num_classes: int, ignore_index: int | None = -1
     Raises:
         IndexError: names the first offending value, its index and how many there are.
 
-    >>> check_target(torch.tensor([0, 7, 2]), num_classes=3)
+    >>> check_target(torch.tensor([0, 7, 2]), num_classes=3)  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    IndexError: target[1] = 7 is no class: expected 0 <= target < 3 or ignore_index=-100 (1 of 3 are wrong)
+        ...
+    IndexError: target[1] = 7 is no class: expected 0 <= target < 3 or ignore_index=-100 (1 of 3 ...
     """
     reference.check_target(target, num_classes, ignore_index)

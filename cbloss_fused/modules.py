@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ class ClassBalancedLoss(torch.nn.Module):
         counts: Tensor | Sequence[float],
         beta: float | Tensor = 0.999,
         *,
-        empty: str = "error",
+        empty: Literal["error", "zero", "one"] = "error",
         activation: str = "softmax",
         gamma: float = 0.0,
         label_smoothing: float = 0.0,
@@ -62,9 +62,7 @@ class ClassBalancedLoss(torch.nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        check_options(
-            activation, gamma, label_smoothing, ignore_index, reduction, inplace, backend
-        )
+        check_options(activation, gamma, label_smoothing, ignore_index, reduction, inplace, backend)
         self.register_buffer("weight", class_balanced_weights(counts, beta, empty=empty))
         self.beta = beta
         self.activation = activation

@@ -84,7 +84,9 @@ def _loss(
     saved: Tensor | None,
 ) -> None:
     _warn_once(logits.device)
-    if logits.device.type == "cpu":  # before the rows are laid out: the message names target's own index
+    if (
+        logits.device.type == "cpu"
+    ):  # before the rows are laid out: the message names target's own index
         reference.check_target(target, logits.shape[1], ignore_index)
         check_values(weight, sample_weight, normalizer)
     L, gradient, scale = reference.loss_and_grad(

@@ -1,8 +1,8 @@
 """Both loss families in eager PyTorch, to be read beside the paper.
 
 `loss` is differentiated by autograd: the oracle of the tests and the baseline of the benchmarks.
-`loss_and_grad` and `gradient` hold the explicit formulas that the kernels compute too, with the same
-names: what the operators fall back to where there is no kernel.
+`loss_and_grad` and `gradient` hold the explicit formulas that the kernels compute too, with the
+same names: what the operators fall back to where there is no kernel.
 
 Logits are (N, C, ...), targets (N, ...): the classes are dimension 1.
 """
@@ -50,7 +50,8 @@ def loss(
 def _softmax_loss(z: Tensor, y: Tensor, gamma: float, eps: float) -> Tensor:
     """(1-eps) q^gamma (-log p) + eps/C sum_j (lse - z_j).
 
-    With v = log sum_{j != y} e^{z_j} - z_y: p = sigma(-v), q = 1 - p = sigma(v), -log p = softplus(v).
+    With v = log sum_{j != y} e^{z_j} - z_y: p = sigma(-v), q = 1 - p = sigma(v),
+    -log p = softplus(v).
     The target is left out of the sum, never subtracted, so v is exact at both ends.
     """
     others = z.scatter(1, y, -inf)
@@ -68,9 +69,9 @@ def _softmax_loss(z: Tensor, y: Tensor, gamma: float, eps: float) -> Tensor:
 
 
 def _sigmoid_loss(z: Tensor, y: Tensor, gamma: float, eps: float) -> Tensor:
-    """sum_j L(z_j, t_j),  L(z, t) = (1 - p_t)^gamma (-log p_t),  p_t = sigma(s),  s = z if t else -z."""
+    """sum_j L(z_j, t_j), L(z, t) = (1 - p_t)^gamma (-log p_t), p_t = sigma(z if t else -z)."""
 
-    def L(s: Tensor) -> Tensor:
+    def L(s: Tensor) -> Tensor:  # noqa: N802
         nll = -F.logsigmoid(s)
         return torch.exp(gamma * F.logsigmoid(-s)) * nll if gamma else nll
 
@@ -81,14 +82,15 @@ def _sigmoid_loss(z: Tensor, y: Tensor, gamma: float, eps: float) -> Tensor:
     return (t * L(z) + (1 - t) * L(-z)).sum(1)
 
 
-# The explicit formulas -------------------------------------------------------------------------------
+# The explicit formulas
 
 
 def softmax_row(
     d: Tensor, R: Tensor, r: Tensor, gamma: float, eps: float, D: Tensor | float, C: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(loss, k, g_y, uniform) of a row from d = z_y - M, R = sum_{j != y} e^{z_j - M}, D = sum_j (z_j - M).
+    """(loss, k, g_y, uniform) of a row.
 
+    From d = z_y - M, R = sum_{j != y} e^{z_j - M}, D = sum_j (z_j - M):
     d loss/d z_j = k e^{z_j - M} - uniform for j != y, g_y for j = y.
     """
     e_y = d.exp()
@@ -109,7 +111,7 @@ def softmax_row(
 
 
 def sigmoid_element(z: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
-    """(L, dL/dz) of an element with t = 0; t = 1 is the same at -z with the gradient's sign turned."""
+    """(L, dL/dz) of an element with t = 0; t = 1: the same at -z, the gradient's sign turned."""
     s, sp = torch.sigmoid(z), -F.logsigmoid(-z)  # sp = log(1 + e^z)
     if not gamma:
         return sp, s
@@ -214,7 +216,7 @@ def _limit(z: Tensor) -> Tensor:
     return torch.where((count > 0) & ~z.isnan(), limit, z)
 
 
-# Rows ------------------------------------------------------------------------------------------------
+# Rows
 
 
 def _classes(
@@ -268,7 +270,7 @@ def _row_weights(
 
 def _weighted(r: Tensor, L: Tensor) -> Tensor:
     """r * L where an overflowed loss of a row without weight counts 0, not 0 * inf = NaN."""
-    return r * torch.where((r == 0) & (L == inf), 0.0, L)
+    return r * torch.where((r == 0) & L.isposinf(), 0.0, L)
 
 
 def _finite(M: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ ACTIVATIONS = ("softmax", "sigmoid")
 REDUCTIONS = ("none", "mean", "weighted_mean", "sum")  # the operators take the index
 BACKENDS = ("cpu", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
+INTEGERS += (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
 
 
 class Spec(NamedTuple):
@@ -63,7 +64,7 @@ def check_options(
 def check_tensors(
     input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None
 ) -> None:
-    """Raise for a rank, shape, dtype or device that does not fit, or for a gradient that is not there."""
+    """Raise for a rank, shape, dtype or device that does not fit, or a grad that is not there."""
     if not isinstance(input, Tensor):
         raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
     if not isinstance(target, Tensor):
@@ -73,6 +74,7 @@ def check_tensors(
     shape = input.shape
     if not shape:
         raise ValueError("input must be (C,), (N, C) or (N, C, d1, ..., dk), got a 0-d tensor")
+    rows: tuple[int, ...]
     if len(shape) == 2:
         C, rows = shape[1], shape[:1]
     else:
@@ -126,7 +128,10 @@ def check_inplace(input: Tensor) -> None:
     """Raise if the gradient may not be written over input."""
     if not input.requires_grad or not torch.is_grad_enabled():
         return  # then nothing is written
-    if input.is_leaf or (input._is_view() and input._base.is_leaf):  # type: ignore[union-attr]
+    view_of_leaf = (  # torch.compile cannot trace the question
+        not torch.compiler.is_compiling() and input._is_view() and input._base.is_leaf  # type: ignore[union-attr]
+    )
+    if input.is_leaf or view_of_leaf:
         raise ValueError(
             "inplace=True would write the gradient over a leaf (a parameter or an input): "
             "pass logits that the model computed"
@@ -136,10 +141,12 @@ def check_inplace(input: Tensor) -> None:
         if size > 1 and stride <= span:
             raise ValueError(
                 "inplace=True needs logits that do not overlap themselves, got an "
-                f"expanded or overlapping one of shape {tuple(input.shape)} with strides {input.stride()}"
+                f"expanded or overlapping one of shape {tuple(input.shape)} and strides "
+                f"{input.stride()}"
             )
         span += (size - 1) * stride
-    dims = [(n, stride) for n, stride in zip(input.shape[2:], input.stride()[2:], strict=True) if n > 1]
+    inner_dims = zip(input.shape[2:], input.stride()[2:], strict=True)
+    dims = [(n, stride) for n, stride in inner_dims if n > 1]
     for (_, outer), (n, inner) in pairwise(dims):
         if outer != n * inner:
             raise ValueError(

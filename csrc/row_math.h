@@ -2,14 +2,15 @@
 //
 // T is a number or a vector of numbers, S its scalar. A backend includes this text in its own
 // namespace, after CB_FN and what T needs (vec.h on the CPU): arithmetic, comparison and ?: lane by
-// lane; constant, neg_abs, log, exp<HALF>, log1m_over<HALF>, rcp, rsqrt, min and max, which return their second argument
-// where either is NaN, so that NaN in is NaN out.
+// lane; constant, largest_finite, smallest_normal, neg_abs, log, exp<HALF>, log1m_over<HALF>, rcp,
+// rsqrt; min and max, which return their second argument where either is NaN: NaN in, NaN out.
+
 enum class Gamma { ZERO, HALF, ONE, TWO, ANY };  // the focal exponents with code of their own
 
 // r * loss where an overflowed loss of a row without weight counts 0, not 0 * inf = NaN.
 template <class T>
 CB_FN T weighted(T r, T loss) {
-  const T zero{}, largest = constant<T>(FLT_MAX);
+  const T zero{}, largest = largest_finite<T>();
   return r * ((r == zero) & (loss > largest) ? largest : loss);
 }
 
@@ -23,14 +24,14 @@ struct SoftmaxRow {
 };
 template <class T, class S>
 CB_FN SoftmaxRow<T> softmax_row(T d, T R, T r, S gamma, S eps, T D, S C) {
-  const T one = constant<T>(1), half = constant<T>(0.5f), largest = constant<T>(FLT_MAX);
+  const T one = constant<T>(1), half = constant<T>(0.5f), largest = largest_finite<T>();
   const T e_y = exp(d), S_ = R + e_y, inv = one / S_, p = e_y * inv, q = R * inv;
   const auto sure = q <= half;  // then -log p comes from q: exact as p -> 1
   const T u_sure = log1m_over(min(half, q)), log_S = log(S_);
   const T nll = sure ? q * u_sure : log_S - d;
   const T u = sure ? u_sure : min(largest, nll / q);  // finite where p is 0: p * u has a limit
-  T f = one;                                           // q^gamma
-  if (gamma != 0) f = exp(gamma * log(max(constant<T>(FLT_MIN), q)));
+  T f = one;                                          // q^gamma
+  if (gamma != 0) f = exp(gamma * log(max(smallest_normal<T>(), q)));
   const T a = (1 - eps) * f * (one + gamma * p * u);
   SoftmaxRow<T> row{weighted(r, (1 - eps) * f * nll), r * a * inv, -(r * a * q), T{}};
   if (eps != 0) {
@@ -76,7 +77,7 @@ CB_FN Element<T> sigmoid_element(T z, S gamma) {
 // tiny e_j count; no logarithm an element. At most 120 elements: the product stays below 2^120.
 template <bool HALF, class T>
 struct SoftplusSum {
-  T linear{}, Q{};  // sum max(z, 0), prod (1 + e^{-|z|}) - 1
+  T linear{}, Q{};    // sum max(z, 0), prod (1 + e^{-|z|}) - 1
   CB_FN T add(T z) {  // returns sigma(z)
     const T zero{}, one = constant<T>(1), e = exp<HALF>(neg_abs(z)), u = one + e, s = rcp(u);
     linear += max(zero, z);

@@ -121,7 +121,7 @@ def operator_arguments(
     reduction: str = "mean",
     vectors: tuple[Tensor | None, ...] = (None, None, None),
 ) -> tuple[tuple[object, ...], Tensor, tuple[object, ...]]:
-    """Arguments of the operator loss up to its buffers, its loss buffer, the formula of gradient."""
+    """Arguments of the operator loss before its buffers, a loss buffer, the formula's numbers."""
     formula = (family == "sigmoid", gamma, label_smoothing)
     number = REDUCTIONS.index(reduction)
     arguments = (logits, target, *vectors, *formula, IGNORED, number)

@@ -180,7 +180,7 @@ def test_nothing_outside_is_read_or_written(backend, family, dtype, C):
     grad, again, got = torch.empty_like(logits), torch.empty_like(logits), torch.empty_like(loss)
     saved = ops.new_saved(logits, target, family == "sigmoid")
     ops.loss(*arguments, loss, grad, None)
-    ops.loss(*arguments, loss, None, saved)
+    ops.loss(*arguments, got, None, saved)
     ops.gradient(logits, target, saved, torch.ones_like(loss), *formula, again)
     for offset in range(10):
         buffer, x = framed(logits, offset, offset % 4, nan)

@@ -1,4 +1,5 @@
-// What both layouts of the row kernels use. Included by rows.cpp in the namespace of its instruction set.
+// What both layouts of the row kernels use. Included by rows.cpp in the namespace of its
+// instruction set.
 
 constexpr int64_t CHUNK = 64;  // vectors summed in float lanes before they join a double
 
@@ -26,8 +27,8 @@ struct RowScale {
   }
 };
 
-// Where the largest logit is +inf the formulas still have a limit if it is alone: it takes all of p.
-// Writes that row, moved to 0 and -inf (NaN where there is no limit); its maximum is 0.
+// Where the largest logit is +inf the formulas still have a limit if it is alone: it takes all of
+// p. Writes that row, moved to 0 and -inf (NaN where there is no limit); its maximum is 0.
 template <class S, class Out>
 void limit_row(const S* x, int64_t stride, int64_t C, Out* z, int64_t z_stride) {
   using T = typename Lanes<S>::T;
@@ -47,7 +48,8 @@ CB_FN IVec outside(Vec, int64_t n, int64_t y) {
   return (l >= int32_t(n)) | (l == (y >= 0 && y < W ? int32_t(y) : -1));
 }
 
-// An element whose target is t instead of 0 or 1: t L(z, 1) + (1 - t) L(z, 0). Without smoothing t is 1.
+// An element whose target is t instead of 0 or 1: t L(z, 1) + (1 - t) L(z, 0). Without smoothing t
+// is 1.
 template <Gamma G, bool HALF, class V, class T>
 CB_FN Element<V> smoothed(V z, T gamma, T t, bool smooth) {
   const Element<V> one = sigmoid_element<G, HALF, V, T>(-z, gamma);
@@ -61,7 +63,8 @@ template <Gamma G, bool SMOOTH, bool HALF, class V>
 struct LossSum {
   V L{};
   SoftplusSum<HALF, V> softplus;
-  // Returns dL/dz. Lanes that excluded() names do not count; without smoothing their -inf sees to that.
+  // Returns dL/dz. Lanes that excluded() names do not count; without smoothing their -inf sees to
+  // that.
   template <class T, class Excluded>
   CB_FN V add(V z, T gamma, T t, const Excluded& excluded) {
     if constexpr (SMOOTH) {

@@ -75,7 +75,8 @@ struct Shape {
   explicit Shape(const Tensor& logits) {
     require(logits.dim() == 2 || logits.dim() == 3, "logits must be (N, C) or (N, C, K), got ",
             logits.dim(), " dimensions");
-    N = logits.size(0), C = logits.size(1), K = logits.dim() == 3 ? logits.size(2) : 1, rows = N * K;
+    N = logits.size(0), C = logits.size(1), K = logits.dim() == 3 ? logits.size(2) : 1,
+    rows = N * K;
     require(C >= 1 && C < INT32_MAX, "logits must have 1 to 2^31 - 2 classes, got ", C);
   }
 };
@@ -94,7 +95,9 @@ Family family_of(bool sigmoid) { return sigmoid ? Family::SIGMOID : Family::SOFT
 enum Reduction { NONE, MEAN, WEIGHTED_MEAN, SUM };  // in the order of spec.REDUCTIONS
 
 // What a forward that will recompute its gradient leaves: scale, for softmax M and R behind it.
-int64_t saved_size(Family family, int64_t rows) { return family == Family::SOFTMAX ? 3 * rows : rows; }
+int64_t saved_size(Family family, int64_t rows) {
+  return family == Family::SOFTMAX ? 3 * rows : rows;
+}
 
 // Fixed blocks, so that no sum depends on the number of threads.
 constexpr int64_t BLOCK = 4096;
@@ -119,7 +122,7 @@ std::string position(const Tensor& t, int64_t i) {
 }
 
 struct Prologue {
-  double kept = 0, total = 0;            // rows not ignored; sum of their r_i
+  double kept = 0, total = 0;                // rows not ignored; sum of their r_i
   int64_t bad_target = -1, bad_sample = -1;  // first offending row
   int64_t bad_targets = 0;
 };
@@ -201,7 +204,8 @@ void run_rows(RowKernel kernel, const Rows& a, int64_t rows) {
   const auto run = [&](int64_t begin, int64_t end) {
     kernel(a, begin * grain, std::min(rows, end * grain));
   };
-  if (a.C >= 1024) torch::stable::parallel_for(0, rows, 2, [&](int64_t b, int64_t e) { kernel(a, b, e); });
+  if (a.C >= 1024)
+    torch::stable::parallel_for(0, rows, 2, [&](int64_t b, int64_t e) { kernel(a, b, e); });
   else if (tiles < 2) run(0, tiles);
   else torch::stable::parallel_for(0, tiles, 1, run);
 }
@@ -332,7 +336,8 @@ std::string set_isa(std::string name) {
     if (name == each.name) isa = &each;
   }
   if (name.empty()) isa = best_isa();
-  require(isa->name == name || name.empty(), "no such instruction set here: '", name, "', only ", names);
+  require(isa->name == name || name.empty(), "no such instruction set here: '", name, "', only ",
+          names);
   return names;
 }
 

@@ -1,7 +1,7 @@
 // One row at a time, its classes side by side in memory: vectors of classes.
 
-// body(j, z, n) for all vectors of a row, with the target's lane and those past the end blanked; flush()
-// at least every CHUNK vectors. The order depends on C and y alone.
+// body(j, z, n) for all vectors of a row, with the target's lane and those past the end blanked;
+// flush() at least every CHUNK vectors. The order depends on C and y alone.
 template <class S, class Body, class Flush>
 CB_FN void for_negatives(const S* x, int64_t C, int64_t y, const Body& body, const Flush& flush) {
   using V = typename Lanes<S>::V;
@@ -50,8 +50,8 @@ double sum_below(const S* x, int64_t C, T M) {
   return D;
 }
 
-// Traffic: one read of the logits from memory (the maximum's pass leaves the row in cache), one write
-// of the gradient.
+// Traffic: one read of the logits from memory (the maximum's pass leaves the row in cache), one
+// write of the gradient.
 template <class S, Mode MODE>
 void softmax_rows(const Rows& a, int64_t begin, int64_t end) {
   using V = typename Lanes<S>::V;
@@ -77,8 +77,8 @@ void softmax_rows(const Rows& a, int64_t begin, int64_t end) {
     } else {
       V top = V{} - LARGEST<T>;
       for_negatives(
-          x, C, y,
-          [&](int64_t, V z, int64_t) __attribute__((always_inline)) { top = max(z, top); }, [] {});
+          x, C, y, [&](int64_t, V z, int64_t) __attribute__((always_inline)) { top = max(z, top); },
+          [] {});
       M = max(T(largest(top)), load_one(x + y));
       if (M_) M_[i] = M;
     }
@@ -98,7 +98,7 @@ void softmax_rows(const Rows& a, int64_t begin, int64_t end) {
       for_negatives(
           x, C, y,
           [&](int64_t j, V z, int64_t n) __attribute__((always_inline)) {
-            const V t = exp<IS_HALF<S>>(z - M);
+            const V t = exp(z - M);
             lanes += t;
             if constexpr (MODE == Mode::LOSS_AND_GRAD) store_n(e + j, t, n);
           },
@@ -110,10 +110,11 @@ void softmax_rows(const Rows& a, int64_t begin, int64_t end) {
         softmax_row<V, T>(V{} + d, V{} + R, V{} + scale(i), T(a.gamma), T(a.eps), V{} + D, T(C));
     if constexpr (MODE != Mode::GRAD) loss[i] = lane(row.loss, 0);
     if constexpr (MODE == Mode::LOSS_AND_GRAD)
-      transform(g, e, C, [&](V t) __attribute__((always_inline)) { return row.k * t - row.uniform; });
+      transform(g, e, C,
+                [&](V t) __attribute__((always_inline)) { return row.k * t - row.uniform; });
     if constexpr (MODE == Mode::GRAD)
       transform(g, x, C, [&](V z) __attribute__((always_inline)) {
-        return row.k * exp<IS_HALF<S>>(z - M) - row.uniform;
+        return row.k * exp(z - M) - row.uniform;
       });
     if constexpr (MODE != Mode::LOSS) store_one(g + y, T(lane(row.g_y, 0)));
   }
@@ -138,7 +139,8 @@ void sigmoid_rows(const Rows& a, int64_t begin, int64_t end) {
     }
     const int64_t y = a.target[i];
     const T r = scale(i);
-    const Element<V> at_y = smoothed<G, IS_HALF<S>, V, T>(V{} + load_one(x + y), gamma, 1 - T(a.eps) + t, SMOOTH);
+    const Element<V> at_y =
+        smoothed<G, IS_HALF<S>, V, T>(V{} + load_one(x + y), gamma, 1 - T(a.eps) + t, SMOOTH);
     DoubleLanes<V> total;
     LossSum<G, SMOOTH, IS_HALF<S>, V> sum_L;
     for_negatives(
@@ -148,7 +150,8 @@ void sigmoid_rows(const Rows& a, int64_t begin, int64_t end) {
           if constexpr (MODE != Mode::LOSS) store_n(g + j, r * g_z, n);
         },
         [&]() __attribute__((always_inline)) { total.add(sum_L.take()); });
-    if constexpr (MODE != Mode::GRAD) loss[i] = T(weighted(double(r), total.sum() + lane(at_y.L, 0)));
+    if constexpr (MODE != Mode::GRAD)
+      loss[i] = T(weighted(double(r), total.sum() + lane(at_y.L, 0)));
     if constexpr (MODE != Mode::LOSS) store_one(g + y, r * T(lane(at_y.g, 0)));
   }
 }

@@ -1,5 +1,5 @@
-// The row kernels of both families. Compiled once per instruction set: CBLOSS_ISA names the namespace,
-// the compiler's -m flags choose the instructions.
+// The row kernels of both families. Compiled once per instruction set: CBLOSS_ISA names the
+// namespace, the compiler's -m flags choose the instructions.
 #include "rows.h"
 
 #include <cfloat>
@@ -35,8 +35,8 @@ RowKernel sigmoid_kernel(bool rows) {
 
 template <class S, Mode MODE>
 RowKernel find_kernel(Family family, const Rows& a) {
-  const bool rows = a.C >= FEW_CLASSES && a.logits_stride.c == 1 &&
-                    (MODE == Mode::LOSS || a.grad_stride.c == 1);
+  const bool rows =
+      a.C >= FEW_CLASSES && a.logits_stride.c == 1 && (MODE == Mode::LOSS || a.grad_stride.c == 1);
   if (family == Family::SOFTMAX) return rows ? softmax_rows<S, MODE> : softmax_tiles<S, MODE>;
   if (a.eps != 0)  // not worth code of its own for each gamma
     return a.gamma == 0 ? sigmoid_kernel<S, MODE, Gamma::ZERO, true>(rows)
@@ -58,7 +58,8 @@ RowKernel find_mode(Family family, Mode mode, const Rows& a) {
 }
 
 RowKernel find(DType dtype, Family family, Mode mode, const Rows& a) {
-#if defined(__AVX512BF16__)  // differs from avx512 in how a bfloat16 is rounded, and in nothing else
+#if defined(__AVX512BF16__)  // differs from avx512 in how a bfloat16 is rounded, and in nothing
+                             // else
   if (dtype != DType::BFloat16) return avx512::find(dtype, family, mode, a);
   return find_mode<BFloat16>(family, mode, a);
 #else

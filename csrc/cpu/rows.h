@@ -17,9 +17,9 @@ struct Rows {
   Strides logits_stride, grad_stride;
   int64_t C, K;
   const int64_t* target;
-  const void* scale;      // T[rows]: r_i / denominator; negative where the row is ignored
-  void* loss;             // T[rows]
-  void *M, *R;            // T[rows], softmax, for recomputing: written by LOSS, read by GRAD; or null
+  const void* scale;  // T[rows]: r_i / denominator; negative where the row is ignored
+  void* loss;         // T[rows]
+  void *M, *R;        // T[rows], softmax, for recomputing: written by LOSS, read by GRAD; or null
   const void* grad_loss;  // GRAD: T[1], or T[rows] if grad_loss_per_row
   bool grad_loss_per_row;
   double gamma, eps;  // eps: label smoothing

@@ -1,5 +1,5 @@
-// As many rows at a time as a vector has lanes, for few classes or any other stride: vectors of rows,
-// the class is a plain loop.
+// As many rows at a time as a vector has lanes, for few classes or any other stride: vectors of
+// rows, the class is a plain loop.
 
 // W rows at once: their logits as vectors of rows, class by class.
 template <class S>
@@ -26,7 +26,9 @@ struct Tile {
       }
     }
   }
-  auto is_y(int64_t c) const { return y == (Index{} + std::conditional_t<N == 1, int64_t, int32_t>(c)); }
+  auto is_y(int64_t c) const {
+    return y == (Index{} + std::conditional_t<N == 1, int64_t, int32_t>(c));
+  }
   // Whole and side by side in memory: then a vector is loaded as it lies.
   bool adjacent(const Strides& s) const {
     if (n != N) return false;
@@ -113,20 +115,19 @@ void softmax_tiles(const Rows& a, int64_t begin, int64_t end) {
     const V d = z_y - M;
     if (MODE != Mode::GRAD && a.eps != 0) {
       for_classes(
-          C,
-          [&](int64_t c) {
-            part += tile.is_y(c) ? d : z[c] - M;
-          },
+          C, [&](int64_t c) { part += tile.is_y(c) ? d : z[c] - M; },
           [&] { D += part, part = V{}; });
     }
     for_classes(
         C,
         [&](int64_t c) __attribute__((always_inline)) {
-          const V e = exp<IS_HALF<S>>(z[c] - M);
+          const V e = exp(z[c] - M);
           if constexpr (MODE != Mode::GRAD) part += e;
           if constexpr (MODE != Mode::LOSS) z[c] = e;
         },
-        [&] { if constexpr (MODE != Mode::GRAD) R += part, part = V{}; });
+        [&] {
+          if constexpr (MODE != Mode::GRAD) R += part, part = V{};
+        });
     if (MODE != Mode::GRAD && a.R) tile.put(a.R, R);
     const SoftmaxRow<V> row = softmax_row<V, T>(d, R, tile.r, T(a.gamma), T(a.eps), D, T(C));
     if constexpr (MODE != Mode::GRAD) tile.put(a.loss, tile.ignored ? V{} : row.loss);

@@ -1,9 +1,9 @@
-// Vectors of W floats: load, convert, exp, log. Included by rows.cpp alone, once per instruction set,
-// inside the namespace of that set: an inline function shared by the variants would be merged by the
-// linker, and the baseline would then call AVX-512 code.
+// Vectors of W floats: load, convert, exp, log. Included by rows.cpp alone, once per instruction
+// set, inside the namespace of that set: an inline function shared by the variants would be merged
+// by the linker, and the baseline would then call AVX-512 code.
 //
-// Vec is a GCC/Clang vector: + - * / < ?: work lane by lane in every instruction set. double goes one
-// element at a time through libm, under the same names.
+// Vec is a GCC/Clang vector: + - * / < ?: work lane by lane in every instruction set. double goes
+// one element at a time through libm, under the same names.
 
 #if defined(__AVX512F__)
 constexpr int W = 16;
@@ -51,6 +51,16 @@ CB_FN T constant(float x) {
   return T{} + x;
 }
 template <class T>
+CB_FN T largest_finite() {
+  if constexpr (std::is_same_v<T, double>) return DBL_MAX;
+  else return constant<T>(FLT_MAX);
+}
+template <class T>
+CB_FN T smallest_normal() {
+  if constexpr (std::is_same_v<T, double>) return DBL_MIN;
+  else return constant<T>(FLT_MIN);
+}
+template <class T>
 CB_FN T min(T a, T b) {
   return a < b ? a : b;
 }
@@ -75,7 +85,6 @@ template <bool HALF = false>
 CB_FN double log1m_over(double m) {
   return m > 0 ? -std::log1p(-m) / m : m + 1;
 }
-
 
 // HALF: the value ends in a half type, whose rounding is 4e-3; a shorter polynomial does.
 // e^x for x <= 88, as 2^n e^r with |r| <= ln2/2: relative error 2e-7 (HALF: 4e-6); 0 below 2^-126.
@@ -104,7 +113,8 @@ CB_FN Vec exp(Vec x) {
 #if defined(__AVX512F__)
   return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, Vec{} + LOWEST, _CMP_NLT_UQ), p, n);
 #else
-  return x < LOWEST ? Vec{} : p * (Vec)((IVec)shifted << 23);  // the low bits of shifted are n + 127
+  return x < LOWEST ? Vec{}
+                    : p * (Vec)((IVec)shifted << 23);  // the low bits of shifted are n + 127
 #endif
 }
 
