@@ -18,8 +18,10 @@ ACTIVATIONS = ("softmax", "sigmoid")
 REDUCTIONS = ("none", "mean", "weighted_mean", "sum")  # the operators take the index
 BACKENDS = ("cpu", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8)
-INTEGERS += (torch.uint8, torch.uint16, torch.uint32, torch.uint64)
+INTEGERS = (
+    *(torch.int64, torch.int32, torch.int16, torch.int8),
+    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+)
 
 
 class Spec(NamedTuple):
@@ -128,30 +130,26 @@ def check_inplace(input: Tensor) -> None:
     """Raise if the gradient may not be written over input."""
     if not input.requires_grad or not torch.is_grad_enabled():
         return  # then nothing is written
-    view_of_leaf = (  # torch.compile cannot trace the question
-        not torch.compiler.is_compiling() and input._is_view() and input._base.is_leaf  # type: ignore[union-attr]
-    )
-    if input.is_leaf or view_of_leaf:
+    compiling = torch.compiler.is_compiling()  # which cannot trace the rest, and never aliases
+    if input.is_leaf or (not compiling and input._base is not None and input._base.is_leaf):
         raise ValueError(
             "inplace=True would write the gradient over a leaf (a parameter or an input): "
             "pass logits that the model computed"
         )
+    if compiling:
+        return
+    given = f"got one of shape {tuple(input.shape)} and strides {input.stride()}"
     span = 0  # of the dimensions with smaller strides
     for stride, size in sorted(zip(input.stride(), input.shape, strict=True)):
         if size > 1 and stride <= span:
-            raise ValueError(
-                "inplace=True needs logits that do not overlap themselves, got an "
-                f"expanded or overlapping one of shape {tuple(input.shape)} and strides "
-                f"{input.stride()}"
-            )
+            raise ValueError(f"inplace=True needs logits neither expanded nor overlapping: {given}")
         span += (size - 1) * stride
     inner_dims = zip(input.shape[2:], input.stride()[2:], strict=True)
     dims = [(n, stride) for n, stride in inner_dims if n > 1]
     for (_, outer), (n, inner) in pairwise(dims):
         if outer != n * inner:
             raise ValueError(
-                "inplace=True needs logits that can be viewed as (N, C, d1 * ... * dk), got shape "
-                f"{tuple(input.shape)} with strides {input.stride()}"
+                f"inplace=True needs logits that can be viewed as (N, C, d1 * ... * dk), {given}"
             )
 
 
