@@ -1,6 +1,7 @@
 """The torch.autograd.Functions: the gradient stored by the forward, or recomputed by the backward.
 
-Old style on purpose (no setup_context): a call costs half, and 20 us matter at small batches.
+At small batches the host time of a call is what counts. So: old style (no setup_context), which
+costs half; and what is not differentiated in one tuple, since autograd looks at every argument.
 """
 
 from __future__ import annotations
@@ -9,31 +10,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from . import ops
 from .spec import Spec
+
+Rows = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
+"""target, weight, sample_weight, normalizer"""
 
 
 class StoredGradient(torch.autograd.Function):
     """One read of the logits and one write of the gradient, in the forward."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        sample_weight: Tensor | None,
-        normalizer: Tensor | None,
-        spec: Spec,
-    ) -> Tensor:
-        sigmoid, gamma, label_smoothing, ignore_index, reduction, inplace = spec
+    def forward(ctx: Any, logits: Tensor, rows: Rows, spec: Spec) -> Tensor:
+        inplace = spec.inplace
         grad = logits.detach() if inplace else torch.empty_like(logits)
-        loss = ops.new_loss(logits, target, reduction)
-        ops.loss(
-            logits, target, weight, sample_weight, normalizer,
-            sigmoid, gamma, label_smoothing, ignore_index, reduction, loss, grad, None,
-        )  # fmt: skip
+        loss = ops.new_loss(logits, rows[0], spec.reduction)
+        ops.loss(logits, *rows, *spec[:5], loss, grad, None)
         if inplace:  # whoever saved the logits raises in its backward
             torch.autograd.graph.increment_version(logits)
         ctx.save_for_backward(grad)
@@ -43,7 +37,7 @@ class StoredGradient(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_double_backward()
         (grad,) = ctx.saved_tensors
-        return _scaled(grad, grad_loss), None, None, None, None, None
+        return _scaled(grad, grad_loss), None, None
 
 
 class RecomputedGradient(torch.autograd.Function):
@@ -54,22 +48,11 @@ class RecomputedGradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        logits: Tensor,
-        target: Tensor,
-        weight: Tensor | None,
-        sample_weight: Tensor | None,
-        normalizer: Tensor | None,
-        spec: Spec,
-    ) -> Tensor:
-        sigmoid, gamma, label_smoothing, ignore_index, reduction, _ = spec
-        saved = ops.new_saved(logits, target, sigmoid)
-        loss = ops.new_loss(logits, target, reduction)
-        ops.loss(
-            logits, target, weight, sample_weight, normalizer,
-            sigmoid, gamma, label_smoothing, ignore_index, reduction, loss, None, saved,
-        )  # fmt: skip
+    def forward(ctx: Any, logits: Tensor, rows: Rows, spec: Spec) -> Tensor:
+        target = rows[0]
+        saved = ops.new_saved(logits, target, spec.sigmoid)
+        loss = ops.new_loss(logits, target, spec.reduction)
+        ops.loss(logits, *rows, *spec[:5], loss, None, saved)
         ctx.save_for_backward(logits, target, saved)
         ctx.spec = spec
         return loss
@@ -78,25 +61,38 @@ class RecomputedGradient(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         _refuse_double_backward()
         logits, target, saved = ctx.saved_tensors
-        sigmoid, gamma, label_smoothing = ctx.spec[:3]
         grad = logits.detach() if ctx.spec.inplace else torch.empty_like(logits)
-        ops.gradient(
-            logits, target, saved, grad_loss.contiguous(), sigmoid, gamma, label_smoothing, grad
-        )
+        ops.gradient(logits, target, saved, grad_loss.contiguous(), *ctx.spec[:3], grad)
         if ctx.spec.inplace:
             torch.autograd.graph.increment_version(logits)
-        return grad, None, None, None, None, None
+        return grad, None, None
+
+
+def stored_gradient(logits: Tensor, rows: Rows, spec: Spec) -> Tensor:
+    """The loss, its gradient computed along with it."""
+    if is_compiling():
+        return StoredGradient.apply(logits, rows, spec)  # type: ignore[no-untyped-call]
+    return _apply_stored(logits, rows, spec)
+
+
+def recomputed_gradient(logits: Tensor, rows: Rows, spec: Spec) -> Tensor:
+    """The loss, its gradient left to the backward."""
+    return RecomputedGradient.apply(logits, rows, spec)  # type: ignore[no-untyped-call]
+
+
+# Function.apply without its Python wrapper, 3 us that look for functorch: spec.py has looked.
+_apply_stored: Any = super(torch.autograd.Function, StoredGradient).apply
 
 
 def _scaled(grad: Tensor, grad_loss: Tensor) -> Tensor:
     """grad * grad_loss, as it is where grad_loss is 1 and looking at it costs nothing."""
-    if torch.compiler.is_compiling() or grad_loss.device.type != "cpu" or grad_loss.item() != 1:
-        return grad * grad_loss
-    return grad
+    if not is_compiling() and grad_loss.is_cpu and grad_loss.item() == 1:
+        return grad
+    return grad * grad_loss
 
 
 def _refuse_double_backward() -> None:
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if torch.is_grad_enabled() and not is_compiling():
         raise RuntimeError(
             "the fused kernels have no second derivative (create_graph=True); "
             "backend='reference' has"

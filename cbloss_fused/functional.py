@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference, spec
-from .autograd import RecomputedGradient, StoredGradient
+from .autograd import recomputed_gradient, stored_gradient
 
 
 def class_balanced_loss(
@@ -116,21 +116,22 @@ def class_balanced_loss(
         input = input.unsqueeze(0) if input.dim() == 1 else input.flatten(2)
     if target.dtype is not torch.int64 or not target.is_contiguous():
         target = target.to(torch.int64).contiguous()
-    weight, sample_weight = spec.as_vector(weight, input), spec.as_vector(sample_weight, input)
+    if weight is not None:
+        weight = spec.as_vector(weight, input)
+    if sample_weight is not None:
+        sample_weight = spec.as_vector(sample_weight, input)
+    rows = (target, weight, sample_weight, divisor)
     options = spec.Spec(
         activation == "sigmoid", float(gamma), float(label_smoothing), ignore_index,
         spec.REDUCTIONS.index(reduction), inplace,
     )  # fmt: skip
     if not input.requires_grad or not torch.is_grad_enabled():
         loss = ops.new_loss(input, target, options.reduction)
-        ops.loss(input, target, weight, sample_weight, divisor, *options[:5], loss, None, None)
+        ops.loss(input, *rows, *options[:5], loss, None, None)
         return loss
-    if recompute is None:
-        recompute = input.dtype is torch.float16
-    function = RecomputedGradient if recompute or reduction == "none" else StoredGradient
-    return function.apply(  # type: ignore[no-untyped-call]
-        input, target, weight, sample_weight, divisor, options
-    )
+    if recompute or reduction == "none" or (recompute is None and input.dtype is torch.float16):
+        return recomputed_gradient(input, rows, options)
+    return stored_gradient(input, rows, options)
 
 
 def _reference_loss(

@@ -51,12 +51,15 @@ def check_options(
         raise ValueError(_choice("reduction", reduction, REDUCTIONS))
     if backend is not None and backend not in BACKENDS:
         raise ValueError(_choice("backend", backend, (None, *BACKENDS)))
-    _check_number("gamma", gamma)
-    _check_number("label_smoothing", label_smoothing)
-    if not 0 <= gamma < inf:
-        raise ValueError(f"gamma must be finite and >= 0, got {gamma}")
-    if not 0 <= label_smoothing < 1:
-        raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+    try:
+        if not 0 <= gamma < inf:
+            raise ValueError(f"gamma must be finite and >= 0, got {gamma}")
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+    except TypeError:
+        raise TypeError(
+            f"gamma and label_smoothing must be numbers, got {gamma!r} and {label_smoothing!r}"
+        ) from None
     if ignore_index is not None and not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int or None, got {ignore_index!r}")
     if inplace and backend == "reference":
@@ -67,10 +70,9 @@ def check_tensors(
     input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None
 ) -> None:
     """Raise for a rank, shape, dtype or device that does not fit, or a grad that is not there."""
-    if not isinstance(input, Tensor):
-        raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
-    if not isinstance(target, Tensor):
-        raise TypeError(f"target must be a Tensor, got {type(target).__name__}")
+    if not isinstance(input, Tensor) or not isinstance(target, Tensor):
+        name, given = ("target", target) if isinstance(input, Tensor) else ("input", input)
+        raise TypeError(f"{name} must be a Tensor, got {type(given).__name__}")
     if input.dtype not in DTYPES:
         raise TypeError(f"input must be one of {_names(DTYPES)}, got {input.dtype}")
     shape = input.shape
@@ -90,12 +92,13 @@ def check_tensors(
             f"target must have shape {tuple(rows)} for an input of shape {tuple(shape)}, "
             f"got {tuple(target.shape)}"
         )
-    if target.device != input.device:
-        raise ValueError(f"target must be on input's device {input.device}, got {target.device}")
+    device = input.device
+    if target.device != device:
+        raise ValueError(f"target must be on input's device {device}, got {target.device}")
     if weight is not None:
-        _check_vector("weight", weight, (C,), input)
+        _check_vector("weight", weight, (C,), device)
     if sample_weight is not None:
-        _check_vector("sample_weight", sample_weight, rows, input)
+        _check_vector("sample_weight", sample_weight, rows, device)
 
 
 def check_kernel(input: Tensor, backend: str | None) -> None:
@@ -163,40 +166,34 @@ def normalizer_tensor(
         raise ValueError(f"normalizer replaces the mean's denominator: reduction is {reduction!r}")
     dtype = compute_dtype(input.dtype)
     if isinstance(normalizer, Tensor):
-        _check_vector("normalizer", normalizer, (), input)
+        _check_vector("normalizer", normalizer, (), input.device)
         return normalizer.to(dtype)
-    _check_number("normalizer", normalizer)
+    if not hasattr(normalizer, "__float__"):
+        raise TypeError(f"normalizer must be a number or a 0-d tensor, got {normalizer!r}")
     if not 0 < normalizer < inf:
         raise ValueError(f"normalizer must be positive and finite, got {normalizer}")
     return torch.full((), normalizer, dtype=dtype, device=input.device)
 
 
-def as_vector(vector: Tensor | None, input: Tensor) -> Tensor | None:
+def as_vector(vector: Tensor, input: Tensor) -> Tensor:
     """A weight vector in the type that the loss is computed in, contiguous."""
-    if vector is None:
-        return None
     dtype = torch.float64 if input.dtype is torch.float64 else torch.float32
     if vector.dtype is dtype and vector.is_contiguous():
         return vector
     return vector.to(dtype).contiguous()
 
 
-def _check_vector(name: str, vector: Tensor, shape: tuple[int, ...], input: Tensor) -> None:
+def _check_vector(name: str, vector: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     if not isinstance(vector, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(vector).__name__}")
     if vector.shape != shape:
         raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(vector.shape)}")
     if not vector.dtype.is_floating_point:
         raise TypeError(f"{name} must have a floating dtype, got {vector.dtype}")
-    if vector.device != input.device:
-        raise ValueError(f"{name} must be on input's device {input.device}, got {vector.device}")
+    if vector.device != device:
+        raise ValueError(f"{name} must be on input's device {device}, got {vector.device}")
     if vector.requires_grad:
         raise ValueError(f"{name} requires grad, but only input is differentiated: detach it")
-
-
-def _check_number(name: str, value: object) -> None:
-    if not hasattr(value, "__float__"):
-        raise TypeError(f"{name} must be a number, got {value!r}")
 
 
 def _choice(name: str, given: object, valid: tuple[object, ...]) -> str:
