@@ -35,9 +35,12 @@ class StoredGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_double_backward()
+        if torch.is_grad_enabled():
+            _refuse_double_backward()
         (grad,) = ctx.saved_tensors
-        return _scaled(grad, grad_loss), None, None
+        if is_compiling() or not grad_loss.is_cpu or grad_loss.item() != 1:
+            grad = grad * grad_loss
+        return grad, None, None  # as it is for 1, where looking costs nothing
 
 
 class RecomputedGradient(torch.autograd.Function):
@@ -59,7 +62,8 @@ class RecomputedGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_double_backward()
+        if torch.is_grad_enabled():
+            _refuse_double_backward()
         logits, target, saved = ctx.saved_tensors
         grad = logits.detach() if ctx.spec.inplace else torch.empty_like(logits)
         ops.gradient(logits, target, saved, grad_loss.contiguous(), *ctx.spec[:3], grad)
@@ -84,15 +88,8 @@ def recomputed_gradient(logits: Tensor, rows: Rows, spec: Spec) -> Tensor:
 _apply_stored: Any = super(torch.autograd.Function, StoredGradient).apply
 
 
-def _scaled(grad: Tensor, grad_loss: Tensor) -> Tensor:
-    """grad * grad_loss, as it is where grad_loss is 1 and looking at it costs nothing."""
-    if not is_compiling() and grad_loss.is_cpu and grad_loss.item() == 1:
-        return grad
-    return grad * grad_loss
-
-
 def _refuse_double_backward() -> None:
-    if torch.is_grad_enabled() and not is_compiling():
+    if not is_compiling():
         raise RuntimeError(
             "the fused kernels have no second derivative (create_graph=True); "
             "backend='reference' has"
