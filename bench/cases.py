@@ -151,7 +151,7 @@ def formulas(case: Case) -> dict[str, LossFunction]:
     """The eager candidates of a case, the one that compiles to the fastest code first."""
     plain = {
         ("softmax", False): (ce_none, ce_sum),
-        ("softmax", True): (ce_none, log_softmax),
+        ("softmax", True): (log_softmax, ce_none),
         ("sigmoid", False): (softplus, bce_sum),
         ("sigmoid", True): (softplus, bce_none),
     }[case.activation, case.gamma > 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import time
 from collections.abc import Iterator
@@ -18,7 +19,7 @@ from .cases import OURS, Case, Contestant, Problem
 
 CHUNK = 2**21  # elements that the reference takes at a time
 WEIGHED = ("fused", "in place", "eager", "compile")  # whose memory is measured
-MAPPED = 2**25  # bytes from which on glibc maps a block afresh, always
+COUNTED = 2**22  # bytes of a tensor whose peak memory is worth a measurement
 SLOW = 150  # ms: one call is enough a turn
 LOSS_TOLERANCE = 2e-5  # relative
 GRADIENT_TOLERANCE = 2e-5  # of the row's largest
@@ -166,16 +167,17 @@ def peak_extra(run: Run) -> float | None:
     """Peak memory of a call beyond what it was given, in N x C tensors of the logits' dtype.
 
     The operating system's high-water mark of resident memory, reset before the call: it sees every
-    buffer, torch's or not, and an untouched or reused one costs nothing, as it should for inplace.
-    None where tensors are so small that malloc hands out memory that is resident already, and off
-    Linux.
+    buffer, torch's or not, and writing over memory that is there costs nothing, as it should for
+    inplace. Free memory that malloc keeps is given back first, or new tensors would hide in it.
+    None for tensors that the counter's steps are too coarse for, and where it is missing.
     """
     size = run.given.logits.numel() * run.given.logits.element_size()
-    reset = Path("/proc/self/clear_refs")
-    if run.contestant.column not in WEIGHED or size < MAPPED or not reset.exists():
+    reset, trim = Path("/proc/self/clear_refs"), getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if run.contestant.column not in WEIGHED or size < COUNTED or not reset.exists() or not trim:
         return None
     logits = run.prepare()
     gc.collect()
+    trim(0)
     reset.write_text("5")
     before = _status("VmRSS")
     _kept = run(logits)

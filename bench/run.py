@@ -23,7 +23,7 @@ from tqdm import tqdm
 import cbloss_fused
 
 from . import measure
-from .cases import CASES, CLASSES, LARGE, QUICK, Case, contestants, problem
+from .cases import CASES, CLASSES, QUICK, Case, contestants, problem
 from .measure import Run, Verdict
 from .table import PASSES, Row, report
 
@@ -72,10 +72,7 @@ def compiled(case: Case, arguments: argparse.Namespace) -> int:
     """How many formulas to compile: a few seconds each."""
     if arguments.no_compile:
         return 0
-    if case.shape == CLASSES and case.dtype == torch.float32:
-        return 1 if arguments.quick else 3
-    float32_large = case.shape == LARGE and case.dtype == torch.float32
-    return int(not arguments.quick and (float32_large or case.shape in (CLASSES, (32, 10))))
+    return 2 if (case.shape, case.dtype) == (CLASSES, torch.float32) and not arguments.quick else 1
 
 
 def environment() -> dict[str, Any]:

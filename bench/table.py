@@ -17,8 +17,8 @@ within 2e-5 of the row's largest gradient, the others within 1e-3; half types ha
 `wrong` and `failed` were not timed, `-` does not apply or was not tried.
 
 - eager: the fastest of the formulas of `bench/cases.py`, named behind the time.
-- compile: torch.compile of them (fullgraph, dynamic=False): of each at 256x8142 float32, elsewhere
-  of the one that is listed first for its family, or not tried (`run.compiled`).
+- compile: torch.compile of them (fullgraph, dynamic=False): of both at 256x8142 float32,
+  elsewhere of the one that is listed first for its family. The reference compiles to slower code.
 - F.cross_entropy(weight=w) divides by the weights' sum: its ratio is to fused with
   reduction="weighted_mean".
 - balanced-loss: the package; its BCE times C is the same loss.
@@ -26,7 +26,7 @@ within 2e-5 of the row's largest gradient, the others within 1e-3; half types ha
   THP_MEM_ALLOC_ENABLE=1 torch's allocator asks for huge pages, as fused does for its gradient.
 - GB/s: {passes} N x C elements in the time of fused.
 - memory: peak beyond the logits during the call, in N x C tensors of the logits' dtype (fused, in
-  place, eager); only where a tensor has 32 MiB, since smaller ones may reuse resident memory.
+  place, eager).
 """
 
 

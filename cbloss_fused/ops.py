@@ -198,7 +198,7 @@ def backends() -> dict[str, str]:
     """
     if missing is None:
         isa = torch.ops.cbloss_fused._set_isa("").split()[0]
-        cpu = f"cpu: fused C++ kernels, {isa} code chosen for this {platform.machine()}"
+        cpu = f"fused C++ kernels, {isa} code chosen for this {platform.machine()}"
     else:
-        cpu = f"reference: {missing}"
-    return {"cpu": cpu, "other": "reference: no kernels for other devices in this version"}
+        cpu = f"eager reference: {missing}"
+    return {"cpu": cpu, "other": "eager reference: no kernels for other devices in this version"}
