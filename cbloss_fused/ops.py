@@ -200,5 +200,5 @@ def backends() -> dict[str, str]:
         isa = torch.ops.cbloss_fused._set_isa("").split()[0]
         cpu = f"fused C++ kernels, {isa} code chosen for this {platform.machine()}"
     else:
-        cpu = f"eager reference: {missing}"
-    return {"cpu": cpu, "other": "eager reference: no kernels for other devices in this version"}
+        cpu = f"reference: {missing}"
+    return {"cpu": cpu, "other": "reference: no kernels for other devices in this version"}
