@@ -189,7 +189,7 @@ double denominator(int64_t reduction, const OptionalTensor& normalizer, const Pr
 // Large fresh buffers: page faults of 4 KiB pages would cost more than the kernel.
 void advise_huge_pages(const Tensor& t) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t PAGE = 4096, LARGE = 16 << 20;
+  constexpr uintptr_t PAGE = 4096, LARGE = 4 << 20;
   const uintptr_t bytes = t.numel() * t.element_size();
   if (bytes < LARGE) return;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(t.const_data_ptr()) & ~(PAGE - 1);
