@@ -32,5 +32,5 @@ $(VENV)/bench: $(VENV)/ready
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[bench]"
 	touch $@
 $(VENV)/lint: $(VENV)/torch
-	$(BIN)/pip install --quiet ruff mypy clang-format==23.1.5
+	$(BIN)/pip install --quiet ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5
 	touch $@

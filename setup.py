@@ -51,12 +51,21 @@ def find_torch() -> Path | None:
     return None
 
 
+def configured_compiler() -> str:
+    """The C++ compiler that setuptools would call."""
+    return shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")[0]
+
+
+def find_compiler() -> str | None:
+    """That one, or another that is here: an interpreter may remember one from elsewhere."""
+    return next(filter(shutil.which, (configured_compiler(), "g++", "clang++", "c++")), None)
+
+
 def missing() -> str | None:
     """Why the extension cannot be built here, in one line; None if it can."""
     if sys.platform not in ("linux", "darwin"):
         return f"no CPU kernels for {sys.platform} yet"
-    compiler = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")
-    if all(shutil.which(name) is None for name in (compiler[0], "g++", "clang++", "c++")):
+    if find_compiler() is None:
         return "no C++ compiler found; install one and reinstall cbloss_fused"
     if find_torch() is None:
         return (
@@ -83,13 +92,11 @@ class BuildExtension(build_ext):
     def build_extension(self, ext: Extension) -> None:
         torch = find_torch()
         assert torch is not None
-        for name in ("CC", "CXX"):  # an interpreter may remember a compiler that is not here
-            command = shlex.split(os.environ.get(name) or sysconfig.get_config_var(name) or "")
-            if not command or shutil.which(command[0]) is None:
-                found = shutil.which("g++") or shutil.which("clang++") or "c++"
-                self.compiler.set_executables(
-                    compiler_so_cxx=found, compiler_so=found, linker_so_cxx=f"{found} -shared"
-                )
+        compiler = find_compiler()
+        if compiler != configured_compiler():
+            self.compiler.set_executables(
+                compiler_so_cxx=compiler, linker_so_cxx=f"{compiler} -shared"
+            )
         include = [torch / "include", torch / "include" / "torch" / "csrc" / "api" / "include"]
         includes = [f"-isystem{path}" for path in include]
 

@@ -95,8 +95,6 @@ def class_balanced_loss(
     if normalizer is not None:
         divisor = spec.normalizer_tensor(normalizer, reduction, input)
     if backend == "reference":
-        if input.device.type == "cpu" and not reference.tracing():
-            spec.check_values(weight, sample_weight, divisor)
         return _reference_loss(
             input,
             target,
@@ -142,6 +140,8 @@ def _reference_loss(
     normalizer: Tensor | None,
     **options: Any,
 ) -> Tensor:
+    if input.device.type == "cpu" and not reference.tracing():
+        spec.check_values(weight, sample_weight, normalizer)
     if input.dim() > 1:
         return reference.loss(input, target, weight, sample_weight, normalizer, **options)
     if sample_weight is not None:

@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+import inspect
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from .functional import class_balanced_loss
 from .spec import check_options
-from .weights import class_balanced_weights
-
-_DEFAULTS: dict[str, Any] = {
-    "activation": "softmax",
-    "gamma": 0.0,
-    "label_smoothing": 0.0,
-    "ignore_index": -100,
-    "reduction": "mean",
-    "inplace": False,
-    "recompute": None,
-    "backend": None,
-}
+from .weights import Vector, class_balanced_weights
 
 
 class ClassBalancedLoss(torch.nn.Module):
@@ -48,8 +37,8 @@ class ClassBalancedLoss(torch.nn.Module):
 
     def __init__(
         self,
-        counts: Tensor | Sequence[float],
-        beta: float | Tensor = 0.999,
+        counts: Vector,
+        beta: float | Vector = 0.999,
         *,
         empty: Literal["error", "zero", "one"] = "error",
         activation: str = "softmax",
@@ -103,7 +92,7 @@ class ClassBalancedLoss(torch.nn.Module):
         beta = f"beta={self.beta}" if isinstance(self.beta, float | int) else "beta per class"
         changed = [
             f"{name}={getattr(self, name)!r}"
-            for name, default in _DEFAULTS.items()
-            if getattr(self, name) != default
+            for name, option in inspect.signature(class_balanced_loss).parameters.items()
+            if hasattr(self, name) and name != "weight" and getattr(self, name) != option.default
         ]
         return ", ".join([f"num_classes={len(self.weight)}", beta, *changed])

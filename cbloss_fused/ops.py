@@ -53,14 +53,13 @@ _warned = False
 def new_loss(logits: Tensor, target: Tensor, reduction: int) -> Tensor:
     """The buffer for the loss: one a row for reduction "none"."""
     shape = () if reduction else target.shape
-    dtype = torch.float64 if logits.dtype is torch.float64 else torch.float32
-    return logits.new_empty(shape, dtype=dtype)
+    return logits.new_empty(shape, dtype=compute_dtype(logits.dtype))
 
 
 def new_saved(logits: Tensor, target: Tensor, sigmoid: bool) -> Tensor:
     """The buffer that a forward leaves for a recomputing backward."""
     shape = (1 if sigmoid else 3, target.numel())
-    return torch.empty(shape, dtype=compute_dtype(logits.dtype), device=logits.device)
+    return logits.new_empty(shape, dtype=compute_dtype(logits.dtype))
 
 
 def _rows_of(logits: Tensor, target: Tensor) -> Tensor:
@@ -83,10 +82,8 @@ def _loss(
     grad: Tensor | None,
     saved: Tensor | None,
 ) -> None:
-    _warn_once(logits.device)
-    if (
-        logits.device.type == "cpu"
-    ):  # before the rows are laid out: the message names target's own index
+    _warn_once()
+    if logits.device.type == "cpu":  # here, where the message can name target's own index
         reference.check_target(target, logits.shape[1], ignore_index)
         check_values(weight, sample_weight, normalizer)
     L, gradient, scale = reference.loss_and_grad(
@@ -140,44 +137,14 @@ _library.impl("loss", _loss, "CompositeExplicitAutograd")
 _library.impl("gradient", _gradient, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("cbloss_fused::loss", lib=_library)
-def _loss_fake(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    sample_weight: Tensor | None,
-    normalizer: Tensor | None,
-    sigmoid: bool,
-    gamma: float,
-    label_smoothing: float,
-    ignore_index: int | None,
-    reduction: int,
-    loss: Tensor,
-    grad: Tensor | None,
-    saved: Tensor | None,
-) -> None:
-    pass
-
-
-@torch.library.register_fake("cbloss_fused::gradient", lib=_library)
-def _gradient_fake(
-    logits: Tensor,
-    target: Tensor,
-    saved: Tensor,
-    grad_loss: Tensor,
-    sigmoid: bool,
-    gamma: float,
-    label_smoothing: float,
-    grad: Tensor,
-) -> None:
-    pass
-
+for _name in ("loss", "gradient"):  # they only write: nothing to fake
+    torch.library.register_fake(f"cbloss_fused::{_name}", lambda *_: None, lib=_library)
 
 loss = torch.ops.cbloss_fused.loss.default
 gradient = torch.ops.cbloss_fused.gradient.default
 
 
-def _warn_once(device: torch.device) -> None:
+def _warn_once() -> None:
     global _warned
     if missing is not None and not _warned:
         _warned = True

@@ -18,7 +18,7 @@ from torch import Tensor
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64 logits, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 def loss(

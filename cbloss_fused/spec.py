@@ -156,12 +156,8 @@ def check_inplace(input: Tensor) -> None:
             )
 
 
-def normalizer_tensor(
-    normalizer: float | Tensor | None, reduction: str, input: Tensor
-) -> Tensor | None:
+def normalizer_tensor(normalizer: float | Tensor, reduction: str, input: Tensor) -> Tensor:
     """The normalizer as a 0-d tensor of the type that the loss is computed in."""
-    if normalizer is None:
-        return None
     if reduction != "mean":
         raise ValueError(f"normalizer replaces the mean's denominator: reduction is {reduction!r}")
     dtype = compute_dtype(input.dtype)
@@ -177,7 +173,7 @@ def normalizer_tensor(
 
 def as_vector(vector: Tensor, input: Tensor) -> Tensor:
     """A weight vector in the type that the loss is computed in, contiguous."""
-    dtype = torch.float64 if input.dtype is torch.float64 else torch.float32
+    dtype = compute_dtype(input.dtype)
     if vector.dtype is dtype and vector.is_contiguous():
         return vector
     return vector.to(dtype).contiguous()

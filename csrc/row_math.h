@@ -1,9 +1,10 @@
 // The formulas of the two loss families, once for every C++ backend: no loops, no torch.
 //
-// T is a number or a vector of numbers, S its scalar. A backend includes this text in its own
+// T is a number or a vector of numbers, Scalar its element. A backend includes this text in its own
 // namespace, after CB_FN and what T needs (vec.h on the CPU): arithmetic, comparison and ?: lane by
-// lane; constant, largest_finite, smallest_normal, neg_abs, log, exp<HALF>, log1m_over<HALF>, rcp,
-// rsqrt; min and max, which return their second argument where either is NaN: NaN in, NaN out.
+// lane; constant, largest_finite, smallest_normal, neg_abs, log, exp, log1m_over, rcp, rsqrt; min
+// and max, which return their second argument where either is NaN: NaN in, NaN out. SHORT: results
+// end in a half type, so exp and log1m_over may use shorter polynomials.
 
 enum class Gamma { ZERO, HALF, ONE, TWO, ANY };  // the focal exponents with code of their own
 
@@ -22,12 +23,12 @@ template <class T>
 struct SoftmaxRow {
   T loss, k, g_y, uniform;
 };
-template <class T, class S>
-CB_FN SoftmaxRow<T> softmax_row(T d, T R, T r, S gamma, S eps, T D, S C) {
+template <class T, class Scalar>
+CB_FN SoftmaxRow<T> softmax_row(T d, T R, T r, Scalar gamma, Scalar eps, T D, Scalar C) {
   const T one = constant<T>(1), half = constant<T>(0.5f), largest = largest_finite<T>();
-  const T e_y = exp(d), S_ = R + e_y, inv = one / S_, p = e_y * inv, q = R * inv;
+  const T e_y = exp(d), S = R + e_y, inv = one / S, p = e_y * inv, q = R * inv;
   const auto sure = q <= half;  // then -log p comes from q: exact as p -> 1
-  const T u_sure = log1m_over(min(half, q)), log_S = log(S_);
+  const T u_sure = log1m_over(min(half, q)), log_S = log(S);
   const T nll = sure ? q * u_sure : log_S - d;
   const T u = sure ? u_sure : min(largest, nll / q);  // finite where p is 0: p * u has a limit
   T f = one;                                          // q^gamma
@@ -49,38 +50,38 @@ template <class T>
 struct Element {
   T L, g;
 };
-template <Gamma G, bool HALF, class T, class S>
-CB_FN Element<T> sigmoid_element(T z, S gamma) {
+template <Gamma G, bool SHORT, class T, class Scalar>
+CB_FN Element<T> sigmoid_element(T z, Scalar gamma) {
   const T zero{}, one = constant<T>(1);
   T s, c, f = one;  // sigma(z), sigma(-z), s^gamma
   if constexpr (G == Gamma::HALF && !std::is_same_v<T, double>) {
     // One exponential and one rsqrt serve both: h = e^{-z/2}, sqrt(sigma) = rsqrt(1 + h^2).
     // Capped so that h^2 stays finite; below, L and g underflow to exactly 0.
-    const T h = exp<HALF>(min(constant<T>(43.5f), z * -0.5f));
+    const T h = exp<SHORT>(min(constant<T>(43.5f), z * -0.5f));
     f = rsqrt(one + h * h), s = f * f, c = one - s;
   } else {
-    const T e = exp<HALF>(neg_abs(z)), inv = rcp(one + e);
+    const T e = exp<SHORT>(neg_abs(z)), inv = rcp(one + e);
     s = z < zero ? e * inv : inv, c = z < zero ? inv : e * inv;
   }
-  const T m = min(s, c), l = m * log1m_over<HALF>(m);  // log(1 + e^{-|z|}), exact for tiny m
+  const T m = min(s, c), l = m * log1m_over<SHORT>(m);  // log(1 + e^{-|z|}), exact for tiny m
   const T sp = l + max(zero, z);
   if constexpr (G == Gamma::ZERO) return {sp, s};
   if constexpr (G == Gamma::ONE) f = s;
   if constexpr (G == Gamma::TWO) f = s * s;
   if constexpr (G == Gamma::HALF && std::is_same_v<T, double>) f = sqrt(s);
-  if constexpr (G == Gamma::ANY) f = exp<HALF>(-gamma * (l + max(zero, -z)));
+  if constexpr (G == Gamma::ANY) f = exp<SHORT>(-gamma * (l + max(zero, -z)));
   // Past sp = 50 c * sp is below 1e-20; the cap keeps 0 * inf and blown-up roundings of c away.
   return {f * sp, f * (gamma * c * min(constant<T>(50), sp) + s)};
 }
 
 // gamma = 0 for many elements: sum log(1 + e_j) = log prod (1 + e_j), kept as product - 1 so that
 // tiny e_j count; no logarithm an element. At most 120 elements: the product stays below 2^120.
-template <bool HALF, class T>
+template <bool SHORT, class T>
 struct SoftplusSum {
-  T linear{}, Q{};    // sum max(z, 0), prod (1 + e^{-|z|}) - 1
-  CB_FN T add(T z) {  // returns sigma(z)
-    const T zero{}, one = constant<T>(1), e = exp<HALF>(neg_abs(z)), u = one + e, s = rcp(u);
-    linear += max(zero, z);
+  T linear{}, Q{};  // sum of linear parts, max(z, 0) for t = 0; prod (1 + e^{-|z|}) - 1
+  CB_FN T add(T z, T linear_part) {  // returns sigma(z)
+    const T zero{}, one = constant<T>(1), e = exp<SHORT>(neg_abs(z)), u = one + e, s = rcp(u);
+    linear += linear_part;
     Q = Q * u + e;
     return z < zero ? e * s : s;
   }

@@ -57,12 +57,12 @@ class Backend:
                 patch.setattr(ops, "loss", ops._loss)
                 patch.setattr(ops, "gradient", ops._gradient)
             if self.isa:
-                torch.ops.cbloss_fused._set_isa(self.isa)
+                best = torch.ops.cbloss_fused._set_isa(self.isa).split()[0]
             try:
                 yield
             finally:
                 if self.isa:
-                    torch.ops.cbloss_fused._set_isa("")
+                    torch.ops.cbloss_fused._set_isa(best)
 
 
 def _backends() -> dict[str, Backend]:

@@ -48,39 +48,39 @@ CB_FN IVec outside(Vec, int64_t n, int64_t y) {
   return (l >= int32_t(n)) | (l == (y >= 0 && y < W ? int32_t(y) : -1));
 }
 
-// An element whose target is t instead of 0 or 1: t L(z, 1) + (1 - t) L(z, 0). Without smoothing t
-// is 1.
-template <Gamma G, bool HALF, class V, class T>
+// An element with the target t: t L(z, 1) + (1 - t) L(z, 0). Without smoothing t is 1.
+template <Gamma G, bool SHORT, class V, class T>
 CB_FN Element<V> smoothed(V z, T gamma, T t, bool smooth) {
-  const Element<V> one = sigmoid_element<G, HALF, V, T>(-z, gamma);
+  const Element<V> one = sigmoid_element<G, SHORT, V, T>(-z, gamma);
   if (!smooth) return {one.L, -one.g};
-  const Element<V> zero = sigmoid_element<G, HALF, V, T>(z, gamma);
+  const Element<V> zero = sigmoid_element<G, SHORT, V, T>(z, gamma);
   return {t * one.L + (1 - t) * zero.L, (1 - t) * zero.g - t * one.g};
 }
 
 // Sum of the negatives' losses, lane by lane, for at most CHUNK of them.
-template <Gamma G, bool SMOOTH, bool HALF, class V>
+template <Gamma G, bool SMOOTH, bool SHORT, class V>
 struct LossSum {
   V L{};
-  SoftplusSum<HALF, V> softplus;
-  // Returns dL/dz. Lanes that excluded() names do not count; without smoothing their -inf sees to
-  // that.
+  SoftplusSum<SHORT, V> softplus;
+  // Returns dL/dz for the target t. Lanes of excluded() do not count: without smoothing their -inf
+  // sees to that.
   template <class T, class Excluded>
   CB_FN V add(V z, T gamma, T t, const Excluded& excluded) {
-    if constexpr (SMOOTH) {
-      const Element<V> e = smoothed<G, HALF, V, T>(z, gamma, t, true);
-      L += excluded() ? V{} : e.L;
-      return e.g;
-    } else if constexpr (G == Gamma::ZERO) {
-      return softplus.add(z);
+    const V zero{};
+    if constexpr (G == Gamma::ZERO) {
+      if constexpr (!SMOOTH) return softplus.add(z, max(zero, z));
+      const V other = excluded() ? zero : t * max(zero, -z);
+      return softplus.add(z, (1 - t) * max(zero, z) + other) - t;
     } else {
-      const Element<V> e = sigmoid_element<G, HALF, V, T>(z, gamma);
-      L += e.L;
+      const Element<V> e = SMOOTH ? smoothed<G, SHORT, V, T>(z, gamma, t, true)
+                                  : sigmoid_element<G, SHORT, V, T>(z, gamma);
+      if constexpr (SMOOTH) L += excluded() ? zero : e.L;
+      else L += e.L;
       return e.g;
     }
   }
   CB_FN V take() {
-    const V total = G == Gamma::ZERO && !SMOOTH ? softplus.value() : L;
+    const V total = G == Gamma::ZERO ? softplus.value() : L;
     *this = LossSum{};
     return total;
   }

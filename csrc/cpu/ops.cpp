@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
@@ -121,7 +122,7 @@ std::string position(const Tensor& t, int64_t i) {
   return "[" + text + "]";
 }
 
-struct Prologue {
+struct RowWeights {
   double kept = 0, total = 0;                // rows not ignored; sum of their r_i
   int64_t bad_target = -1, bad_sample = -1;  // first offending row
   int64_t bad_targets = 0;
@@ -129,13 +130,13 @@ struct Prologue {
 
 // scale_i = r_i, negative where the row is ignored; checks every value that it reads.
 template <class T>
-Prologue row_weights(const int64_t* target, const T* weight, const T* sample_weight,
-                     std::optional<int64_t> ignore_index, int64_t n, int64_t C, T* scale) {
-  std::vector<Prologue> parts((n + BLOCK - 1) / BLOCK);
+RowWeights row_weights(const int64_t* target, const T* weight, const T* sample_weight,
+                       std::optional<int64_t> ignore_index, int64_t n, int64_t C, T* scale) {
+  std::vector<RowWeights> parts((n + BLOCK - 1) / BLOCK);
   const bool may_ignore = ignore_index.has_value();
   const int64_t ignored = ignore_index.value_or(0);
   for_blocks(n, [&](int64_t b, int64_t begin, int64_t end) {
-    Prologue p;
+    RowWeights p;
     for (int64_t i = begin; i < end; ++i) {
       const int64_t y = target[i];
       if (may_ignore && y == ignored) {
@@ -157,8 +158,8 @@ Prologue row_weights(const int64_t* target, const T* weight, const T* sample_wei
     }
     parts[b] = p;
   });
-  Prologue all;
-  for (const Prologue& p : parts) {
+  RowWeights all;
+  for (const RowWeights& p : parts) {
     all.kept += p.kept, all.total += p.total, all.bad_targets += p.bad_targets;
     if (all.bad_target < 0) all.bad_target = p.bad_target;
     if (all.bad_sample < 0) all.bad_sample = p.bad_sample;
@@ -176,7 +177,7 @@ void check_weight(const T* weight, int64_t C) {
 }
 
 template <class T>
-double denominator(int64_t reduction, const OptionalTensor& normalizer, const Prologue& p) {
+double denominator(int64_t reduction, const OptionalTensor& normalizer, const RowWeights& p) {
   require(NONE <= reduction && reduction <= SUM, "reduction must be 0, 1, 2 or 3, got ", reduction);
   if (reduction == WEIGHTED_MEAN) return p.total;
   if (reduction != MEAN) return 1;
@@ -210,70 +211,61 @@ void run_rows(RowKernel kernel, const Rows& a, int64_t rows) {
   else torch::stable::parallel_for(0, tiles, 1, run);
 }
 
+// The per-row inputs of a loss, in the type T that it is computed in; absent ones are null.
 template <class T>
-void loss_of(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-             const OptionalTensor& sample_weight, const OptionalTensor& normalizer, Rows a,
-             Family family, std::optional<int64_t> ignore_index, int64_t reduction,
-             const Tensor& loss, const OptionalTensor& grad, const OptionalTensor& saved,
-             const Shape& shape) {
-  const auto dtype = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
-  const auto data = [&](const OptionalTensor& t, int64_t numel, const char* name) -> const T* {
-    if (!t) return nullptr;
-    check_vector(*t, dtype, numel, name);
-    return static_cast<const T*>(t->const_data_ptr());
-  };
-  const T* w = data(weight, shape.C, "weight");
-  const T* s = data(sample_weight, shape.rows, "sample_weight");
-  data(normalizer, 1, "normalizer");
-  if (w) check_weight(w, shape.C);
+struct Inputs {
+  const Tensor& target;
+  const OptionalTensor &weight, &sample_weight, &normalizer;
+  std::optional<int64_t> ignore_index;
+  int64_t reduction;
 
-  std::vector<T> own;
-  T* scale;
-  if (saved) {
-    check_vector(*saved, dtype, saved_size(family, shape.rows), "saved");
-    scale = static_cast<T*>(saved->mutable_data_ptr());
-    if (family == Family::SOFTMAX) a.M = scale + shape.rows, a.R = scale + 2 * shape.rows;
-  } else {
-    own.resize(shape.rows);
-    scale = own.data();
+  static constexpr ScalarType DTYPE = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
+  static const T* data(const OptionalTensor& t, int64_t numel, const char* name) {
+    if (!t) return nullptr;
+    check_vector(*t, DTYPE, numel, name);
+    return static_cast<const T*>(t->const_data_ptr());
   }
-  const Prologue p = row_weights<T>(a.target, w, s, ignore_index, shape.rows, shape.C, scale);
+};
+
+// Makes one number a row, scale_i = r_i / denominator, negative where the row is ignored: validity,
+// weights, ignore_index and reduction end here. Raises for the first value that is wrong.
+template <class T>
+void prologue(const Inputs<T>& in, const Shape& shape, T* scale) {
+  const T* w = in.data(in.weight, shape.C, "weight");
+  const T* s = in.data(in.sample_weight, shape.rows, "sample_weight");
+  in.data(in.normalizer, 1, "normalizer");
+  const int64_t* y = static_cast<const int64_t*>(in.target.const_data_ptr());
+  if (w) check_weight(w, shape.C);
+  const RowWeights p = row_weights<T>(y, w, s, in.ignore_index, shape.rows, shape.C, scale);
   if (p.bad_target >= 0) {
     const std::string ignored =
-        ignore_index ? " or ignore_index=" + std::to_string(*ignore_index) : "";
-    require<std::out_of_range>(false, "target", position(target, p.bad_target), " = ",
-                               a.target[p.bad_target], " is no class: expected 0 <= target < ",
-                               shape.C, ignored, " (", p.bad_targets, " of ", shape.rows,
-                               " are wrong)");
+        in.ignore_index ? " or ignore_index=" + std::to_string(*in.ignore_index) : "";
+    require<std::out_of_range>(false, "target", position(in.target, p.bad_target), " = ",
+                               y[p.bad_target], " is no class: expected 0 <= target < ", shape.C,
+                               ignored, " (", p.bad_targets, " of ", shape.rows, " are wrong)");
   }
   if (p.bad_sample >= 0)
-    require(false, "sample_weight", position(*sample_weight, p.bad_sample), " = ", s[p.bad_sample],
-            ": sample weights must be finite and >= 0");
-  const double divisor = denominator<T>(reduction, normalizer, p);
-  if (divisor != 1 && divisor > 0)
+    require(false, "sample_weight", position(*in.sample_weight, p.bad_sample), " = ",
+            s[p.bad_sample], ": sample weights must be finite and >= 0");
+  const double divisor = denominator<T>(in.reduction, in.normalizer, p);
+  if (divisor != 1 && divisor > 0)  // nothing to average: 0 stays 0
     for_blocks(shape.rows, [&](int64_t, int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) scale[i] = T(scale[i] / divisor);
     });
+}
 
-  const bool vector = reduction == NONE;
-  check_vector(loss, dtype, vector ? shape.rows : 1, "loss");
-  std::vector<T> row_loss(vector ? 0 : shape.rows);
-  a.scale = scale;
-  a.loss = vector ? loss.mutable_data_ptr() : row_loss.data();
-  if (grad && grad->const_data_ptr() != logits.const_data_ptr()) advise_huge_pages(*grad);
-  const Mode mode = grad ? Mode::LOSS_AND_GRAD : Mode::LOSS;
-  run_rows(isa->find(dtype_of(logits), family, mode, a), a, shape.rows);
-  if (vector) return;
-
-  std::vector<double> partial((shape.rows + BLOCK - 1) / BLOCK);
-  for_blocks(shape.rows, [&](int64_t b, int64_t begin, int64_t end) {
+// The sum of the row losses, in a fixed order.
+template <class T>
+double epilogue(const T* row_loss, int64_t rows) {
+  std::vector<double> partial((rows + BLOCK - 1) / BLOCK);
+  for_blocks(rows, [&](int64_t b, int64_t begin, int64_t end) {
     double lanes[8] = {};
     for (int64_t i = begin; i < end; ++i) lanes[i % 8] += row_loss[i];
     for (double lane : lanes) partial[b] += lane;
   });
   double total = 0;
   for (double part : partial) total += part;
-  *static_cast<T*>(loss.mutable_data_ptr()) = T(total);
+  return total;
 }
 
 Rows rows_of(const Tensor& logits, const Tensor& target, const Shape& shape, double gamma,
@@ -292,6 +284,37 @@ void set_grad(Rows& a, const Tensor& grad, const Tensor& logits) {
               std::equal(grad.sizes().begin(), grad.sizes().end(), logits.sizes().begin()),
           "grad must have the shape and dtype of logits");
   a.grad = grad.mutable_data_ptr(), a.grad_stride = strides_of(grad);
+  if (a.grad != a.logits) advise_huge_pages(grad);
+}
+
+// M and R behind scale in what a recomputing backward needs, for softmax.
+void set_saved(Rows& a, const Tensor& saved, Family family, const Shape& shape) {
+  if (family != Family::SOFTMAX) return;
+  char* M = static_cast<char*>(saved.mutable_data_ptr()) + shape.rows * saved.element_size();
+  a.M = M, a.R = M + shape.rows * saved.element_size();
+}
+
+// Prologue, row kernel, epilogue.
+template <class T>
+void run_loss(const Tensor& logits, const Inputs<T>& in, Family family, const Shape& shape, Rows a,
+              const Tensor& loss, const OptionalTensor& grad, const OptionalTensor& saved) {
+  const bool vector = in.reduction == NONE;
+  check_vector(loss, in.DTYPE, vector ? shape.rows : 1, "loss");
+  if (grad) set_grad(a, *grad, logits);
+  const std::unique_ptr<T[]> own(new T[shape.rows]);
+  T* scale = own.get();
+  if (saved) {
+    check_vector(*saved, in.DTYPE, saved_size(family, shape.rows), "saved");
+    set_saved(a, *saved, family, shape);
+    scale = static_cast<T*>(saved->mutable_data_ptr());
+  }
+  prologue(in, shape, scale);
+  T* out = static_cast<T*>(loss.mutable_data_ptr());
+  T* row_loss = vector ? out : own.get();  // in the place of its scale: a kernel reads that first
+  a.scale = scale, a.loss = row_loss;
+  const Mode mode = grad ? Mode::LOSS_AND_GRAD : Mode::LOSS;
+  run_rows(isa->find(dtype_of(logits), family, mode, a), a, shape.rows);
+  if (!vector) *out = T(epilogue(row_loss, shape.rows));
 }
 
 void loss(Tensor logits, Tensor target, OptionalTensor weight, OptionalTensor sample_weight,
@@ -299,11 +322,15 @@ void loss(Tensor logits, Tensor target, OptionalTensor weight, OptionalTensor sa
           std::optional<int64_t> ignore_index, int64_t reduction, Tensor loss, OptionalTensor grad,
           OptionalTensor saved) {
   const Shape shape(logits);
-  Rows a = rows_of(logits, target, shape, gamma, label_smoothing);
-  if (grad) set_grad(a, *grad, logits);
-  const auto run = dtype_of(logits) == DType::Float64 ? loss_of<double> : loss_of<float>;
-  run(logits, target, weight, sample_weight, normalizer, a, family_of(sigmoid), ignore_index,
-      reduction, loss, grad, saved, shape);
+  const Family family = family_of(sigmoid);
+  const Rows a = rows_of(logits, target, shape, gamma, label_smoothing);
+  const auto run = [&](auto T) {
+    const Inputs<decltype(T)> in{target,     weight,       sample_weight,
+                                 normalizer, ignore_index, reduction};
+    run_loss(logits, in, family, shape, a, loss, grad, saved);
+  };
+  if (dtype_of(logits) == DType::Float64) run(double());
+  else run(float());
 }
 
 void gradient(Tensor logits, Tensor target, Tensor saved, Tensor grad_loss, bool sigmoid,
@@ -315,29 +342,27 @@ void gradient(Tensor logits, Tensor target, Tensor saved, Tensor grad_loss, bool
   const bool f64 = dtype_of(logits) == DType::Float64;
   const auto dtype = f64 ? ScalarType::Double : ScalarType::Float;
   check_vector(saved, dtype, saved_size(family, shape.rows), "saved");
+  set_saved(a, saved, family, shape);
+  a.scale = saved.const_data_ptr();
   a.grad_loss_per_row = grad_loss.dim() > 0;
   check_vector(grad_loss, dtype, a.grad_loss_per_row ? shape.rows : 1, "grad_loss");
-  char* scale = static_cast<char*>(saved.mutable_data_ptr());
-  const int64_t bytes = shape.rows * saved.element_size();
-  a.scale = scale;
-  if (family == Family::SOFTMAX) a.M = scale + bytes, a.R = scale + 2 * bytes;
   a.grad_loss = grad_loss.const_data_ptr();
-  if (a.grad != a.logits) advise_huge_pages(grad);
   run_rows(isa->find(dtype_of(logits), family, Mode::GRAD, a), a, shape.rows);
 }
 
-// For tests and backends(): runs the variant of that name from now on ("" for the best) and returns
-// the names of those that this machine can run, best first.
+// For tests: runs the variant of that name from now on. Returns the names of those that this
+// machine can run, best first; "" asks and changes nothing.
 std::string set_isa(std::string name) {
   std::string names;
+  const Isa* found = isa;
   for (const Isa& each : isas()) {
     if (!each.supported) continue;
     names += (names.empty() ? "" : " ") + std::string(each.name);
-    if (name == each.name) isa = &each;
+    if (name == each.name) found = &each;
   }
-  if (name.empty()) isa = best_isa();
-  require(isa->name == name || name.empty(), "no such instruction set here: '", name, "', only ",
+  require(name.empty() || found->name == name, "no such instruction set here: '", name, "', only ",
           names);
+  isa = found;
   return names;
 }
 

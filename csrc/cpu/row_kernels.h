@@ -10,12 +10,12 @@ CB_FN void for_negatives(const S* x, int64_t C, int64_t y, const Body& body, con
   const int64_t segment[2][2] = {{0, at_y}, {at_y + N, whole}};
   for (const auto& [begin, end] : segment)
     for (int64_t b = begin; b < end; b += CHUNK * N) {
-      const int64_t stop = end < b + CHUNK * N ? end : b + CHUNK * N;
+      const int64_t stop = std::min(end, b + CHUNK * N);
       for (int64_t j = b; j < stop; j += N) body(j, load(x + j), N);
       flush();
     }
   for (int64_t j = at_y; j < C; j = j < whole ? whole : C) {
-    const int64_t n = C - j < N ? C - j : N;
+    const int64_t n = std::min(C - j, N);
     const V z = load_some(x + j, n);
     body(j, outside(z, n, y - j) ? V{} - INF<typename Lanes<S>::T> : z, n);  // -inf: its term is 0
   }
@@ -42,11 +42,20 @@ void zero_row(S* g, int64_t C) {
   for (int64_t j = 0; j < C; ++j) g[j] = S{};
 }
 
-// Sum over all j of (z_j - M), for label smoothing.
+// Sum over all j of (z_j - M), for label smoothing: one more pass over a row that is in cache.
 template <class S, class T>
 double sum_below(const S* x, int64_t C, T M) {
-  double D = 0;
-  for (int64_t j = 0; j < C; ++j) D += double(load_one(x + j)) - double(M);
+  using V = typename Lanes<S>::V;
+  constexpr int64_t N = Lanes<S>::N;
+  const int64_t whole = C / N * N;
+  DoubleLanes<V> total;
+  for (int64_t b = 0; b < whole; b += CHUNK * N) {
+    V lanes{};
+    for (int64_t j = b; j < std::min(whole, b + CHUNK * N); j += N) lanes += load(x + j) - M;
+    total.add(lanes);
+  }
+  double D = total.sum();
+  for (int64_t j = whole; j < C; ++j) D += load_one(x + j) - M;
   return D;
 }
 

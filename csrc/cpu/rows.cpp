@@ -2,6 +2,7 @@
 // namespace, the compiler's -m flags choose the instructions.
 #include "rows.h"
 
+#include <algorithm>
 #include <cfloat>
 #include <cmath>
 #include <cstring>
@@ -58,8 +59,7 @@ RowKernel find_mode(Family family, Mode mode, const Rows& a) {
 }
 
 RowKernel find(DType dtype, Family family, Mode mode, const Rows& a) {
-#if defined(__AVX512BF16__)  // differs from avx512 in how a bfloat16 is rounded, and in nothing
-                             // else
+#if defined(__AVX512BF16__)  // only rounds to bfloat16 otherwise than avx512
   if (dtype != DType::BFloat16) return avx512::find(dtype, family, mode, a);
   return find_mode<BFloat16>(family, mode, a);
 #else

@@ -14,7 +14,7 @@ struct Tile {
   V r{};
   Index y{}, ignored{};
 
-  Tile(const Rows& a, int64_t i, int64_t end) : a(a), i(i), n(end - i < N ? end - i : N) {
+  Tile(const Rows& a, int64_t i, int64_t end) : a(a), i(i), n(std::min(end - i, N)) {
     const RowScale<T> scale(a);
     if constexpr (N == 1) {
       ignored = scale.ignored(i), y = a.target[i], r = scale(i);
@@ -74,7 +74,7 @@ struct Tile {
 template <class Body, class Flush>
 CB_FN void for_classes(int64_t C, const Body& body, const Flush& flush) {
   for (int64_t b = 0; b < C; b += CHUNK) {
-    for (int64_t c = b; c < (C < b + CHUNK ? C : b + CHUNK); ++c) body(c);
+    for (int64_t c = b; c < std::min(C, b + CHUNK); ++c) body(c);
     flush();
   }
 }
@@ -91,16 +91,13 @@ void softmax_tiles(const Rows& a, int64_t begin, int64_t end) {
     const Tile<S> tile(a, i, end);
     tile.load_logits(z.get(), gathered.get());
     V M = V{} - LARGEST<T>, R{}, D{}, z_y{}, part{};
-    const auto leave_target_out = [&] {
-      for (int64_t c = 0; c < C; ++c) {
-        const auto is_y = tile.is_y(c);
-        z_y = is_y ? z[c] : z_y;
-        z[c] = is_y ? V{} - INF<T> : z[c];
-        if constexpr (MODE != Mode::GRAD) M = max(z[c], M);
-      }
-      if constexpr (MODE != Mode::GRAD) M = max(M, z_y);
-    };
-    leave_target_out();
+    for (int64_t c = 0; c < C; ++c) {  // the target is left out, never subtracted
+      const auto is_y = tile.is_y(c);
+      z_y = is_y ? z[c] : z_y;
+      z[c] = is_y ? V{} - INF<T> : z[c];
+      M = max(z[c], M);
+    }
+    M = max(M, z_y);
     if constexpr (MODE == Mode::GRAD) M = tile.get(a.M), R = tile.get(a.R);
     else if (a.M) tile.put(a.M, M);
     for (int64_t l = 0; l < tile.n; ++l)
@@ -162,7 +159,8 @@ void sigmoid_tiles(const Rows& a, int64_t begin, int64_t end) {
           const auto is_y = tile.is_y(c);
           z_y = is_y ? z[c] : z_y;
           const V z_c = is_y ? V{} - INF<T> : z[c];  // -inf: its term is 0
-          z[c] = tile.r * sum_L.add(z_c, gamma, t, [&] { return is_y; });
+          const V g_c = sum_L.add(z_c, gamma, t, [&] { return is_y; });
+          if constexpr (MODE != Mode::LOSS) z[c] = tile.r * g_c;
         },
         [&]() __attribute__((always_inline)) { total += sum_L.take(); });
     const Element<V> at_y = smoothed<G, IS_HALF<S>, V, T>(z_y, gamma, t_y, SMOOTH);

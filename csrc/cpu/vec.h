@@ -75,20 +75,19 @@ CB_FN Vec max(Vec a, Vec b) { return X86_SIMD(max_ps)(a, b); }
 CB_FN double neg_abs(double x) { return -std::fabs(x); }
 CB_FN Vec neg_abs(Vec x) { return (Vec)((UVec)x | 0x80000000u); }
 
-template <bool HALF = false>
+template <bool SHORT = false>
 CB_FN double exp(double x) {
   return std::exp(x);
 }
 CB_FN double log(double x) { return std::log(x); }
 CB_FN double rcp(double x) { return 1 / x; }
-template <bool HALF = false>
+template <bool SHORT = false>
 CB_FN double log1m_over(double m) {
   return m > 0 ? -std::log1p(-m) / m : m + 1;
 }
 
-// HALF: the value ends in a half type, whose rounding is 4e-3; a shorter polynomial does.
-// e^x for x <= 88, as 2^n e^r with |r| <= ln2/2: relative error 2e-7 (HALF: 4e-6); 0 below 2^-126.
-template <bool HALF = false>
+// e^x for x <= 88, as 2^n e^r with |r| <= ln2/2: relative error 2e-7 (SHORT: 4e-6); 0 below 2^-126.
+template <bool SHORT = false>
 CB_FN Vec exp(Vec x) {
   constexpr float LOG2_E = 1.44269504f, LN2 = 0.693147181f, LOWEST = -87.3f;
   constexpr float ROUND = 12582912.f + 127;  // 1.5 * 2^23: adding it rounds to an integer
@@ -99,7 +98,7 @@ CB_FN Vec exp(Vec x) {
   const Vec r = (x - n * 0.693359375f) + (n * (0.693359375f - LN2));  // the first product is exact
 #endif
   Vec p;
-  if constexpr (HALF) {
+  if constexpr (SHORT) {
     p = r * 4.151318790e-02f + 1.678794694e-01f;
     p = p * r + 5.000303824e-01f;
     p = p * r + 9.999665808e-01f;
@@ -113,8 +112,8 @@ CB_FN Vec exp(Vec x) {
 #if defined(__AVX512F__)
   return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, Vec{} + LOWEST, _CMP_NLT_UQ), p, n);
 #else
-  return x < LOWEST ? Vec{}
-                    : p * (Vec)((IVec)shifted << 23);  // the low bits of shifted are n + 127
+  const IVec power = (IVec)shifted << 23;  // 2^n: the low bits of shifted are n + 127
+  return x < LOWEST ? Vec{} : p * (Vec)power;
 #endif
 }
 
@@ -128,10 +127,10 @@ CB_FN Vec log(Vec x) {
   return x < FLT_MAX ? y : x;  // infinity and NaN stay
 }
 
-// -log(1 - m)/m on [0, 1/2], minimax: relative error 2e-7 (HALF: 7e-6).
-template <bool HALF = false>
+// -log(1 - m)/m on [0, 1/2], minimax: relative error 2e-7 (SHORT: 7e-6).
+template <bool SHORT = false>
 CB_FN Vec log1m_over(Vec m) {
-  if constexpr (HALF) {
+  if constexpr (SHORT) {
     Vec p = m * 0.8463787436f - 0.3110924959f;
     p = p * m + 0.4033622444f;
     p = p * m + 0.3136711717f;
@@ -288,7 +287,7 @@ CB_FN void set_lane(Vec& v, int l, float x) { v[l] = x; }
 // A sum in double, lane by lane, that float lanes join now and then.
 template <class V>
 struct DoubleLanes {
-  static constexpr int N = sizeof(V) / sizeof(float) > 2 ? W : 1;
+  static constexpr int N = std::is_same_v<V, double> ? 1 : W;
   double lanes[N] = {};
   CB_FN void add(V v) {
     if constexpr (N == 1) {
