@@ -95,7 +95,7 @@ class BuildExtension(build_ext):
         compiler = find_compiler()
         if compiler != configured_compiler():
             self.compiler.set_executables(
-                compiler_so_cxx=compiler, linker_so_cxx=f"{compiler} -shared"
+                compiler_cxx=compiler, compiler_so_cxx=compiler, linker_so_cxx=f"{compiler} -shared"
             )
         include = [torch / "include", torch / "include" / "torch" / "csrc" / "api" / "include"]
         includes = [f"-isystem{path}" for path in include]

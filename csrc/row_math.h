@@ -12,7 +12,7 @@ enum class Gamma { ZERO, HALF, ONE, TWO, ANY };  // the focal exponents with cod
 template <class T>
 CB_FN T weighted(T r, T loss) {
   const T zero{}, largest = largest_finite<T>();
-  return r * ((r == zero) & (loss > largest) ? largest : loss);
+  return r * (((r == zero) & (loss > largest)) ? largest : loss);
 }
 
 // Softmax family, one row, from d = z_y - M, R = sum over j != y of e^{z_j - M} and, for label
