@@ -14,6 +14,9 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
 
 #include "rows.h"
 
@@ -37,6 +40,14 @@ struct Isa {
   bool supported;
 };
 
+#if defined(__x86_64__)
+// CPUID leaf 7, subleaf 1: not every compiler knows the feature by name.
+bool has_avx512_bf16() {
+  unsigned eax, ebx, ecx, edx;
+  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 5 & 1);
+}
+#endif
+
 const std::vector<Isa>& isas() {  // best first
 #if defined(__x86_64__)
   const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -44,7 +55,7 @@ const std::vector<Isa>& isas() {  // best first
 #endif
   static const std::vector<Isa> all = {
 #if defined(__x86_64__)
-      {"avx512_bf16", avx512_bf16::find, has_avx512 && __builtin_cpu_supports("avx512bf16")},
+      {"avx512_bf16", avx512_bf16::find, has_avx512 && has_avx512_bf16()},
       {"avx512", avx512::find, has_avx512},
       {"avx2", avx2::find,
        __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
