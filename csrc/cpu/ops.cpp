@@ -41,10 +41,11 @@ struct Isa {
 };
 
 #if defined(__x86_64__)
-// CPUID leaf 7, subleaf 1: not every compiler knows the feature by name.
-bool has_avx512_bf16() {
-  unsigned eax, ebx, ecx, edx;
-  return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 5 & 1);
+enum Register { EAX, EBX, ECX, EDX };
+// For features that not every compiler knows by name.
+bool cpuid(unsigned leaf, unsigned subleaf, Register reg, int bit) {
+  unsigned r[4];
+  return __get_cpuid_count(leaf, subleaf, &r[EAX], &r[EBX], &r[ECX], &r[EDX]) && r[reg] >> bit & 1;
 }
 #endif
 
@@ -55,11 +56,10 @@ const std::vector<Isa>& isas() {  // best first
 #endif
   static const std::vector<Isa> all = {
 #if defined(__x86_64__)
-      {"avx512_bf16", avx512_bf16::find, has_avx512 && has_avx512_bf16()},
+      {"avx512_bf16", avx512_bf16::find, has_avx512 && cpuid(7, 1, EAX, 5)},
       {"avx512", avx512::find, has_avx512},
       {"avx2", avx2::find,
-       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-           __builtin_cpu_supports("f16c")},
+       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && cpuid(1, 0, ECX, 29)},
 #endif
       {"baseline", baseline::find, true},
   };
