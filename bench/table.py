@@ -1,7 +1,10 @@
-"""The results as a table that a person reads."""
+"""The results as a table that a person reads; `python -m bench.table FILE.json`: the README's."""
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -92,3 +95,26 @@ def bandwidth(row: Row) -> str:
     dtype: torch.dtype = getattr(torch, row["dtype"])
     size = torch.Size(row["shape"]).numel() * dtype.itemsize
     return f"{PASSES[row['passes']] * size / fused['median_ms'] / 1e6:.1f}"
+
+
+def readme(result: dict[str, Any]) -> str:
+    """The README's table: forward + backward, each rival's time by ours."""
+    lines = []
+    for row in result["rows"]:
+        if PASSES[row["passes"]] != 2:
+            continue
+        line = cells(row)
+        shown_columns = {
+            "logits": f"({', '.join(map(str, row['shape']))})",
+            "dtype": line["dtype"],
+            "loss": f"{row['activation']}, γ = {row['gamma']:g}",
+            "fused ms": line["fused ms"],
+            "in place ms": line["in place ms"],
+        }
+        rivals = {column: line[f"{column} / fused"] for column in RIVALS}
+        lines.append(shown_columns | rivals | {"fused / clone": line["fused / clone"]})
+    return tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True)
+
+
+if __name__ == "__main__":
+    print(readme(json.loads(Path(sys.argv[1]).read_text())))
