@@ -25,12 +25,14 @@ class StoredGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, rows: Rows, spec: Spec) -> Tensor:
         inplace = spec.inplace
-        grad = logits.detach() if inplace else torch.empty_like(logits)
+        grad = logits.detach() if inplace else ops.new_grad(logits)
         loss = ops.new_loss(logits, rows[0], spec.reduction)
-        ops.loss(logits, *rows, *spec[:5], loss, grad, None)
+        run = ops.triton_loss if spec.triton else ops.loss
+        run(logits, *rows, *spec[:5], loss, grad, None)
         if inplace:  # whoever saved the logits raises in its backward
             torch.autograd.graph.increment_version(logits)
         ctx.save_for_backward(grad)
+        ctx.inplace = inplace
         return loss
 
     @staticmethod
@@ -38,9 +40,14 @@ class StoredGradient(torch.autograd.Function):
         if torch.is_grad_enabled():
             _refuse_double_backward()
         (grad,) = ctx.saved_tensors
-        if is_compiling() or not grad_loss.is_cpu or grad_loss.item() != 1:
+        if is_compiling():
             grad = grad * grad_loss
-        return grad, None, None  # as it is for 1, where looking costs nothing
+        elif grad_loss.is_cpu:  # where looking costs nothing
+            if grad_loss.item() != 1:
+                grad = grad * grad_loss
+        else:
+            grad = ops.scale_stored(grad, grad_loss, not ctx.inplace)
+        return grad, None, None
 
 
 class RecomputedGradient(torch.autograd.Function):
@@ -55,7 +62,8 @@ class RecomputedGradient(torch.autograd.Function):
         target = rows[0]
         saved = ops.new_saved(logits, target, spec.sigmoid)
         loss = ops.new_loss(logits, target, spec.reduction)
-        ops.loss(logits, *rows, *spec[:5], loss, None, saved)
+        run = ops.triton_loss if spec.triton else ops.loss
+        run(logits, *rows, *spec[:5], loss, None, saved)
         ctx.save_for_backward(logits, target, saved)
         ctx.spec = spec
         return loss
@@ -65,8 +73,9 @@ class RecomputedGradient(torch.autograd.Function):
         if torch.is_grad_enabled():
             _refuse_double_backward()
         logits, target, saved = ctx.saved_tensors
-        grad = logits.detach() if ctx.spec.inplace else torch.empty_like(logits)
-        ops.gradient(logits, target, saved, grad_loss.contiguous(), *ctx.spec[:3], grad)
+        grad = logits.detach() if ctx.spec.inplace else ops.new_grad(logits)
+        run = ops.triton_gradient if ctx.spec.triton else ops.gradient
+        run(logits, target, saved, grad_loss.contiguous(), *ctx.spec[:3], grad)
         if ctx.spec.inplace:
             torch.autograd.graph.increment_version(logits)
         return grad, None, None

@@ -1,4 +1,4 @@
-"""The operators: schemas, fake kernels, loading of the compiled library, backends().
+"""The operators: schemas, fake kernels, what implements them where, backends().
 
 loss fills its buffers, which the caller allocates:
     loss   0-d, or for reduction "none" like target
@@ -10,27 +10,34 @@ Where a device has no kernel, the reference computes both.
 from __future__ import annotations
 
 import importlib
+import importlib.metadata
 import platform
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
-from . import reference
+from . import kernels, reference
 from .reference import compute_dtype
 from .spec import ACTIVATIONS, REDUCTIONS, check_values
 
-_library = torch.library.Library("cbloss_fused", "DEF")
-_library.define(
-    "loss(Tensor logits, Tensor target, Tensor? weight, Tensor? sample_weight, Tensor? normalizer, "
+_LOSS = (
+    "(Tensor logits, Tensor target, Tensor? weight, Tensor? sample_weight, Tensor? normalizer, "
     "bool sigmoid, float gamma, float label_smoothing, int? ignore_index, int reduction, "
     "Tensor(a!) loss, Tensor(b!)? grad, Tensor(c!)? saved) -> ()"
 )
-_library.define(
-    "gradient(Tensor logits, Tensor target, Tensor saved, Tensor grad_loss, "
+_GRADIENT = (
+    "(Tensor logits, Tensor target, Tensor saved, Tensor grad_loss, "
     "bool sigmoid, float gamma, float label_smoothing, Tensor(a!) grad) -> ()"
 )
+_library = torch.library.Library("cbloss_fused", "DEF")
+for _overload in ("", ".triton"):  # the device's own choice; a backend that was asked for
+    _library.define(f"loss{_overload}{_LOSS}")
+    _library.define(f"gradient{_overload}{_GRADIENT}")
 _library.define("_set_isa(str name) -> str")
 
 
@@ -56,10 +63,49 @@ def new_loss(logits: Tensor, target: Tensor, reduction: int) -> Tensor:
     return logits.new_empty(shape, dtype=compute_dtype(logits.dtype))
 
 
+def new_grad(logits: Tensor) -> Tensor:
+    """The buffer for the gradient.
+
+    On a GPU its rows lie modulo 16 bytes as those of the logits do, where the logits' address and
+    strides are odd: so both are read and written in whole vectors.
+    """
+    if logits.is_cpu or is_compiling():
+        return torch.empty_like(logits)
+    vector = 16 // logits.element_size()
+    odd = logits.data_ptr() // logits.element_size() % vector
+    if (odd == 0 and logits.is_contiguous()) or logits.stride(1) != 1 or logits.numel() == 0:
+        return torch.empty_like(logits)
+    N, C, *inner = logits.shape
+    strides, size = list(logits.stride()), C  # classes side by side: dimensions around them
+    for dim, n in ((2, inner[0]), (0, N)) if inner else ((0, N),):
+        strides[dim] = size + (logits.stride(dim) - size) % vector
+        size = strides[dim] * n
+    buffer = logits.new_empty(odd + _span(logits.shape, strides))
+    return buffer.as_strided(logits.shape, strides, odd)
+
+
 def new_saved(logits: Tensor, target: Tensor, sigmoid: bool) -> Tensor:
     """The buffer that a forward leaves for a recomputing backward."""
     shape = (1 if sigmoid else 3, target.numel())
     return logits.new_empty(shape, dtype=compute_dtype(logits.dtype))
+
+
+def scale_stored(grad: Tensor, grad_loss: Tensor, owned: bool) -> Tensor:
+    """grad * grad_loss without a look at grad_loss: in place where no later backward needs grad.
+
+    owned: what lies between the elements of grad belongs to nobody else.
+    """
+    keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+    span = _span(grad.shape, grad.stride())
+    if keep_graph() or not (grad.is_cuda and kernels.available and (owned or span == grad.numel())):
+        return grad * grad_loss
+    kernels.load().scale_gradient(grad, grad_loss, span)
+    return grad
+
+
+def _span(shape: Sequence[int], strides: Sequence[int]) -> int:
+    """Elements from the first to the last of a tensor."""
+    return sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + 1
 
 
 def _rows_of(logits: Tensor, target: Tensor) -> Tensor:
@@ -82,7 +128,7 @@ def _loss(
     grad: Tensor | None,
     saved: Tensor | None,
 ) -> None:
-    _warn_once()
+    _warn_once(logits.device.type)
     if logits.device.type == "cpu":  # here, where the message can name target's own index
         reference.check_target(target, logits.shape[1], ignore_index)
         check_values(weight, sample_weight, normalizer)
@@ -129,27 +175,41 @@ def _gradient(
     )
 
 
-# autograd.py differentiates: below it the dispatcher need not look for gradients again.
-for _name in ("loss", "gradient"):
+def _triton_loss(*arguments: Any) -> None:
+    kernels.load().loss(*arguments)
+
+
+def _triton_gradient(*arguments: Any) -> None:
+    kernels.load().gradient(*arguments)
+
+
+# autograd.py differentiates: below it the dispatcher need not look for gradients again. They only
+# write: nothing to fake.
+for _name in ("loss", "gradient", "loss.triton", "gradient.triton"):
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
     _library.impl(_name, torch.library.fallthrough_kernel, "ADInplaceOrView")
+    torch.library.register_fake(f"cbloss_fused::{_name}", lambda *_: None, lib=_library)
 _library.impl("loss", _loss, "CompositeExplicitAutograd")
 _library.impl("gradient", _gradient, "CompositeExplicitAutograd")
-
-
-for _name in ("loss", "gradient"):  # they only write: nothing to fake
-    torch.library.register_fake(f"cbloss_fused::{_name}", lambda *_: None, lib=_library)
+if kernels.available:
+    _library.impl("loss", _triton_loss, "CUDA")
+    _library.impl("gradient", _triton_gradient, "CUDA")
+    _library.impl("loss.triton", _triton_loss, "CompositeExplicitAutograd")
+    _library.impl("gradient.triton", _triton_gradient, "CompositeExplicitAutograd")
 
 loss = torch.ops.cbloss_fused.loss.default
 gradient = torch.ops.cbloss_fused.gradient.default
+triton_loss = torch.ops.cbloss_fused.loss.triton
+triton_gradient = torch.ops.cbloss_fused.gradient.triton
 
 
-def _warn_once() -> None:
+def _warn_once(device: str) -> None:
     global _warned
-    if missing is not None and not _warned:
+    why = missing if device == "cpu" else None if kernels.available else "Triton is not installed"
+    if why is not None and not _warned:
         _warned = True
         warnings.warn(
-            f"cbloss_fused runs in eager PyTorch, not in its fused kernels: {missing}", stacklevel=3
+            f"cbloss_fused runs in eager PyTorch, not in its fused kernels: {why}", stacklevel=3
         )
 
 
@@ -157,15 +217,21 @@ def backends() -> dict[str, str]:
     """What each device type gets here, and why.
 
     Returns:
-        One line for "cpu" and one for every other device: the kernels, the instruction set that was
-        chosen, or the reason why the reference serves.
+        One line each for "cpu", "cuda" (AMD GPUs too) and every other device: the kernels, the
+        instruction set that was chosen, or the reason why the reference serves.
 
     >>> sorted(backends())
-    ['cpu', 'other']
+    ['cpu', 'cuda', 'other']
     """
     if missing is None:
         isa = torch.ops.cbloss_fused._set_isa("").split()[0]
         cpu = f"fused C++ kernels, {isa} code chosen for this {platform.machine()}"
     else:
         cpu = f"reference: {missing}"
-    return {"cpu": cpu, "other": "reference: no kernels for other devices in this version"}
+    if kernels.available:
+        cuda = f"fused Triton kernels (triton {importlib.metadata.version('triton')})"
+        if not torch.cuda.is_available():
+            cuda += ", compiled at the first call; no GPU here"
+    else:
+        cuda = "reference: Triton is not installed"
+    return {"cpu": cpu, "cuda": cuda, "other": "reference: no kernels for other devices"}

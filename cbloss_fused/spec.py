@@ -12,11 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import kernels
 from .reference import compute_dtype
 
 ACTIVATIONS = ("softmax", "sigmoid")
 REDUCTIONS = ("none", "mean", "weighted_mean", "sum")  # the operators take the index
-BACKENDS = ("cpu", "reference")
+BACKENDS = ("cpu", "triton", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (
     *(torch.int64, torch.int32, torch.int16, torch.int8),
@@ -33,6 +34,7 @@ class Spec(NamedTuple):
     ignore_index: int | None
     reduction: int
     inplace: bool
+    triton: bool  # asked for, whatever the device would choose
 
 
 def check_options(
@@ -105,9 +107,21 @@ def check_kernel(input: Tensor, backend: str | None) -> None:
     """Raise where the fused kernels cannot serve."""
     if backend == "cpu" and input.device.type != "cpu":
         raise ValueError(f"backend='cpu' needs CPU tensors, got {input.device}")
+    if backend == "triton":
+        _check_triton(input)
     if torch._C._are_functorch_transforms_active():
         raise NotImplementedError(
             "torch.func transforms need a differentiable formula: pass backend='reference'"
+        )
+
+
+def _check_triton(input: Tensor) -> None:
+    if not kernels.available:
+        raise ValueError("backend='triton' needs the package triton, which is not installed")
+    if not (input.is_cuda or (input.is_cpu and kernels.load().INTERPRETED)):
+        raise ValueError(
+            f"backend='triton' needs CUDA tensors, got {input.device}; CPU tensors only under "
+            "Triton's interpreter (TRITON_INTERPRET=1 in the environment)"
         )
 
 

@@ -1,0 +1,422 @@
+"""The softmax family: its formula, then its row kernels.
+
+With M = max_j z_j, e_j = e^{z_j - M}, R = sum over j != y of e_j, every member's gradient is
+k e_j - uniform, and g_y at the target: a kernel finds M and R, softmax_row gives the rest.
+"""
+
+import triton
+import triton.language as tl
+
+from .rows import (
+    INF,
+    PARTIALS,
+    body,
+    class_offset,
+    clamp_finite,
+    edge_columns,
+    exp,
+    kernel,
+    largest_finite,
+    load_tile,
+    log,
+    log1m_over,
+    number,
+    peel,
+    prologue_part,
+    row_inputs,
+    row_pointer,
+    store_tile,
+    tile_inputs,
+    tile_pointer,
+    weighted,
+)
+
+
+@triton.jit
+def softmax_row(d, R, r, gamma, eps, D, C, SMOOTH: tl.constexpr):
+    """(loss, k, g_y, uniform) from d = z_y - M, R and, for smoothing, D = sum_j (z_j - M)."""
+    e_y = exp(d)
+    S = R + e_y
+    p = e_y / S
+    q = R / S
+    sure = q <= 0.5  # then -log p comes from q: exact as p -> 1
+    u_sure = log1m_over(tl.minimum(q, 0.5), False)
+    log_S = log(S)
+    nll = tl.where(sure, q * u_sure, log_S - d)
+    u = tl.minimum(nll / q, largest_finite(R.dtype))  # finite where p is 0: p u has a limit
+    u = tl.where(sure, u_sure, u)
+    smallest: tl.constexpr = 2.2250738585072014e-308 if R.dtype == tl.float64 else 1.1754944e-38
+    f = exp(gamma * log(tl.maximum(q, smallest)))  # q^gamma
+    a = (1 - eps) * f * (1 + gamma * p * u)
+    loss = weighted(r, (1 - eps) * f * nll)
+    k = r * a / S
+    g_y = -r * a * q
+    uniform = r * 0.0
+    if SMOOTH:
+        uniform = r * (eps / C)
+        loss += weighted(r, eps / C * (C * tl.where(sure, nll + d, log_S) - D))
+        k += r * eps / S
+        g_y += r * eps * p - uniform
+    return loss, k, g_y, uniform
+
+
+@triton.jit
+def below(z, m):
+    """z - M for m = clamp_finite(M): 0 where both are +inf, a limit. NaN stays NaN."""
+    return tl.minimum(z - m, 0.0, tl.PropagateNan.ALL)
+
+
+@triton.jit
+def one_limit(R, z_y, M):
+    """R; NaN where more than one logit is +inf: that row has no limit."""
+    count = R + tl.where(z_y == INF, 1.0, 0.0)
+    return tl.where((M == INF) & (count > 1), float("nan"), R)
+
+
+@triton.jit
+def more_max_and_sum(M, R, D, n, z, there, AXIS: tl.constexpr, SMOOTH: tl.constexpr):
+    """Take a tile z along AXIS into the running M, R, D and number n of terms in D."""
+    top = tl.maximum(M, tl.max(z, AXIS))
+    m = clamp_finite(top)
+    step = below(clamp_finite(M), m)
+    t = below(z, tl.expand_dims(m, AXIS))
+    R = R * exp(step) + tl.sum(exp(t), AXIS)
+    if SMOOTH:
+        D += tl.where(n > 0, n * step, 0.0) + tl.sum(tl.where(there, t, 0.0), AXIS)
+        n += tl.sum(tl.where(there, 1.0, 0.0), AXIS)
+    return top, R, D, n
+
+
+@triton.jit
+def join_max_and_sum(M, R, D, n, SMOOTH: tl.constexpr):
+    """(M, R, D) of a row from those of its parts."""
+    top = tl.max(M)
+    step = below(clamp_finite(M), clamp_finite(top))
+    if SMOOTH:
+        D = tl.sum(tl.where(n > 0, D + n * step, 0.0))
+    else:
+        D = 0.0
+    return top, tl.sum(R * exp(step)), D
+
+
+@triton.jit
+def max_and_sum(
+    x, y, read, C, first, end, V: tl.constexpr, VEC: tl.constexpr, SMOOTH: tl.constexpr
+):
+    """(M, R, D, n, z_y) of the vectors [first, end) of a row, with the edges where first is 0.
+
+    D has n terms; the target's logit is left out of R and D, and is in M where first is 0.
+    """
+    T: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    head, whole, at_y = peel(x, C, y, VEC)
+    end = tl.where(read, tl.minimum(end, whole), 0)
+    M = tl.zeros((V,), T) - largest_finite(T)
+    R = tl.zeros((V,), T)
+    D = tl.zeros((V,), T)
+    n = tl.zeros((V,), T)
+    for v in range(first, end, V):
+        at, mask = body(x, head, end, at_y, v, V, VEC)
+        z = tl.load(at, mask, -INF).to(T)
+        M, R, D, n = more_max_and_sum(M, R, D, n, z, mask, 1, SMOOTH)
+    terms = tl.sum(n)
+    M, R, D = join_max_and_sum(M, R, D, n, SMOOTH)
+    column, there = edge_columns(head, whole, at_y, C, VEC)
+    there &= (column != y) & (column < tl.where(read & (first == 0), C, 0))
+    z = tl.load(x + column, there, -INF).to(T)
+    z_y = tl.load(x + y, read & (first == 0), 0.0).to(T)
+    top = tl.maximum(M, tl.max(z))
+    top = tl.where(first == 0, tl.maximum(top, z_y), top)
+    m = clamp_finite(top)
+    step = below(clamp_finite(M), m)
+    t = below(z, m)
+    R = R * exp(step) + tl.sum(exp(t))
+    if SMOOTH:
+        D += tl.where(terms > 0, terms * step, 0.0) + tl.sum(tl.where(there, t, 0.0))
+        terms += tl.sum(tl.where(there, 1.0, 0.0))
+    return top, R, D, terms, z_y
+
+
+@triton.jit
+def write_gradient(
+    x, g, y, read, C, first, end, m, k, g_y, uniform,
+    V: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the vectors [first, end), last first: what was read last is still near."""
+    head, whole, at_y = peel(x, C, y, VEC)
+    end = tl.minimum(end, whole)
+    column, there = edge_columns(head, whole, at_y, C, VEC)
+    there &= column < tl.where(first == 0, C, 0)
+    others = there & (column != y) & (column < tl.where(read, C, 0))
+    z_edge = tl.load(x + column, others, -INF).to(m.dtype)
+    tl.debug_barrier()  # in place: every warp has read the edges
+    g_edge = tl.where(column == y, g_y, exp(below(z_edge, m)) * k - uniform)
+    tl.store(g + column, g_edge.to(g.dtype.element_ty), there)
+    tiles = tl.cdiv(end - first, V)
+    for tile in range(0, tiles):
+        v = first + (tiles - 1 - tile) * V
+        at, mask = body(x, head, tl.where(read, end, 0), at_y, v, V, VEC)
+        z = tl.load(at, mask, -INF).to(m.dtype)
+        at, mask = body(g, head, end, at_y, v, V, VEC, ALIGNED)
+        tl.store(at, (exp(below(z, m)) * k - uniform).to(g.dtype.element_ty), mask)
+
+
+# Kernels: whole rows -----------------------------------------------------------------------------
+
+
+@kernel
+def softmax_rows(
+    logits, target, grad, scale, normalizer, losses, saved,
+    rows: tl.int32, C: tl.int32, K: tl.int32, x_n: tl.int64, x_k: tl.int64, g_n: tl.int64, g_k: tl.int64,
+    gamma: tl.float64, eps: tl.float64, denominator: tl.float64,
+    V: tl.constexpr, VEC: tl.constexpr, T: tl.constexpr,
+    ALIGNED: tl.constexpr, SMOOTH: tl.constexpr, FOLD: tl.constexpr,
+):  # fmt: skip
+    """One row a program, held in registers: one read of the logits, one write of the gradient."""
+    row = tl.program_id(0)
+    y, r, keep, read = row_inputs(
+        target, scale, normalizer, None, row, row < rows, C, number(denominator, T), FOLD, False
+    )
+    x = row_pointer(logits, row, K, x_n, x_k)
+    head, whole, at_y = peel(x, C, y, VEC)
+    at, mask = body(x, head, tl.where(read, whole, 0), at_y, 0, V, VEC)
+    z = tl.load(at, mask, -INF).to(T)
+    column, there = edge_columns(head, whole, at_y, C, VEC)
+    others = there & (column != y) & (column < tl.where(read, C, 0))
+    z_edge = tl.load(x + column, others, -INF).to(T)
+    z_y = tl.load(x + y, read, 0.0).to(T)
+    M = tl.maximum(tl.maximum(tl.max(z), tl.max(z_edge)), z_y)
+    m = clamp_finite(M)
+    t = below(z, m)
+    t_edge = below(z_edge, m)
+    e = exp(t)
+    e_edge = exp(t_edge)
+    R = one_limit(tl.sum(e) + tl.sum(e_edge), z_y, M)
+    d = below(z_y, m)
+    D = d
+    if SMOOTH:
+        D += tl.sum(tl.where(mask, t, 0.0)) + tl.sum(tl.where(others, t_edge, 0.0))
+    loss, k, g_y, uniform = softmax_row(d, R, r, number(gamma, T), number(eps, T), D, C, SMOOTH)
+    if losses is not None:
+        tl.store(losses + row, loss)
+    if saved is not None:
+        tl.store(saved + row, tl.where(keep, r, -1.0))
+        tl.store(saved + rows + row, M)
+        tl.store(saved + rows.to(tl.int64) * 2 + row, R)
+    if grad is not None:
+        g = row_pointer(grad, row, K, g_n, g_k)
+        at, mask = body(g, head, whole, at_y, 0, V, VEC, ALIGNED)
+        tl.store(at, (e * k - uniform).to(grad.dtype.element_ty), mask)
+        g_edge = tl.where(column == y, g_y, e_edge * k - uniform)
+        tl.store(g + column, g_edge.to(grad.dtype.element_ty), there)
+
+
+@kernel
+def softmax_long(
+    logits, target, grad, scale, normalizer, losses, saved,
+    rows: tl.int32, C: tl.int32, K: tl.int32, x_n: tl.int64, x_k: tl.int64, g_n: tl.int64, g_k: tl.int64,
+    gamma: tl.float64, eps: tl.float64, denominator: tl.float64,
+    V: tl.constexpr, VEC: tl.constexpr, T: tl.constexpr,
+    ALIGNED: tl.constexpr, SMOOTH: tl.constexpr, FOLD: tl.constexpr,
+):  # fmt: skip
+    """One row a program, too long for registers: a second read, of what is still in L2."""
+    row = tl.program_id(0)
+    y, r, keep, read = row_inputs(
+        target, scale, normalizer, None, row, row < rows, C, number(denominator, T), FOLD, False
+    )
+    x = row_pointer(logits, row, K, x_n, x_k)
+    M, R, D, _, z_y = max_and_sum(x, y, read, C, 0, C, V, VEC, SMOOTH)
+    R = one_limit(R, z_y, M)
+    m = clamp_finite(M)
+    d = below(z_y, m)
+    loss, k, g_y, uniform = softmax_row(d, R, r, number(gamma, T), number(eps, T), D + d, C, SMOOTH)
+    if losses is not None:
+        tl.store(losses + row, loss)
+    if saved is not None:
+        tl.store(saved + row, tl.where(keep, r, -1.0))
+        tl.store(saved + rows + row, M)
+        tl.store(saved + rows.to(tl.int64) * 2 + row, R)
+    if grad is not None:
+        g = row_pointer(grad, row, K, g_n, g_k)
+        write_gradient(x, g, y, read, C, 0, C, m, k, g_y, uniform, V, VEC, ALIGNED)
+
+
+# Kernels: a row over several programs ------------------------------------------------------------
+
+
+@kernel
+def softmax_parts(
+    logits, target, weight, sample_weight, scale, parts,
+    rows: tl.int32, C: tl.int32, K: tl.int32, x_n: tl.int64, x_k: tl.int64, ignored: tl.int64, splits: tl.int32, span: tl.int32,
+    V: tl.constexpr, VEC: tl.constexpr, SMOOTH: tl.constexpr,
+    PROLOGUE: tl.constexpr, IGNORE: tl.constexpr, TOTAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """parts (rows, splits, 5) = M, R, D, terms in D, z_y of span vectors; and the prologue."""
+    program = tl.program_id(0)
+    if PROLOGUE:
+        if program < tl.cdiv(rows, tl.cdiv(rows, PARTIALS * BLOCK) * BLOCK):
+            prologue_part(
+                program, target, weight, sample_weight, scale, rows, C, ignored,
+                IGNORE, TOTAL, BLOCK,
+            )  # fmt: skip
+    row = program // splits
+    if row < rows:
+        first = (program - row * splits) * span
+        y = tl.load(target + row)
+        read = (y >= 0) & (y < C)
+        y = tl.where(read, y, 0).to(tl.int32)
+        x = row_pointer(logits, row, K, x_n, x_k)
+        M, R, D, n, z_y = max_and_sum(x, y, read, C, first, first + span, V, VEC, SMOOTH)
+        out = parts + program.to(tl.int64) * 5
+        tl.store(out, M)
+        tl.store(out + 1, R)
+        tl.store(out + 2, D)
+        tl.store(out + 3, n)
+        tl.store(out + 4, z_y)
+
+
+@kernel
+def softmax_join(
+    logits, target, grad, scale, normalizer, losses, saved, parts,
+    rows: tl.int32, C: tl.int32, K: tl.int32, x_n: tl.int64, x_k: tl.int64, g_n: tl.int64, g_k: tl.int64,
+    gamma: tl.float64, eps: tl.float64, denominator: tl.float64, splits: tl.int32, span: tl.int32,
+    V: tl.constexpr, VEC: tl.constexpr, T: tl.constexpr,
+    ALIGNED: tl.constexpr, SMOOTH: tl.constexpr, FOLD: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """The loss from the parts, and the gradient of span vectors; SPLITS >= splits."""
+    row = tl.program_id(0)
+    first = tl.program_id(1) * span
+    y, r, keep, read = row_inputs(
+        target, scale, normalizer, None, row, row < rows, C, number(denominator, T), FOLD, False
+    )
+    part = tl.arange(0, SPLITS)
+    there = part < tl.where(read, splits, 0)
+    at = parts + row.to(tl.int64) * splits * 5 + part * 5
+    M = tl.load(at, there, -INF)
+    R = tl.load(at + 1, there, 0.0)
+    D = tl.load(at + 2, there, 0.0)
+    n = tl.load(at + 3, there, 0.0)
+    z_y = tl.load(parts + row.to(tl.int64) * splits * 5 + 4, read, 0.0)
+    M, R, D = join_max_and_sum(M, R, D, n, SMOOTH)
+    M = tl.maximum(M, tl.where(read, M, z_y))
+    R = one_limit(R, z_y, M)
+    m = clamp_finite(M)
+    d = below(z_y, m)
+    loss, k, g_y, uniform = softmax_row(d, R, r, number(gamma, T), number(eps, T), D + d, C, SMOOTH)
+    if first == 0:
+        if losses is not None:
+            tl.store(losses + row, loss)
+        if saved is not None:
+            tl.store(saved + row, tl.where(keep, r, -1.0))
+            tl.store(saved + rows + row, M)
+            tl.store(saved + rows.to(tl.int64) * 2 + row, R)
+    if grad is not None:
+        x = row_pointer(logits, row, K, x_n, x_k)
+        g = row_pointer(grad, row, K, g_n, g_k)
+        write_gradient(x, g, y, read, C, first, first + span, m, k, g_y, uniform, V, VEC, ALIGNED)
+
+
+@kernel
+def softmax_gradient(
+    logits, target, grad, saved, grad_loss,
+    rows: tl.int32, C: tl.int32, K: tl.int32, x_n: tl.int64, x_k: tl.int64, g_n: tl.int64, g_k: tl.int64,
+    gamma: tl.float64, eps: tl.float64, span: tl.int32,
+    V: tl.constexpr, VEC: tl.constexpr, T: tl.constexpr,
+    ALIGNED: tl.constexpr, SMOOTH: tl.constexpr, VECTOR: tl.constexpr,
+):  # fmt: skip
+    """The gradient of span vectors of a row from what the forward saved: scale, M, R."""
+    row = tl.program_id(0)
+    first = tl.program_id(1) * span
+    y, r, keep, read = row_inputs(
+        target, saved, None, grad_loss, row, row < rows, C, 1.0, False, VECTOR
+    )
+    x = row_pointer(logits, row, K, x_n, x_k)
+    g = row_pointer(grad, row, K, g_n, g_k)
+    m = clamp_finite(tl.load(saved + rows + row))
+    R = tl.load(saved + rows.to(tl.int64) * 2 + row)
+    d = below(tl.load(x + y, read, 0.0).to(T), m)
+    _, k, g_y, uniform = softmax_row(d, R, r, number(gamma, T), number(eps, T), d, C, SMOOTH)
+    write_gradient(x, g, y, read, C, first, first + span, m, k, g_y, uniform, V, VEC, ALIGNED)
+
+
+# Kernels: many rows, or classes that do not lie side by side -------------------------------------
+
+
+@triton.jit
+def tile_max_and_sum(
+    x, y, read, C, x_c, z_y,
+    BLOCK_C: tl.constexpr, T: tl.constexpr, UNIT: tl.constexpr, SMOOTH: tl.constexpr,
+):  # fmt: skip
+    """(M, R, D) of rows whose classes are many tiles."""
+    M = z_y
+    R = z_y * 0.0
+    D = R
+    n = R
+    for first in range(0, C, BLOCK_C):
+        z, others = load_tile(x, first + tl.arange(0, BLOCK_C), y, C, read, x_c, UNIT, T)
+        M, R, D, n = more_max_and_sum(M, R, D, n, z, others, 0, SMOOTH)
+    return M, R, D
+
+
+@triton.jit
+def tile_gradient(z, m, c, y, k, g_y, uniform):
+    e = exp(below(z, m[None, :]))
+    return tl.where(c[:, None] == y[None, :], g_y[None, :], e * k[None, :] - uniform[None, :])
+
+
+@kernel
+def softmax_tiles(
+    logits, target, grad, scale, normalizer, grad_loss, losses, saved,
+    rows: tl.int32, C: tl.int32, K: tl.int32, x_n: tl.int64, x_c: tl.int64, x_k: tl.int64, g_n: tl.int64, g_c: tl.int64, g_k: tl.int64,
+    gamma: tl.float64, eps: tl.float64, denominator: tl.float64,
+    ROWS: tl.constexpr, BLOCK_C: tl.constexpr, T: tl.constexpr,
+    X_UNIT: tl.constexpr, G_UNIT: tl.constexpr, INNER: tl.constexpr,
+    ONE: tl.constexpr, SMOOTH: tl.constexpr, FOLD: tl.constexpr, VECTOR: tl.constexpr,
+    PER_ROW: tl.constexpr,
+):  # fmt: skip
+    """ROWS rows a program; ONE: their classes are one tile, read once, else read twice."""
+    n, k_inner, row, there = tile_inputs(rows, K, ROWS, INNER)
+    y, r, keep, read = row_inputs(
+        target, scale, normalizer, grad_loss, row, there, C, number(denominator, T), FOLD, VECTOR
+    )
+    x = tile_pointer(logits, n, k_inner, x_n, x_k, X_UNIT)
+    z_y = tl.load(x + class_offset(y, x_c, X_UNIT), read, 0.0).to(T)
+    c = tl.arange(0, BLOCK_C)
+    if ONE:
+        z, others = load_tile(x, c, y, C, read, x_c, X_UNIT, T)
+    D = z_y * 0.0
+    if grad_loss is not None:
+        M = tl.load(saved + rows + row, there, 0.0)
+        R = tl.load(saved + rows.to(tl.int64) * 2 + row, there, 0.0)
+    elif ONE:
+        M = tl.maximum(tl.max(z, 0), z_y)
+        t = below(z, clamp_finite(M)[None, :])
+        R = tl.sum(exp(t), 0)
+        if SMOOTH:
+            D = tl.sum(tl.where(others, t, 0.0), 0)
+    else:
+        M, R, D = tile_max_and_sum(x, y, read, C, x_c, z_y, BLOCK_C, T, X_UNIT, SMOOTH)
+    R = one_limit(R, z_y, M)
+    m = clamp_finite(M)
+    d = below(z_y, m)
+    loss, k, g_y, uniform = softmax_row(d, R, r, number(gamma, T), number(eps, T), D + d, C, SMOOTH)
+    if losses is not None:
+        if PER_ROW:
+            tl.store(losses + row, loss, there)
+        else:
+            tl.store(losses + tl.program_id(0), tl.sum(tl.where(there, loss, 0.0)))
+        if saved is not None:
+            tl.store(saved + row, tl.where(keep, r, -1.0), there)
+            tl.store(saved + rows + row, M, there)
+            tl.store(saved + rows.to(tl.int64) * 2 + row, R, there)
+    if grad is not None:
+        g = tile_pointer(grad, n, k_inner, g_n, g_k, G_UNIT)
+        tl.debug_barrier()  # in place: all have read the targets' logits
+        if ONE:
+            values = tile_gradient(z, m, c, y, k, g_y, uniform)
+            store_tile(g, c, C, there, values, g_c, G_UNIT)
+        else:
+            for first in range(0, C, BLOCK_C):
+                j = first + c
+                z, others = load_tile(x, j, y, C, read, x_c, X_UNIT, T)
+                values = tile_gradient(z, m, j, y, k, g_y, uniform)
+                store_tile(g, j, C, there, values, g_c, G_UNIT)
