@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import triton.language as tl
 from triton.runtime import interpreter
 
 
@@ -28,20 +29,25 @@ def _rounding(convert: Any) -> Any:
 
 def _patch_once(patch: Any) -> Any:
     """It patches triton.language anew for every call of one jit function by another."""
-    active: list[Any] = []
+    active: dict[Any, Any] = {}  # the languages that a function sees -> their patches
 
     def patched(function: Any) -> Any:
-        if active:
-            return active[0]
-        scope = patch(function)
-        active.append(scope)
-        restore = scope.restore
+        names = function.__globals__.values()
+        key = tuple(any(value is language for value in names) for language in (tl, tl.core))
+        if key in active:
+            return active[key]
+        outermost = not active
+        scope = active[key] = patch(function)
+        if outermost:
+            restore = scope.restore
 
-        def restored() -> None:
-            active.clear()
-            restore()
+            def restored() -> None:
+                for other in list(active.values())[:0:-1]:
+                    other.restore()
+                active.clear()
+                restore()
 
-        scope.restore = restored
+            scope.restore = restored
         return scope
 
     return patched

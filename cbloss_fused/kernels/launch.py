@@ -213,11 +213,11 @@ def loss(
     saved: Tensor | None,
 ) -> None:
     """The operator cbloss_fused::loss: see ops.py."""
-    layout = Layout(logits, grad)
-    rows, C = layout.rows, layout.C
-    if rows == 0:
+    if target.numel() == 0:
         loss.zero_()
         return
+    layout = Layout(logits, grad)
+    rows, C = layout.rows, layout.C
     weighted = weight is not None or sample_weight is not None
     prologue = weighted or ignore_index is not None
     scale = loss.new_empty(PARTIALS + rows) if prologue else None
@@ -317,10 +317,10 @@ def gradient(
     grad: Tensor,
 ) -> None:
     """The operator cbloss_fused::gradient: see ops.py."""
+    if target.numel() == 0:
+        return
     layout = Layout(logits, grad)
     rows = layout.rows
-    if rows == 0:
-        return
     smooth, vector = label_smoothing != 0, grad_loss.dim() > 0
     numbers = (gamma, label_smoothing, 1.0)
     if layout.tiles:
