@@ -37,6 +37,8 @@ def name_of(value: object) -> str | None:
 
 INTERPRETED = kernels.available and os.environ.get("TRITON_INTERPRET") == "1"
 
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+torch.set_default_device(DEVICE)
 if INTERPRETED:
     import interpreter
 
@@ -48,7 +50,6 @@ class Backend:
     """What a test needs to know about an implementation of the two operators."""
 
     argument: str | None  # of class_balanced_loss(backend=...)
-    device: str = "cpu"
     isa: str = ""  # an instruction set of the C++ kernels
     fallback: bool = False  # the operators' Python implementation instead of the kernels
 
@@ -85,8 +86,8 @@ class Backend:
 
 def _backends() -> dict[str, Backend]:
     """The Triton kernels alone under TRITON_INTERPRET=1 or where a GPU is, else all on the CPU."""
-    if INTERPRETED or torch.cuda.is_available():
-        return {"triton": Backend("triton", "cpu" if INTERPRETED else "cuda")}
+    if INTERPRETED or DEVICE == "cuda":
+        return {"triton": Backend("triton")}
     found = {"fallback": Backend(None, fallback=True)}
     if ops.missing is None:
         isas = torch.ops.cbloss_fused._set_isa("").split()
@@ -208,7 +209,7 @@ def oracle(
 def sample(C: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logits, target, weight, sample_weight: rows flat to certain, right and wrong; one ignored."""
     N = 21 if C < 100 else 5  # few classes: more than a vector of rows
-    g = torch.Generator().manual_seed(seed + C)
+    g = torch.Generator(DEVICE).manual_seed(seed + C)
     spread = torch.logspace(-3, 1, N, dtype=torch.float64).unsqueeze(1)
     logits = torch.randn(N, C, generator=g, dtype=torch.float64) * spread
     target = torch.randint(C, (N,), generator=g)

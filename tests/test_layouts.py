@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import (
+    DEVICE,
     DTYPES,
     FAMILIES,
     assert_grad,
@@ -28,14 +29,14 @@ MODES = pytest.mark.parametrize(
 
 
 def random(*shape, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(DEVICE).manual_seed(seed)
     return (3 * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
 
 
 def labels(logits, seed=1):
     """Random classes, a tenth of them ignored."""
     shape, C = logits.shape[:1] + logits.shape[2:], logits.shape[1]
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(DEVICE).manual_seed(seed)
     y = torch.randint(C, shape, generator=generator)
     return y.where(torch.rand(shape, generator=generator) > 0.1, -100)
 

@@ -210,10 +210,10 @@ def test_focal_loss_of_the_paper(backend, C, gamma):
     """The published code: modulator exp(-γ t z - γ log(1 + e^-z)), here where it is stable."""
     logits, target, weight, _ = sample(C, torch.float64)
     logits, target = logits[2:].clamp(-30, 30), target[2:]
-    z, t = logits.numpy(), np.eye(C)[target.numpy()]
+    z, t = logits.cpu().numpy(), np.eye(C)[target.cpu().numpy()]
     bce = np.maximum(z, 0) - z * t + np.log1p(np.exp(-np.abs(z)))
     modulator = np.exp(-gamma * t * z - gamma * np.log1p(np.exp(-z)))
-    w = weight.double().numpy()[target.numpy()]
+    w = weight.double().cpu().numpy()[target.cpu().numpy()]
     want = (w[:, None] * modulator * bce).sum() / t.sum()
     loss, _ = loss_and_grad(backend, logits, target, weight, activation="sigmoid", gamma=gamma)
     assert loss.item() == pytest.approx(want, rel=1e-11)
@@ -221,4 +221,4 @@ def test_focal_loss_of_the_paper(backend, C, gamma):
 
 def test_there_are_kernels_to_test():
     """Where the extension was built, the parametrisation holds its variants."""
-    assert "fallback" in BACKENDS
+    assert {"fallback", "triton"} & BACKENDS.keys()

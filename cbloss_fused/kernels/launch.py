@@ -47,18 +47,20 @@ class Config(NamedTuple):
 
 
 @lru_cache(maxsize=None)
-def config(rows: int, C: int, itemsize: int, sigmoid: bool, device: Device) -> Config:
+def config(
+    rows: int, C: int, itemsize: int, sigmoid: bool, smooth: bool, device: Device
+) -> Config:
     """The layout of rows whose classes lie side by side.
 
     64 elements a thread: enough loads in flight to hide memory, and set-up cost is shared. A row
-    that fits (softmax: HELD; sigmoid needs no more than its edges, 8192 keeps warps small) is one
-    tile; a longer one loops. There softmax reads twice, so few rows at a time, by many warps each,
+    that fits (softmax: HELD; sigmoid needs no more than its edges, 8192 keeps warps few, half with
+    smoothing, which computes twice) is one tile; a longer one loops. There softmax reads twice, so few rows at a time, by many warps each,
     keep the second read in L2. Fewer rows than would fill the device: several programs a row.
     """
     VEC = 16 // itemsize
     vectors = max(C // VEC, 1)
     V = triton.next_power_of_2(vectors)
-    held = (8192 if sigmoid else HELD) // (2 if itemsize == 8 else 1)
+    held = (8192 >> smooth if sigmoid else HELD) >> (itemsize == 8)
     if V * VEC <= held:
         return Config(V, _clamp(V * VEC // (64 * device.warp), 1, 8), True, 1, V)
     splits = min(triton.cdiv(vectors * VEC, 4096), triton.cdiv(4 * device.sms, rows))
@@ -94,8 +96,8 @@ def _device(index: int) -> Device:
 
 
 def device_of(tensor: Tensor) -> Device:
-    """An H100's numbers for the interpreter."""
-    return Device(132, 32) if tensor.is_cpu else _device(tensor.device.index)
+    """An H100's numbers where there is no GPU: the interpreter's, and code compiled ahead."""
+    return _device(tensor.device.index) if tensor.is_cuda else Device(132, 32)
 
 
 # Launching ---------------------------------------------------------------------------------------
@@ -228,7 +230,7 @@ def loss(
     prologue_pointers = (target, weight, sample_weight, scale)
     prologue_numbers = (rows, C, -100 if ignore_index is None else ignore_index)
     prologue_constants = (ignore_index is not None, reduction == WEIGHTED_MEAN, SHARE)
-    plan = None if layout.tiles else config(rows, C, layout.itemsize, sigmoid, device_of(logits))
+    plan = None if layout.tiles else config(rows, C, layout.itemsize, sigmoid, label_smoothing != 0, device_of(logits))
     split = plan is not None and not sigmoid and plan.splits > 1
     if prologue and not split:
         shares = triton.cdiv(rows, triton.cdiv(rows, PARTIALS * SHARE) * SHARE)
@@ -335,7 +337,7 @@ def gradient(
             kernel, constants = softmax_kernels.softmax_tiles, (*constants, one, *options)
         launch(kernel, (programs,), pointers, (*layout.tile_numbers(), *numbers), constants, 4)
         return
-    plan = config(rows, layout.C, layout.itemsize, sigmoid, device_of(logits))
+    plan = config(rows, layout.C, layout.itemsize, sigmoid, label_smoothing != 0, device_of(logits))
     if grad.data_ptr() == logits.data_ptr() and not sigmoid:
         plan = plan._replace(splits=1, span=plan.span * plan.splits)  # all read the target's logit
     if sigmoid:

@@ -67,6 +67,12 @@ def below(z, m):
 
 
 @triton.jit
+def target_below(z_y, M):
+    """d = z_y - M, -inf where M is another's infinity."""
+    return tl.where((M == INF) & (z_y < INF), -INF, below(z_y, clamp_finite(M)))
+
+
+@triton.jit
 def one_limit(R, z_y, M):
     """R; NaN where more than one logit is +inf: that row has no limit."""
     count = R + tl.where(z_y == INF, 1.0, 0.0)
@@ -191,7 +197,7 @@ def softmax_rows(
     e = exp(t)
     e_edge = exp(t_edge)
     R = one_limit(tl.sum(e) + tl.sum(e_edge), z_y, M)
-    d = below(z_y, m)
+    d = target_below(z_y, M)
     D = d
     if SMOOTH:
         D += tl.sum(tl.where(mask, t, 0.0)) + tl.sum(tl.where(others, t_edge, 0.0))
@@ -227,7 +233,7 @@ def softmax_long(
     M, R, D, _, z_y = max_and_sum(x, y, read, C, 0, C, V, VEC, SMOOTH)
     R = one_limit(R, z_y, M)
     m = clamp_finite(M)
-    d = below(z_y, m)
+    d = target_below(z_y, M)
     loss, k, g_y, uniform = softmax_row(d, R, r, number(gamma, T), number(eps, T), D + d, C, SMOOTH)
     if losses is not None:
         tl.store(losses + row, loss)
@@ -300,7 +306,7 @@ def softmax_join(
     M = tl.maximum(M, tl.where(read, M, z_y))
     R = one_limit(R, z_y, M)
     m = clamp_finite(M)
-    d = below(z_y, m)
+    d = target_below(z_y, M)
     loss, k, g_y, uniform = softmax_row(d, R, r, number(gamma, T), number(eps, T), D + d, C, SMOOTH)
     if first == 0:
         if losses is not None:
@@ -331,9 +337,10 @@ def softmax_gradient(
     )
     x = row_pointer(logits, row, K, x_n, x_k)
     g = row_pointer(grad, row, K, g_n, g_k)
-    m = clamp_finite(tl.load(saved + rows + row))
+    M = tl.load(saved + rows + row)
+    m = clamp_finite(M)
     R = tl.load(saved + rows.to(tl.int64) * 2 + row)
-    d = below(tl.load(x + y, read, 0.0).to(T), m)
+    d = target_below(tl.load(x + y, read, 0.0).to(T), M)
     _, k, g_y, uniform = softmax_row(d, R, r, number(gamma, T), number(eps, T), d, C, SMOOTH)
     write_gradient(x, g, y, read, C, first, first + span, m, k, g_y, uniform, V, VEC, ALIGNED)
 
@@ -397,7 +404,7 @@ def softmax_tiles(
         M, R, D = tile_max_and_sum(x, y, read, C, x_c, z_y, BLOCK_C, T, X_UNIT, SMOOTH)
     R = one_limit(R, z_y, M)
     m = clamp_finite(M)
-    d = below(z_y, m)
+    d = target_below(z_y, M)
     loss, k, g_y, uniform = softmax_row(d, R, r, number(gamma, T), number(eps, T), D + d, C, SMOOTH)
     if losses is not None:
         if PER_ROW:

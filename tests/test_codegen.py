@@ -1,0 +1,194 @@
+"""What the Triton kernels compile to, read without a GPU: accesses, passes, spills, instructions."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from bench import sass
+from bench.codegen import (
+    CLASSES,
+    DTYPES,
+    FAMILIES,
+    TARGETS,
+    Launch,
+    compiled,
+    launches,
+    line,
+    row_kernel,
+)
+from conftest import INTERPRETED, name_of
+
+pytestmark = pytest.mark.skipif(
+    INTERPRETED or not (sass.TOOLS / "cuobjdump").exists(), reason="needs Triton's compiler"
+)
+FAMILY = pytest.mark.parametrize("activation, gamma", FAMILIES, ids=lambda v: f"{v}")
+DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+
+
+@cache
+def code(launch: Launch, target: str) -> sass.Code:
+    return sass.read(compiled(launch, TARGETS[target]))
+
+
+def assert_sound(launch: Launch, target: str) -> sass.Code:
+    """No spill, no stack, no 64-bit division."""
+    read = code(launch, target)
+    assert (read.stack, read.local) == (0, 0), launch.name
+    assert not re.search(r"\b(div|rem)\.[su]64", compiled(launch, TARGETS[target]).asm["ptx"])
+    return read
+
+
+def vectors(launch: Launch) -> float:
+    """16-byte accesses of a thread for one tile."""
+    return launch.elements() / launch.constant("VEC")
+
+
+def assert_accesses(launch: Launch, target: str) -> None:
+    """Every vector of the row once or, where softmax loops, read twice; the edges beside."""
+    read = assert_sound(launch, target)
+    n = vectors(launch)
+    loops = [(loop.loads, loop.stores) for loop in read.loops if loop.loads or loop.stores]
+    straight = read.straight.loads, read.straight.stores
+    if launch.name == "softmax_rows" or (launch.name == "sigmoid_rows" and launch.constant("ONE")):
+        assert (straight, loops) == ((n, n), [])
+    elif launch.name == "sigmoid_rows":
+        assert (straight, loops) == ((0, 0), [(n, n)])
+    elif launch.name == "softmax_long":
+        assert (straight, loops) == ((0, 0), [(n, 0), (n, n)])
+    else:
+        pytest.fail(f"no rule for {launch.name}")
+    assert all(loop.loads_small == loop.stores_small == 0 for loop in read.loops if loop.loads)
+    assert read.straight.stores_small <= 2  # the edges' tile, the row's loss
+
+
+@pytest.mark.parametrize("C", CLASSES, ids="C{}".format)
+@DTYPE
+@FAMILY
+def test_accesses(activation, gamma, dtype, C):
+    (launch,) = row_kernel(launches((4096, C), dtype, activation, gamma))
+    assert_accesses(launch, "sm_90")
+
+
+@pytest.mark.parametrize("target", ("sm_80", "sm_100"))
+@pytest.mark.parametrize("C", (8142, 32768), ids="C{}".format)
+@pytest.mark.parametrize("activation, gamma", FAMILIES[:3], ids=lambda v: f"{v}")
+def test_accesses_on_other_gpus(activation, gamma, C, target):
+    (launch,) = row_kernel(launches((4096, C), torch.bfloat16, activation, gamma))
+    assert_accesses(launch, target)
+
+
+@pytest.mark.parametrize("C", (8142, 32768), ids="C{}".format)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=name_of)
+@pytest.mark.parametrize("activation, gamma", FAMILIES[:3], ids=lambda v: f"{v}")
+def test_accesses_on_amd(activation, gamma, dtype, C):
+    (launch,) = row_kernel(launches((4096, C), dtype, activation, gamma))
+    kernel = compiled(launch, TARGETS["gfx942"])
+    text = kernel.asm["amdgcn"]
+    n = max(1, launch.elements() / launch.constant("VEC"))
+    reads = 2 if launch.name == "softmax_long" else 1
+    assert len(re.findall(r"^\s+(?:global|buffer)_load_dwordx4 ", text, re.MULTILINE)) == reads * n
+    assert len(re.findall(r"^\s+(?:global|buffer)_store_dwordx4 ", text, re.MULTILINE)) == n
+    assert re.search(r"\.private_segment_fixed_size: 0\b", text)
+    assert "scratch_" not in text
+
+
+BOUNDS = {  # instructions and special functions an element: bfloat16, C = 8142, sm_90
+    ("softmax", 0.0): (18, 1.15),
+    ("sigmoid", 0.0): (22.5, 2.15),
+    ("sigmoid", 0.5): (29, 2.15),
+    ("sigmoid", 1.0): (29, 2.15),
+    ("sigmoid", 2.0): (30, 2.15),
+    ("sigmoid", 1.5): (36, 3.15),
+}
+
+
+@FAMILY
+def test_instructions_an_element(activation, gamma):
+    (launch,) = row_kernel(launches((4096, 8142), torch.bfloat16, activation, gamma))
+    counted = line(launch, 8142, torch.bfloat16, "sm_90", "")
+    most, special = BOUNDS[activation, gamma]
+    assert counted.instructions <= most
+    assert counted.special <= special
+    assert counted.registers <= 168  # three blocks of 128 threads a multiprocessor
+
+
+@pytest.mark.parametrize("C", (8136, 8142, 8144, 8191, 8192), ids="C{}".format)
+@FAMILY
+def test_every_class_count_runs_the_same_code(activation, gamma, C):
+    found, like = (launches((4096, c), torch.bfloat16, activation, gamma) for c in (C, 8192))
+    assert found == like
+
+
+def test_bfloat16_is_rounded_to_nearest():
+    """The interpreter cuts off: tests/interpreter.py makes it round as this does."""
+    (launch,) = row_kernel(launches((4096, 8142), torch.bfloat16, "softmax", 0.0))
+    ptx = compiled(launch, TARGETS["sm_90"]).asm["ptx"]
+    assert ptx.count("cvt.rn.bf16x2.f32") >= launch.elements() / 2
+
+
+TILES = {
+    "few-classes": (1_000_000, 10),
+    "some-classes": (4096, 100),
+    "image": (8, 19, 512 * 512),
+    "many-classes-image": (8, 1000, 49),
+}
+
+
+@pytest.mark.parametrize("shape", TILES.values(), ids=TILES.keys())
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=name_of)
+@pytest.mark.parametrize("activation, gamma", FAMILIES[:3], ids=lambda v: f"{v}")
+def test_tiles(activation, gamma, dtype, shape):
+    """Whole rows a thread: a warp's shuffles would cost more than the formula; no spill."""
+    for launch in row_kernel(launches(shape, dtype, activation, gamma)):
+        assert launch.name.endswith("_tiles")
+        assert_sound(launch, "sm_90")
+
+
+SPLIT = {"softmax": ["softmax_parts", "softmax_join"], "sigmoid": ["sigmoid_rows"]}
+
+
+@pytest.mark.parametrize("shape", ((8, 131072), (64, 2**20)), ids=str)
+@pytest.mark.parametrize("activation", SPLIT)
+def test_few_rows_fill_the_gpu(activation, shape):
+    found = row_kernel(launches(shape, torch.bfloat16, activation, 0.0))
+    assert [launch.name for launch in found] == SPLIT[activation]
+    for launch in found:
+        programs = launch.grid[0] * (launch.grid[1] if len(launch.grid) > 1 else 1)
+        assert 132 <= programs <= 8 * 132
+        read = assert_sound(launch, "sm_90")
+        assert all(loop.loads_small == 0 for loop in read.loops if loop.loads)
+
+
+@pytest.mark.parametrize("C", (1000, 8142, 131072), ids="C{}".format)
+@DTYPE
+def test_the_recomputing_backward_is_one_read_and_one_write(dtype, C):
+    (launch,) = launches((4096, C), dtype, "softmax", 0.5, recompute=True)
+    assert launch.name == "softmax_gradient"
+    read = assert_sound(launch, "sm_90")
+    n = vectors(launch)
+    assert [(x.loads, x.stores) for x in read.loops if x.loads] == [(n, n)]
+
+
+@pytest.mark.parametrize("smoothing", (0.0, 0.1), ids="s{}".format)
+@FAMILY
+def test_label_smoothing_and_loss_alone_do_not_spill(activation, gamma, smoothing):
+    for grad in (False, True):
+        for launch in launches(
+            (4096, 8142), torch.float32, activation, gamma, label_smoothing=smoothing, grad=grad
+        ):
+            read = assert_sound(launch, "sm_90")
+            assert grad or read.straight.stores == 0
+
+
+@pytest.mark.parametrize("shape", ((32, 10), (4096, 8142), (8, 131072), (8, 19, 64, 64)), ids=str)
+@pytest.mark.parametrize("activation", ("softmax", "sigmoid"))
+def test_at_most_three_launches_and_one_backward(activation, shape):
+    shape = (*shape[:2], *([shape[2] * shape[3]] if len(shape) > 2 else []))
+    assert len(launches(shape, torch.float32, activation, 0.5)) <= 3
+    assert len(launches(shape, torch.float32, activation, 0.5, recompute=True)) == 1
