@@ -64,19 +64,20 @@ class Launch(NamedTuple):
 def recorded() -> Iterator[list[Launch]]:
     """Within, launches are written down and not done."""
     launcher, launches = kernels.load(), []
-    original = launcher.launch
+    original = launcher.run
 
-    def record(
-        kernel: Any, grid: Any, pointers: Any, numbers: Any, constants: Any, warps: int
-    ) -> None:
-        types = tuple(None if p is None else f"*{NAMES[p.dtype]}" for p in pointers)
-        launches.append(Launch(kernel, grid, types, constants, warps))
+    def record(plan: Any, tensors: tuple[Tensor | None, ...], like: Tensor) -> None:
+        for step in plan.steps:
+            types = [None if p is None else f"*{NAMES[p.dtype]}" for p in step.pick(tensors)]
+            launches.append(
+                Launch(step.kernel, step.grid, tuple(types), step.constants, step.warps)
+            )
 
-    launcher.launch = record
+    launcher.run = record
     try:
         yield launches
     finally:
-        launcher.launch = original
+        launcher.run = original
 
 
 def launches(

@@ -176,11 +176,13 @@ def _gradient(
 
 
 def _triton_loss(*arguments: Any) -> None:
-    kernels.load().loss(*arguments)
+    if not kernels.load().loss(*arguments):
+        _loss(*arguments)
 
 
 def _triton_gradient(*arguments: Any) -> None:
-    kernels.load().gradient(*arguments)
+    if not kernels.load().gradient(*arguments):
+        _gradient(*arguments)
 
 
 # autograd.py differentiates: below it the dispatcher need not look for gradients again. They only

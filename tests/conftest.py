@@ -27,7 +27,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 GAMMAS = (0.0, 0.1, 0.5, 1.0, 2.0, 5.0)
 REDUCTIONS = ("none", "mean", "weighted_mean", "sum")
 IGNORED = -100
-SHARE = 3
+SHARE = 4  # see pytest_collection_modifyitems
 
 
 def name_of(value: object) -> str | None:
@@ -108,7 +108,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Of the many combinations, as many as the interpreter or a GPU's compiler has time for.
 
-    A fixed choice: every SHARE-th by a hash of its name, a quarter of these for long rows.
+    A fixed choice: one of SHARE by a hash of its name, a quarter of these for long rows.
     """
     if "triton" not in BACKENDS:
         return
@@ -130,6 +130,15 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """Every backend, one after the other."""
     with request.param.active():
         yield request.param
+
+
+@pytest.fixture
+def triton() -> Iterator[Backend]:
+    """The Triton kernels, where they can run."""
+    if "triton" not in BACKENDS:
+        pytest.skip("needs a GPU or TRITON_INTERPRET=1")
+    with BACKENDS["triton"].active():
+        yield BACKENDS["triton"]
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -159,7 +159,7 @@ def test_few_rows_fill_the_gpu(activation, shape):
     found = row_kernel(launches(shape, torch.bfloat16, activation, 0.0))
     assert [launch.name for launch in found] == SPLIT[activation]
     for launch in found:
-        programs = launch.grid[0] * (launch.grid[1] if len(launch.grid) > 1 else 1)
+        programs = launch.grid[0] * launch.grid[1]
         assert 132 <= programs <= 8 * 132
         read = assert_sound(launch, "sm_90")
         assert all(loop.loads_small == 0 for loop in read.loops if loop.loads)

@@ -23,13 +23,10 @@ from conftest import (
 )
 
 from cbloss_fused import class_balanced_loss, kernels, ops
-from cbloss_fused.kernels import launch
+from cbloss_fused.kernels import launch, plan
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
-RUNS = pytest.mark.skipif(
-    not INTERPRETED and DEVICE == "cpu", reason="needs a GPU or TRITON_INTERPRET=1"
-)
-H100 = launch.Device(132, 32)
+H100 = plan.Device(132, 32)
 
 
 def problem(N, C, dtype, offset=0, gap=0):
@@ -51,39 +48,36 @@ def check(backend, logits, target, **options):
         assert_grad(grad, want[1], logits.dtype)
 
 
-@RUNS
 @pytest.mark.parametrize("offset", range(10), ids="at{}".format)
 @pytest.mark.parametrize("C", (1, 2, 7, 8, 9, 1000, 8142, 8192), ids="C{}".format)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=name_of)
 @FAMILY
-def test_every_class_count_at_every_offset(backend, family, dtype, C, offset):
+def test_every_class_count_at_every_offset(triton, family, dtype, C, offset):
     logits, target = problem(3, C, dtype, offset, gap=offset % 4)
-    check(backend, logits, target, activation=family, gamma=0.5)
+    check(triton, logits, target, activation=family, gamma=0.5)
 
 
-@RUNS
 @pytest.mark.parametrize("smoothing", (0.0, 0.1), ids="s{}".format)
 @pytest.mark.parametrize("shape", ((2, 20_000), (5, 70_001), (300, 33_000)), ids=str)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.float16), ids=name_of)
 @FAMILY
-def test_long_rows_split_or_looped(backend, monkeypatch, family, dtype, shape, smoothing):
+def test_long_rows_split_or_looped(triton, monkeypatch, family, dtype, shape, smoothing):
     """300 rows loop on a GPU of few multiprocessors; with few rows several programs share one."""
     if shape[0] == 300:
-        monkeypatch.setattr(launch, "device_of", lambda tensor: launch.Device(1, 32))
+        monkeypatch.setattr(launch, "device_of", lambda tensor: plan.Device(1, 32))
         shape = (3, shape[1])
     logits, target = problem(*shape, dtype, offset=3)
     target[1] = -100
-    check(backend, logits, target, activation=family, gamma=2.0, label_smoothing=smoothing)
+    check(triton, logits, target, activation=family, gamma=2.0, label_smoothing=smoothing)
 
 
-@RUNS
 @FAMILY
 @pytest.mark.parametrize("C", (10, 300, 30_000), ids="C{}".format)
-def test_split_rows_in_place(backend, family, C):
+def test_split_rows_in_place(triton, family, C):
     logits, target = problem(4, C, torch.float32, offset=1)
     for recompute in (False, True):
         options = {"activation": family, "gamma": 0.5, "recompute": recompute}
-        want = loss_and_grad(backend, logits, target, **options)
+        want = loss_and_grad(triton, logits, target, **options)
         leaf = logits.clone().requires_grad_()
         middle = leaf * 1
         loss = class_balanced_loss(middle, target, inplace=True, backend="triton", **options)
@@ -93,28 +87,26 @@ def test_split_rows_in_place(backend, family, C):
         assert_grad(leaf.grad, want[1].double(), logits.dtype)
 
 
-@RUNS
 @pytest.mark.parametrize("wrong", (-1, 7, -100, 2**40, -(2**63)), ids=str)
 @pytest.mark.parametrize("C", (7, 200, 20_000), ids="C{}".format)
 @FAMILY
-def test_a_target_that_is_no_class_makes_its_row_nan(backend, family, C, wrong):
+def test_a_target_that_is_no_class_makes_its_row_nan(triton, family, C, wrong):
     logits, target = problem(3, C, torch.float32)
     good, bad = target.clone(), target
     bad[1] = C if wrong == 7 else wrong
     options = {"activation": family, "gamma": 0.5, "ignore_index": None}
     for recompute in (False, True):
-        want = loss_and_grad(backend, logits, good, **options, recompute=recompute)
-        loss, grad = loss_and_grad(backend, logits, bad, **options, recompute=recompute)
+        want = loss_and_grad(triton, logits, good, **options, recompute=recompute)
+        loss, grad = loss_and_grad(triton, logits, bad, **options, recompute=recompute)
         assert loss.isnan()
         assert grad[1].isnan().all()
         assert same_bits(grad[[0, 2]], want[1][[0, 2]])
-        rows, _ = loss_and_grad(backend, logits, bad, **options, reduction="none")
+        rows, _ = loss_and_grad(triton, logits, bad, **options, reduction="none")
         assert rows.isnan().tolist() == [False, True, False]
 
 
-@RUNS
 @FAMILY
-def test_an_infinite_logit_is_a_limit(backend, family):
+def test_an_infinite_logit_is_a_limit(triton, family):
     """Alone it takes all of p, two are NaN; registers, loops and tiles alike."""
     for C in (10, 300, 20_000):
         for rival in (2, 5):  # the target, another class
@@ -122,7 +114,7 @@ def test_an_infinite_logit_is_a_limit(backend, family):
             logits[0, rival] = float("inf")
             logits[1, [3, C - 1]] = float("inf")
             loss, grad = loss_and_grad(
-                backend, logits, target, activation=family, gamma=1.0, reduction="none"
+                triton, logits, target, activation=family, gamma=1.0, reduction="none"
             )
             if family == "softmax":
                 expected = torch.zeros(C)
@@ -137,11 +129,10 @@ def test_an_infinite_logit_is_a_limit(backend, family):
                 assert grad.isfinite().all()
 
 
-@RUNS
 @pytest.mark.parametrize("offset", (0, 1, 5))
 @pytest.mark.parametrize("numel", (1, 7, 4096, 100_001))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64), ids=name_of)
-def test_scaling_of_a_stored_gradient(backend, dtype, numel, offset):
+def test_scaling_of_a_stored_gradient(triton, dtype, numel, offset):
     buffer = torch.full((numel + offset + 9,), 3.0, dtype=dtype)
     grad = buffer[offset : offset + numel]
     compute = torch.float64 if dtype == torch.float64 else torch.float32
@@ -177,13 +168,13 @@ def test_configurations_cover_every_row(sigmoid, itemsize):
     for smooth in (False, True):
         for rows in (1, 8, 200, 4096):
             for C in (129, 1000, 8142, 8192, 8193, 16_384, 16_385, 50_000, 131_072, 2**20, 2**24):
-                plan = launch.config(rows, C, itemsize, sigmoid, smooth, H100)
-                assert plan.splits * plan.span >= C // VEC > (plan.splits - 1) * plan.span
-                assert plan.span % plan.V == 0
-                assert plan.V * VEC <= 1024 * plan.warps * 4
-                assert plan.warps in (1, 2, 4, 8, 16, 32)
-                assert not plan.one or plan.V >= C // VEC
-                assert plan.splits == 1 or rows * plan.splits <= 8 * 132
+                found = plan.config(rows, C, itemsize, sigmoid, smooth, H100)
+                assert found.splits * found.span >= C // VEC > (found.splits - 1) * found.span
+                assert found.span % found.V == 0
+                assert found.V * VEC <= 2048 * found.warps
+                assert found.warps in (1, 2, 4, 8, 16, 32)
+                assert not found.one or found.V >= C // VEC
+                assert found.splits == 1 or rows * found.splits <= 8 * 132
 
 
 def test_backend_triton_needs_a_gpu_or_the_interpreter():

@@ -13,7 +13,20 @@ import triton.language as tl
 # every call of its types and constants.
 kernel = triton.jit(
     do_not_specialize=[
-        *("rows", "C", "K", "x_n", "x_c", "x_k", "g_n", "g_c", "g_k", "gamma", "eps", "denominator"),
+        *(
+            "rows",
+            "C",
+            "K",
+            "x_n",
+            "x_c",
+            "x_k",
+            "g_n",
+            "g_c",
+            "g_k",
+            "gamma",
+            "eps",
+            "denominator",
+        ),
         *("ignored", "splits", "span", "count", "numel"),
     ],
     do_not_specialize_on_alignment=[
@@ -233,7 +246,7 @@ def class_offset(c, stride_c, UNIT: tl.constexpr):
     if UNIT == UNIT_C:
         return c
     else:
-        return c.to(tl.int64) * stride_c
+        return c.to(tl.int64) * stride_c.to(tl.int64)  # of two 32-bit numbers: one instruction
 
 
 @triton.jit

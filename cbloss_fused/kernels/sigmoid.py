@@ -178,7 +178,16 @@ def sigmoid_rows(
     eps = number(eps, T)
     t = eps / C
     y, r, keep, read = row_inputs(
-        target, scale, normalizer, grad_loss, row, row < rows, C, number(denominator, T), FOLD, VECTOR
+        target,
+        scale,
+        normalizer,
+        grad_loss,
+        row,
+        row < rows,
+        C,
+        number(denominator, T),
+        FOLD,
+        VECTOR,
     )
     x = row_pointer(logits, row, K, x_n, x_k)
     g = x
@@ -232,7 +241,7 @@ def sigmoid_rows(
 @kernel
 def sigmoid_tiles(
     logits, target, grad, scale, normalizer, grad_loss, losses, saved,
-    rows: tl.int32, C: tl.int32, K: tl.int32, x_n: tl.int64, x_c: tl.int64, x_k: tl.int64, g_n: tl.int64, g_c: tl.int64, g_k: tl.int64,
+    rows: tl.int32, C: tl.int32, K: tl.int32, x_n: tl.int64, x_c: tl.int32, x_k: tl.int64, g_n: tl.int64, g_c: tl.int32, g_k: tl.int64,
     gamma: tl.float64, eps: tl.float64, denominator: tl.float64,
     ROWS: tl.constexpr, BLOCK_C: tl.constexpr, T: tl.constexpr, G: tl.constexpr,
     X_UNIT: tl.constexpr, G_UNIT: tl.constexpr, INNER: tl.constexpr,

@@ -373,7 +373,7 @@ def tile_gradient(z, m, c, y, k, g_y, uniform):
 @kernel
 def softmax_tiles(
     logits, target, grad, scale, normalizer, grad_loss, losses, saved,
-    rows: tl.int32, C: tl.int32, K: tl.int32, x_n: tl.int64, x_c: tl.int64, x_k: tl.int64, g_n: tl.int64, g_c: tl.int64, g_k: tl.int64,
+    rows: tl.int32, C: tl.int32, K: tl.int32, x_n: tl.int64, x_c: tl.int32, x_k: tl.int64, g_n: tl.int64, g_c: tl.int32, g_k: tl.int64,
     gamma: tl.float64, eps: tl.float64, denominator: tl.float64,
     ROWS: tl.constexpr, BLOCK_C: tl.constexpr, T: tl.constexpr,
     X_UNIT: tl.constexpr, G_UNIT: tl.constexpr, INNER: tl.constexpr,

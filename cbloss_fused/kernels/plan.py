@@ -1,0 +1,381 @@
+"""Which kernels a call takes, over which grid, with which blocks: a pure function of its form.
+
+At most three launches forward and one backward.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from operator import itemgetter
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from . import rows as step_kernels
+from . import sigmoid as sigmoid_kernels
+from . import softmax as softmax_kernels
+
+PARTIALS: int = step_kernels.PARTIALS.value
+SHARE = 1024  # rows of a prologue's step
+FEW_CLASSES = 128  # up to here a thread takes whole rows
+HELD = 16384  # elements of a row that a program's registers hold
+NONE, MEAN, WEIGHTED_MEAN = 0, 1, 2  # of spec.REDUCTIONS
+
+# The tensors of a call, by which steps name them; the last three are scratch.
+SLOTS = (
+    *("logits", "target", "weight", "sample_weight", "normalizer", "grad_loss"),
+    *("loss", "grad", "saved", "scale", "losses", "parts"),
+)
+
+
+class Device(NamedTuple):
+    """Multiprocessors, threads a warp."""
+
+    sms: int
+    warp: int
+
+
+class Call(NamedTuple):
+    """The form of a call: all that the choice of kernels may depend on."""
+
+    shape: tuple[int, ...]  # (N, C) or (N, C, K)
+    dtype: torch.dtype
+    x_strides: tuple[int, ...]
+    g_strides: tuple[int, ...] | None  # None: no gradient
+    aligned: bool  # rows of grad lie modulo 16 bytes as those of logits do
+    sigmoid: bool
+    gamma: float
+    eps: float
+    device: Device
+    index: int | None  # which device: a step keeps its kernel there
+    backward: bool = False
+    vector: bool = False  # a grad_loss a row
+    in_place: bool = False
+    weight: bool = False
+    sample_weight: bool = False
+    normalizer: bool = False
+    ignore_index: int | None = None
+    reduction: int = MEAN
+    saved: bool = False
+
+
+class Step:
+    """One launch; `compiled` is kept here after the first."""
+
+    def __init__(
+        self,
+        kernel: Any,
+        grid: tuple[int, ...],
+        pointers: tuple[str | None, ...],
+        numbers: tuple[float, ...],
+        constants: tuple[Any, ...],
+        warps: int,
+    ) -> None:
+        self.kernel, self.grid, self.warps = kernel, (*grid, 1, 1)[:3], warps
+        self.pointers, self.numbers, self.constants = pointers, numbers, constants
+        nothing = len(SLOTS)
+        self.pick = itemgetter(*(nothing if p is None else SLOTS.index(p) for p in pointers))
+        self.tail = (*numbers, *constants)
+        self.compiled: Any = None
+
+
+class Plan(NamedTuple):
+    """The steps of a call and the elements of its scratch: scale, losses, parts."""
+
+    steps: tuple[Step, ...]
+    scale: int = 0
+    losses: int = 0
+    parts: int = 0
+
+
+@lru_cache(maxsize=256)
+def scaling(numel: int, itemsize: int, device: Device, index: int | None) -> Plan:
+    """The step that multiplies a stored gradient, or leaves it."""
+    VEC = 16 // itemsize
+    programs = max(1, min(triton.cdiv(numel, 1024 * VEC), 4 * device.sms))
+    pointers, constants = ("grad", "grad_loss"), (512, VEC)
+    kernel = step_kernels.scale_gradient
+    return Plan((Step(kernel, (programs,), pointers, (numel,), constants, 4),))
+
+
+# Layouts ------------------------------------------------------------------------------------------
+
+
+class Config(NamedTuple):
+    """How a row is laid over programs: tiles of V 16-byte vectors, warps, splits of span vectors."""
+
+    V: int
+    warps: int
+    one: bool  # the row is one tile
+    splits: int
+    span: int
+
+
+def config(rows: int, C: int, itemsize: int, sigmoid: bool, smooth: bool, device: Device) -> Config:
+    """The layout of rows whose classes lie side by side.
+
+    64 elements a thread: enough loads in flight to hide memory, and set-up cost is shared. A row
+    that fits (softmax: HELD; sigmoid needs no more than its edges, 8192 keeps warps few, half with
+    smoothing, which computes twice) is one tile; a longer one loops. There softmax reads twice, so
+    few rows at a time, by many warps each, keep the second read in L2. Fewer rows than would fill
+    the device: several programs a row.
+    """
+    VEC = 16 // itemsize
+    vectors = max(C // VEC, 1)
+    V = triton.next_power_of_2(vectors)
+    held = (8192 >> smooth if sigmoid else HELD) >> (itemsize == 8)
+    if V * VEC <= held:
+        return Config(V, max(1, min(V * VEC // (64 * device.warp), 8)), True, 1, V)
+    splits = min(triton.cdiv(vectors * VEC, 4096), triton.cdiv(4 * device.sms, rows))
+    if sigmoid or rows < 2 * device.sms:
+        lanes, warps = 4096, 4
+    else:
+        splits = 1
+        lanes, warps = (8192, 16) if C * itemsize <= 65536 else (16384, 32)
+    V = lanes // VEC >> (itemsize == 8)
+    span = triton.cdiv(triton.cdiv(vectors, splits), V) * V
+    return Config(V, max(1, warps * 32 // device.warp), False, triton.cdiv(vectors, span), span)
+
+
+def tile_config(C: int, sigmoid: bool, inner: bool) -> tuple[int, int, bool]:
+    """(rows, classes, whether these are all) of a tile, at most 32 elements a thread of 4 warps.
+
+    Softmax holds all classes where they are few. Sigmoid needs but some at a time: where rows lie
+    side by side in memory, few enough not to compute much for nothing (19 classes are 5 times 4);
+    else enough for the stores of a row to fill what memory moves.
+    """
+    classes = triton.next_power_of_2(C)
+    if not sigmoid and classes <= FEW_CLASSES:
+        return min(128, 4096 // classes), classes, True
+    if sigmoid and inner:
+        padded = {n: triton.cdiv(C, n) * n for n in (4, 8)}
+        return 128, 8 if padded[8] <= 1.1 * padded[4] else 4, False
+    return 128, min(classes, 32), False
+
+
+# Plans --------------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=4096)
+def plan(call: Call) -> Plan | None:
+    """The steps of a call; None where an index that the kernels keep in 32 bits could overflow."""
+    N, C, K = _sizes(call)
+    strides = (_strides(call, s)[1] for s in (call.x_strides, call.g_strides))
+    if max(8 * N * K, C, *strides) >= 2**31:
+        return None
+    if call.backward:
+        return Plan((_gradient(call),))
+    rows = N * K
+    r = _row_scales(call, rows)
+    if _in_tiles(call):
+        main = _tiles(call, r)
+        parts = main.grid[0]
+        steps, parts_size = [main], 0
+    elif call.sigmoid:
+        main = _sigmoid_rows(call, r)
+        parts = rows * main.grid[1]
+        steps, parts_size = [main], 0
+    else:
+        steps, parts_size = _softmax_rows(call, r)
+        parts = rows
+    direct = call.reduction == NONE and parts <= rows  # the row kernel writes the losses themselves
+    if r.prologue is not None and parts_size == 0:
+        shares = triton.cdiv(rows, triton.cdiv(rows, PARTIALS * SHARE) * SHARE)
+        steps.insert(0, Step(step_kernels.prologue, (shares,), *r.prologue, 4))
+    if not direct:
+        count, programs = (parts // rows, rows) if call.reduction == NONE else (parts, 1)
+        block, warps = (1024, 4) if count <= 4096 else (16384, 32)
+        pointers = ("losses", "loss")
+        steps.append(Step(step_kernels.epilogue, (programs,), pointers, (count,), (block,), warps))
+    scale_size = PARTIALS + rows if r.prologue is not None else 0
+    return Plan(tuple(steps), scale_size, 0 if direct else parts, parts_size)
+
+
+class RowScales(NamedTuple):
+    """How a row kernel comes by r_i and the denominator, and the prologue that leaves them."""
+
+    prologue: tuple[Any, Any, Any] | None  # pointers, numbers, constants
+    denominator: float
+    fold: bool  # the denominator is the sum of the prologue's parts
+
+
+def _row_scales(call: Call, rows: int) -> RowScales:
+    ignore = call.ignore_index is not None
+    mean = call.reduction in (MEAN, WEIGHTED_MEAN)
+    needed = call.weight or call.sample_weight or ignore
+    fold = needed and call.reduction == WEIGHTED_MEAN
+    fold |= ignore and call.reduction == MEAN and not call.normalizer
+    denominator = float(rows) if mean and not fold else 1.0
+    if not needed:
+        return RowScales(None, denominator, False)
+    pointers = (
+        "target",
+        "weight" if call.weight else None,
+        "sample_weight" if call.sample_weight else None,
+        "scale",
+    )
+    numbers = (rows, call.shape[1], call.ignore_index if ignore else 0)
+    constants = (ignore, call.reduction == WEIGHTED_MEAN, SHARE)
+    return RowScales((pointers, numbers, constants), denominator, fold)
+
+
+def _sizes(call: Call) -> tuple[int, int, int]:
+    N, C, *inner = call.shape
+    return N, C, inner[0] if inner else 1
+
+
+def _strides(call: Call, strides: tuple[int, ...] | None) -> tuple[int, int, int]:
+    """Of samples, classes and inner positions; 1 where there is but one class."""
+    n, c, *k = call.x_strides if strides is None else strides
+    return n, 1 if call.shape[1] == 1 else c, k[0] if k else 0
+
+
+def _in_tiles(call: Call) -> bool:
+    adjacent = all(_strides(call, s)[1] == 1 for s in (call.x_strides, call.g_strides))
+    return call.shape[1] <= FEW_CLASSES or not adjacent
+
+
+def _row_numbers(call: Call) -> tuple[int, ...]:
+    N, C, K = _sizes(call)
+    x, g = _strides(call, call.x_strides), _strides(call, call.g_strides)
+    return N * K, C, K, x[0], x[2], g[0], g[2]
+
+
+def _compute_type(call: Call) -> Any:
+    return tl.float64 if call.dtype is torch.float64 else tl.float32
+
+
+def _config(call: Call) -> Config:
+    N, C, K = _sizes(call)
+    return config(N * K, C, call.dtype.itemsize, call.sigmoid, call.eps != 0, call.device)
+
+
+def _outputs(call: Call, parts: int, rows: int) -> tuple[str | None, ...]:
+    """losses, saved"""
+    direct = call.reduction == NONE and parts <= rows
+    return "loss" if direct else "losses", "saved" if call.saved else None
+
+
+def _sources(call: Call, r: RowScales) -> tuple[str | None, ...]:
+    """logits, target, grad, scale, normalizer"""
+    return (
+        "logits",
+        "target",
+        None if call.g_strides is None else "grad",
+        None if r.prologue is None else "scale",
+        "normalizer" if call.normalizer else None,
+    )
+
+
+BACKWARD = ("logits", "target", "grad", "saved", None, "grad_loss", None)
+
+
+def _tiles(call: Call, r: RowScales | None) -> Step:
+    """Both directions: r is None in the backward."""
+    N, C, K = _sizes(call)
+    x, g = _strides(call, call.x_strides), _strides(call, call.g_strides)
+    inner = K > 1
+    rows, classes, one = tile_config(C, call.sigmoid, inner)
+    programs = N * triton.cdiv(K, rows) if inner else triton.cdiv(N, rows)
+    # Reading class by class lets a thread have whole rows; the stores must lie side by side.
+    x_unit = step_kernels.UNIT_K.value if inner and x[2] == 1 else 0
+    g_unit = step_kernels.UNIT_K.value if inner and g[2] == 1 else int(g[1] == 1)
+    if r is None:
+        pointers: tuple[str | None, ...] = (*BACKWARD, "saved")
+        denominator, fold = 1.0, False
+    else:
+        pointers = (*_sources(call, r), None, *_outputs(call, N * K, N * K))
+        denominator, fold = r.denominator, r.fold
+    numbers = (N * K, C, K, *x, *g, call.gamma, call.eps, denominator)
+    options = (call.eps != 0, fold, call.vector, call.reduction == NONE)
+    layout = (x_unit, g_unit, inner)
+    T = _compute_type(call)
+    if call.sigmoid:
+        kernel = sigmoid_kernels.sigmoid_tiles
+        constants: tuple[Any, ...] = (rows, classes, T, _gamma_kind(call.gamma), *layout, *options)
+    else:
+        kernel = softmax_kernels.softmax_tiles
+        constants = (rows, classes, T, *layout, one, *options)
+    return Step(kernel, (programs,), pointers, numbers, constants, 4)
+
+
+def _sigmoid_rows(call: Call, r: RowScales | None) -> Step:
+    """Both directions: r is None in the backward."""
+    layout, numbers = _config(call), _row_numbers(call)
+    rows = numbers[0]
+    if r is None:
+        pointers: tuple[str | None, ...] = (*BACKWARD, None)
+        denominator, fold = 1.0, False
+    else:
+        pointers = (*_sources(call, r), None, *_outputs(call, rows * layout.splits, rows))
+        denominator, fold = r.denominator, r.fold
+    lanes = min(layout.V, layout.warps * call.device.warp)
+    constants = (
+        *(layout.V, 16 // call.dtype.itemsize, lanes, _compute_type(call)),
+        *(_gamma_kind(call.gamma), layout.one, call.aligned, call.eps != 0, fold, call.vector),
+    )
+    numbers = (*numbers, call.gamma, call.eps, denominator, layout.span)
+    grid = (rows, layout.splits)
+    return Step(sigmoid_kernels.sigmoid_rows, grid, pointers, numbers, constants, layout.warps)
+
+
+def _softmax_rows(call: Call, r: RowScales) -> tuple[list[Step], int]:
+    """The steps over the logits and the elements of parts."""
+    layout, numbers = _config(call), _row_numbers(call)
+    rows, C, K, x_n, x_k = numbers[:5]
+    VEC = 16 // call.dtype.itemsize
+    pointers = (*_sources(call, r), *_outputs(call, rows, rows))
+    numbers = (*numbers, call.gamma, call.eps, r.denominator)
+    smooth = call.eps != 0
+    constants = (layout.V, VEC, _compute_type(call), call.aligned, smooth, r.fold)
+    if layout.splits == 1:
+        kernel = softmax_kernels.softmax_rows if layout.one else softmax_kernels.softmax_long
+        return [Step(kernel, (rows,), pointers, numbers, constants, layout.warps)], 0
+    split = (layout.splits, layout.span)
+    prologue = r.prologue or (("target", None, None, None), (rows, C, 0), (False, False, SHARE))
+    parts = Step(
+        softmax_kernels.softmax_parts,
+        (rows * layout.splits,),
+        ("logits", *prologue[0], "parts"),
+        (rows, C, K, x_n, x_k, prologue[1][2], *split),
+        (layout.V, VEC, smooth, r.prologue is not None, *prologue[2]),
+        layout.warps,
+    )
+    join = Step(
+        softmax_kernels.softmax_join,
+        (rows, 1 if call.g_strides is None else layout.splits),
+        (*pointers, "parts"),
+        (*numbers, *split),
+        (*constants, triton.next_power_of_2(layout.splits)),
+        layout.warps,
+    )
+    return [parts, join], rows * layout.splits * 5
+
+
+def _gradient(call: Call) -> Step:
+    """The recomputing backward."""
+    if _in_tiles(call):
+        return _tiles(call, None)
+    if call.sigmoid:
+        return _sigmoid_rows(call, None)
+    layout, numbers = _config(call), _row_numbers(call)
+    splits, span = layout.splits, layout.span
+    if call.in_place:  # all read the target's logit, which the first overwrites
+        splits, span = 1, span * splits
+    smooth = call.eps != 0
+    return Step(
+        softmax_kernels.softmax_gradient,
+        (numbers[0], splits),
+        ("logits", "target", "grad", "saved", "grad_loss"),
+        (*numbers, call.gamma, call.eps, span),
+        (layout.V, 16 // call.dtype.itemsize, _compute_type(call), call.aligned, smooth,
+         call.vector),
+        layout.warps,
+    )  # fmt: skip
+
+
+def _gamma_kind(gamma: float) -> int:
+    kinds = {0.0: sigmoid_kernels.ZERO, 0.5: sigmoid_kernels.HALF, 1.0: sigmoid_kernels.ONE}
+    return kinds.get(gamma, sigmoid_kernels.TWO if gamma == 2 else sigmoid_kernels.ANY).value
