@@ -1,17 +1,31 @@
-# make demo, make test: each does all the set-up, then its job. make lint, make bench.
+# make demo, make test: each does all the set-up, then its job. Also make bench, make codegen, make lint.
+# make gpu: on a machine with a GPU, with its own Python, torch and triton; downloads nothing.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
+KERNEL_TESTS := $(addprefix tests/test_,autograd.py edge.py finite.py layouts.py modules.py oracle.py triton.py)
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test bench lint clean
+.PHONY: demo test bench codegen roofline gpu gpu-test gpu-bench lint clean
 demo: $(VENV)/ready
 	$(BIN)/python -m cbloss_fused.demo
 test: $(VENV)/ready
 	$(BIN)/python -m pytest
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(KERNEL_TESTS)
 bench: $(VENV)/ready $(VENV)/bench
 	$(BIN)/python -m bench.run
+codegen: $(VENV)/ready $(VENV)/bench
+	$(BIN)/python -m bench.codegen
+	$(BIN)/python -m bench.launch_cost
+roofline: $(VENV)/ready
+	$(BIN)/python -m bench.roofline > bench/roofline.md
+gpu:
+	status=0; $(MAKE) gpu-test || status=1; $(MAKE) gpu-bench || status=1; exit $$status
+gpu-test:
+	$(PYTHON) -m pytest -o addopts= -q $(KERNEL_TESTS)
+gpu-bench:
+	$(PYTHON) -m bench.gpu
 lint: $(VENV)/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

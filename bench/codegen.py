@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
@@ -105,7 +104,9 @@ def launches(
 @cache
 def compiled(launch: Launch, target: GPUTarget) -> Any:
     """The kernel of a launch, compiled for a GPU that need not be there."""
-    signature, constants, position = {}, {}, len(launch.kernel.arg_names) - len(launch.constants)
+    signature: dict[str, str | None] = {}
+    constants: dict[str, Any] = {}
+    position = len(launch.kernel.arg_names) - len(launch.constants)
     for i, name in enumerate(launch.kernel.arg_names):
         annotation = launch.kernel.params[i].annotation
         if i >= position:
@@ -194,8 +195,13 @@ def liger_line(C: int, dtype: torch.dtype, target: str) -> Line | None:
     if launch is None:
         return None
     values = dict(launch.constants)
-    signature, divisible = {}, {}
-    types = {"X_ptr": f"*{DTYPES[dtype]}", "Y_ptr": "*i64", "weight_ptr": "*fp32"}
+    signature: dict[str, str | None] = {}
+    divisible: dict[tuple[int], Any] = {}
+    types: dict[str, str | None] = {
+        "X_ptr": f"*{DTYPES[dtype]}",
+        "Y_ptr": "*i64",
+        "weight_ptr": "*fp32",
+    }
     types |= {"loss_ptr": "*fp32", "softcap": None, "n_non_ignore": "i64"}
     types |= {"sum_non_ignore_weight": "fp32", "weight_sum": "fp32"}
     for i, param in enumerate(launch.kernel.params):

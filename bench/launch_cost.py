@@ -23,8 +23,8 @@ def main() -> None:
     """Build the library, then start over in a process that finds it first."""
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "libcuda.so.1"
-        build = ["cc", "-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1", "-o", library]
-        subprocess.run([*build, HERE / "fakecuda.c"], check=True)
+        build = ["cc", "-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1", "-o"]
+        subprocess.run([*build, str(library), str(HERE / "fakecuda.c")], check=True)
         (Path(folder) / "libcuda.so").symlink_to(library)
         found = {"TRITON_LIBCUDA_PATH": folder, "LD_LIBRARY_PATH": folder}
         code = f"from bench.launch_cost import measure; measure({str(library)!r})"

@@ -1,4 +1,4 @@
-"""Machine code of a compiled Triton kernel, counted; needs no GPU, only tools that Triton brings."""
+"""Machine code of a compiled Triton kernel, counted: no GPU, only tools that Triton brings."""
 
 from __future__ import annotations
 
@@ -55,7 +55,9 @@ def read(kernel: Any) -> Code:
     return Code(
         _count(outside),
         [_count([text for _, text in code[first : last + 1]]) for first, last in loops],
-        *(_usage(usage, key) for key in ("REG", "STACK", "SHARED")),
+        _usage(usage, "REG"),
+        _usage(usage, "STACK"),
+        _usage(usage, "SHARED"),
         sum(name.startswith(("LDL", "STL")) for name in names),
     )
 

@@ -27,7 +27,6 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 GAMMAS = (0.0, 0.1, 0.5, 1.0, 2.0, 5.0)
 REDUCTIONS = ("none", "mean", "weighted_mean", "sum")
 IGNORED = -100
-SHARE = 4  # see pytest_collection_modifyitems
 
 
 def name_of(value: object) -> str | None:
@@ -37,6 +36,7 @@ def name_of(value: object) -> str | None:
 
 INTERPRETED = kernels.available and os.environ.get("TRITON_INTERPRET") == "1"
 
+SHARE = 4 if INTERPRETED else 8  # see pytest_collection_modifyitems
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 torch.set_default_device(DEVICE)
 if INTERPRETED:
@@ -103,6 +103,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if INTERPRETED:  # NumPy warns of every NaN and infinity that a kernel handles
         config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning")
         interpreter.mend()
+    if DEVICE == "cuda":  # torch's own operators may be as they are
+        config.addinivalue_line("filterwarnings", "ignore:.*deterministic")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -145,7 +147,7 @@ def triton() -> Iterator[Backend]:
 def _surroundings() -> Iterator[None]:
     """torch.empty gives NaN: what a kernel forgets to write is seen. Threads only where tested."""
     deterministic, threads = torch.are_deterministic_algorithms_enabled(), torch.get_num_threads()
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=DEVICE == "cuda")
     torch.set_num_threads(1)
     yield
     torch.use_deterministic_algorithms(deterministic)

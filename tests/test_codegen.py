@@ -1,4 +1,4 @@
-"""What the Triton kernels compile to, read without a GPU: accesses, passes, spills, instructions."""
+"""What the Triton kernels compile to, read without a GPU: accesses, passes, instructions."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ import pytest
 import torch
 
 pytest.importorskip("triton")
+
+from conftest import INTERPRETED, name_of
 
 from bench import sass
 from bench.codegen import (
@@ -22,7 +24,6 @@ from bench.codegen import (
     line,
     row_kernel,
 )
-from conftest import INTERPRETED, name_of
 
 pytestmark = pytest.mark.skipif(
     INTERPRETED or not (sass.TOOLS / "cuobjdump").exists(), reason="needs Triton's compiler"

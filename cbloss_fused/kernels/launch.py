@@ -5,7 +5,7 @@ Nothing synchronises and nothing but scratch is allocated, so a CUDA graph can h
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -128,7 +128,7 @@ def device_of(tensor: Tensor) -> Device:
     return _device(tensor.device.index) if tensor.is_cuda else Device(132, 32)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _device(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
     return Device(properties.multi_processor_count, getattr(properties, "warp_size", 32))
@@ -143,32 +143,40 @@ def run(steps: Plan, tensors: tuple[Tensor | None, ...], like: Tensor) -> None:
         for step in steps.steps:
             step.kernel[step.grid](*step.pick(tensors), *step.tail)
         return
-    current = driver.active.get_current_device()
-    if like.is_cuda and like.device.index != current:
+    current_device, current_stream = _driver()
+    device = current_device()
+    if like.is_cuda and like.device.index != device:
         with torch.cuda.device(like.device):
             run(steps, tensors, like)
         return
-    stream = driver.active.get_current_stream(current)
+    stream = current_stream(device)
     for step in steps.steps:
-        _launch(step, step.pick(tensors), current, stream)
+        pointers = step.pick(tensors)
+        if step.compiled is None:
+            step.compiled = _compile(step, pointers, device)
+        _launch(step, (*pointers, *step.tail), stream)
 
 
-def _launch(step: Step, pointers: tuple[Tensor | None, ...], device: int, stream: int) -> None:
-    """Triton's own look at every argument costs 7 us a launch; what it compiled is kept instead."""
-    compiled = step.compiled
-    if compiled is None:
-        compiled = step.compiled = _compile(step, pointers, device)
-    if triton.knobs.runtime.launch_enter_hook is not None:  # a profiler's
-        compiled[step.grid](*pointers, *step.tail)
-        return
-    compiled.run(
-        *(*step.grid, stream, compiled.function, compiled.packed_metadata, None, None, None),
-        *(*pointers, *step.tail),
-    )
+@cache
+def _driver() -> tuple[Any, Any]:
+    active = driver.active
+    return active.get_current_device, active.get_current_stream
 
 
-def _compile(step: Step, pointers: tuple[Tensor | None, ...], device: int) -> Any:
-    """By all that Triton specialises on: rows.kernel lets it look at no value and no alignment."""
+def _launch(step: Step, arguments: tuple[Any, ...], stream: int) -> None:
+    compiled, launcher = step.compiled
+    enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
+    profiled = None if enter is None else compiled.launch_metadata(step.grid, stream, *arguments)
+    function, metadata = compiled.function, compiled.packed_metadata
+    launcher(*step.grid, stream, function, metadata, profiled, enter, leave, *arguments)
+
+
+def _compile(step: Step, pointers: tuple[Tensor | None, ...], device: int) -> tuple[Any, Any]:
+    """A compiled kernel and its launcher, kept by all that Triton specialises on.
+
+    rows.kernel lets it look at no value and no alignment. Its own look at every argument of every
+    launch costs 7 us.
+    """
     types = tuple([p if p is None else p.dtype for p in pointers])
     constants = tuple([(type(c), c) for c in step.constants])  # 1 == True
     key = (step.kernel, types, constants, step.warps, device)
@@ -176,6 +184,5 @@ def _compile(step: Step, pointers: tuple[Tensor | None, ...], device: int) -> An
     if compiled is None:
         arguments = (*pointers, *step.tail)
         compiled = step.kernel.warmup(*arguments, grid=step.grid, num_warps=step.warps)
-        compiled._init_handles()
         _kept[key] = compiled
-    return compiled
+    return compiled, compiled.run  # which loads it

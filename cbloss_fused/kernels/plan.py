@@ -49,7 +49,7 @@ class Call(NamedTuple):
     gamma: float
     eps: float
     device: Device
-    index: int | None  # which device: a step keeps its kernel there
+    ordinal: int | None  # which device: a step keeps its kernel there
     backward: bool = False
     vector: bool = False  # a grad_loss a row
     in_place: bool = False
@@ -91,7 +91,7 @@ class Plan(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def scaling(numel: int, itemsize: int, device: Device, index: int | None) -> Plan:
+def scaling(numel: int, itemsize: int, device: Device, ordinal: int | None) -> Plan:
     """The step that multiplies a stored gradient, or leaves it."""
     VEC = 16 // itemsize
     programs = max(1, min(triton.cdiv(numel, 1024 * VEC), 4 * device.sms))
@@ -104,7 +104,7 @@ def scaling(numel: int, itemsize: int, device: Device, index: int | None) -> Pla
 
 
 class Config(NamedTuple):
-    """How a row is laid over programs: tiles of V 16-byte vectors, warps, splits of span vectors."""
+    """A row over programs: tiles of V 16-byte vectors, warps, splits of span vectors."""
 
     V: int
     warps: int
@@ -126,7 +126,7 @@ def config(rows: int, C: int, itemsize: int, sigmoid: bool, smooth: bool, device
     vectors = max(C // VEC, 1)
     V = triton.next_power_of_2(vectors)
     held = (8192 >> smooth if sigmoid else HELD) >> (itemsize == 8)
-    if V * VEC <= held:
+    if held >= V * VEC:
         return Config(V, max(1, min(V * VEC // (64 * device.warp), 8)), True, 1, V)
     splits = min(triton.cdiv(vectors * VEC, 4096), triton.cdiv(4 * device.sms, rows))
     if sigmoid or rows < 2 * device.sms:
@@ -303,8 +303,8 @@ def _tiles(call: Call, r: RowScales | None) -> Step:
 
 def _sigmoid_rows(call: Call, r: RowScales | None) -> Step:
     """Both directions: r is None in the backward."""
-    layout, numbers = _config(call), _row_numbers(call)
-    rows = numbers[0]
+    layout, sizes = _config(call), _row_numbers(call)
+    rows = sizes[0]
     if r is None:
         pointers: tuple[str | None, ...] = (*BACKWARD, None)
         denominator, fold = 1.0, False
@@ -316,18 +316,18 @@ def _sigmoid_rows(call: Call, r: RowScales | None) -> Step:
         *(layout.V, 16 // call.dtype.itemsize, lanes, _compute_type(call)),
         *(_gamma_kind(call.gamma), layout.one, call.aligned, call.eps != 0, fold, call.vector),
     )
-    numbers = (*numbers, call.gamma, call.eps, denominator, layout.span)
+    numbers = (*sizes, call.gamma, call.eps, denominator, layout.span)
     grid = (rows, layout.splits)
     return Step(sigmoid_kernels.sigmoid_rows, grid, pointers, numbers, constants, layout.warps)
 
 
 def _softmax_rows(call: Call, r: RowScales) -> tuple[list[Step], int]:
     """The steps over the logits and the elements of parts."""
-    layout, numbers = _config(call), _row_numbers(call)
-    rows, C, K, x_n, x_k = numbers[:5]
+    layout, sizes = _config(call), _row_numbers(call)
+    rows, C, K, x_n, x_k = sizes[:5]
     VEC = 16 // call.dtype.itemsize
     pointers = (*_sources(call, r), *_outputs(call, rows, rows))
-    numbers = (*numbers, call.gamma, call.eps, r.denominator)
+    numbers = (*sizes, call.gamma, call.eps, r.denominator)
     smooth = call.eps != 0
     constants = (layout.V, VEC, _compute_type(call), call.aligned, smooth, r.fold)
     if layout.splits == 1:

@@ -35,6 +35,8 @@ kernel = triton.jit(
     ],
 )
 
+i32, i64, f64 = tl.int32, tl.int64, tl.float64  # of a kernel's numbers
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
@@ -49,7 +51,7 @@ EDGES = tl.constexpr(4)  # head, tail, the target's vector, and one spare: a pow
 
 @triton.jit
 def largest_finite(T: tl.constexpr):
-    largest: tl.constexpr = 1.7976931348623157e308 if T == tl.float64 else 3.4028234663852886e38
+    largest: tl.constexpr = 1.7976931348623157e308 if tl.float64 == T else 3.4028234663852886e38
     return tl.full((), largest, T)
 
 
@@ -305,7 +307,7 @@ def prologue_part(
 
 @kernel
 def prologue(
-    target, weight, sample_weight, scale, rows: tl.int32, C: tl.int32, ignored: tl.int64,
+    target, weight, sample_weight, scale, rows: i32, C: i32, ignored: i64,
     IGNORE: tl.constexpr, TOTAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One number a row, and the denominator in PARTIALS parts, one a program."""
@@ -316,7 +318,7 @@ def prologue(
 
 
 @kernel
-def epilogue(losses, loss, count: tl.int32, BLOCK: tl.constexpr):
+def epilogue(losses, loss, count: i32, BLOCK: tl.constexpr):
     """loss[i] = the sum of count partial losses, in a fixed order."""
     i = tl.program_id(0)
     lanes = tl.zeros((BLOCK,), losses.dtype.element_ty)
@@ -327,7 +329,7 @@ def epilogue(losses, loss, count: tl.int32, BLOCK: tl.constexpr):
 
 
 @kernel
-def scale_gradient(grad, grad_loss, numel: tl.int64, BLOCK: tl.constexpr, VEC: tl.constexpr):
+def scale_gradient(grad, grad_loss, numel: i64, BLOCK: tl.constexpr, VEC: tl.constexpr):
     """grad *= grad_loss in place; where that is 1, every program leaves at once."""
     factor = tl.load(grad_loss)
     if factor != 1:

@@ -13,6 +13,9 @@ from .rows import (
     edge_columns,
     exp,
     exp_neg,
+    f64,
+    i32,
+    i64,
     kernel,
     load_tile,
     log,
@@ -53,8 +56,8 @@ def sigmoid_element(z, gamma, G: tl.constexpr, SHORT: tl.constexpr):
 
     L = s^gamma sp(z),  g = s^gamma (gamma sigma(-z) sp(z) + s),  s = sigma(z) = 1 - p_t
     """
-    s, c, root, l = logistic(z, SHORT)
-    sp = l + tl.maximum(z, 0.0)
+    s, c, root, tail = logistic(z, SHORT)
+    sp = tail + tl.maximum(z, 0.0)
     if G == ZERO:
         return sp, s
     else:
@@ -65,7 +68,7 @@ def sigmoid_element(z, gamma, G: tl.constexpr, SHORT: tl.constexpr):
         elif G == TWO:
             f = s * s
         else:
-            f = exp(-gamma * (l + tl.maximum(-z, 0.0)))
+            f = exp(-gamma * (tail + tl.maximum(-z, 0.0)))
         # Past sp = 50 c sp is below 1e-20; the cap keeps 0 * inf and roundings of c away.
         return f * sp, f * tl.fma(gamma * c, tl.minimum(sp, 50.0), s)
 
@@ -76,8 +79,8 @@ def smoothed(z, gamma, t, G: tl.constexpr, SHORT: tl.constexpr, SMOOTH: tl.const
     if not SMOOTH:
         return sigmoid_element(z, gamma, G, SHORT)
     elif G == ZERO:
-        s, _, _, l = logistic(z, SHORT)
-        return l + tl.maximum((1.0 - t) * z, -t * z), s - t
+        s, _, _, tail = logistic(z, SHORT)
+        return tail + tl.maximum((1.0 - t) * z, -t * z), s - t
     else:
         L_0, g_0 = sigmoid_element(z, gamma, G, SHORT)
         L_1, g_1 = sigmoid_element(-z, gamma, G, SHORT)
@@ -161,8 +164,8 @@ def vectors(
 @kernel
 def sigmoid_rows(
     logits, target, grad, scale, normalizer, grad_loss, losses, saved,
-    rows: tl.int32, C: tl.int32, K: tl.int32, x_n: tl.int64, x_k: tl.int64, g_n: tl.int64, g_k: tl.int64,
-    gamma: tl.float64, eps: tl.float64, denominator: tl.float64, span: tl.int32,
+    rows: i32, C: i32, K: i32, x_n: i64, x_k: i64, g_n: i64, g_k: i64,
+    gamma: f64, eps: f64, denominator: f64, span: i32,
     V: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr, T: tl.constexpr, G: tl.constexpr,
     ONE: tl.constexpr, ALIGNED: tl.constexpr, SMOOTH: tl.constexpr, FOLD: tl.constexpr,
     VECTOR: tl.constexpr,
@@ -241,8 +244,8 @@ def sigmoid_rows(
 @kernel
 def sigmoid_tiles(
     logits, target, grad, scale, normalizer, grad_loss, losses, saved,
-    rows: tl.int32, C: tl.int32, K: tl.int32, x_n: tl.int64, x_c: tl.int32, x_k: tl.int64, g_n: tl.int64, g_c: tl.int32, g_k: tl.int64,
-    gamma: tl.float64, eps: tl.float64, denominator: tl.float64,
+    rows: i32, C: i32, K: i32, x_n: i64, x_c: i32, x_k: i64, g_n: i64, g_c: i32, g_k: i64,
+    gamma: f64, eps: f64, denominator: f64,
     ROWS: tl.constexpr, BLOCK_C: tl.constexpr, T: tl.constexpr, G: tl.constexpr,
     X_UNIT: tl.constexpr, G_UNIT: tl.constexpr, INNER: tl.constexpr,
     SMOOTH: tl.constexpr, FOLD: tl.constexpr, VECTOR: tl.constexpr, PER_ROW: tl.constexpr,

@@ -11,10 +11,13 @@ from .rows import (
     INF,
     PARTIALS,
     body,
-    class_offset,
     clamp_finite,
+    class_offset,
     edge_columns,
     exp,
+    f64,
+    i32,
+    i64,
     kernel,
     largest_finite,
     load_tile,
@@ -172,8 +175,8 @@ def write_gradient(
 @kernel
 def softmax_rows(
     logits, target, grad, scale, normalizer, losses, saved,
-    rows: tl.int32, C: tl.int32, K: tl.int32, x_n: tl.int64, x_k: tl.int64, g_n: tl.int64, g_k: tl.int64,
-    gamma: tl.float64, eps: tl.float64, denominator: tl.float64,
+    rows: i32, C: i32, K: i32, x_n: i64, x_k: i64, g_n: i64, g_k: i64,
+    gamma: f64, eps: f64, denominator: f64,
     V: tl.constexpr, VEC: tl.constexpr, T: tl.constexpr,
     ALIGNED: tl.constexpr, SMOOTH: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
@@ -219,8 +222,8 @@ def softmax_rows(
 @kernel
 def softmax_long(
     logits, target, grad, scale, normalizer, losses, saved,
-    rows: tl.int32, C: tl.int32, K: tl.int32, x_n: tl.int64, x_k: tl.int64, g_n: tl.int64, g_k: tl.int64,
-    gamma: tl.float64, eps: tl.float64, denominator: tl.float64,
+    rows: i32, C: i32, K: i32, x_n: i64, x_k: i64, g_n: i64, g_k: i64,
+    gamma: f64, eps: f64, denominator: f64,
     V: tl.constexpr, VEC: tl.constexpr, T: tl.constexpr,
     ALIGNED: tl.constexpr, SMOOTH: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
@@ -252,7 +255,7 @@ def softmax_long(
 @kernel
 def softmax_parts(
     logits, target, weight, sample_weight, scale, parts,
-    rows: tl.int32, C: tl.int32, K: tl.int32, x_n: tl.int64, x_k: tl.int64, ignored: tl.int64, splits: tl.int32, span: tl.int32,
+    rows: i32, C: i32, K: i32, x_n: i64, x_k: i64, ignored: i64, splits: i32, span: i32,
     V: tl.constexpr, VEC: tl.constexpr, SMOOTH: tl.constexpr,
     PROLOGUE: tl.constexpr, IGNORE: tl.constexpr, TOTAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -283,8 +286,8 @@ def softmax_parts(
 @kernel
 def softmax_join(
     logits, target, grad, scale, normalizer, losses, saved, parts,
-    rows: tl.int32, C: tl.int32, K: tl.int32, x_n: tl.int64, x_k: tl.int64, g_n: tl.int64, g_k: tl.int64,
-    gamma: tl.float64, eps: tl.float64, denominator: tl.float64, splits: tl.int32, span: tl.int32,
+    rows: i32, C: i32, K: i32, x_n: i64, x_k: i64, g_n: i64, g_k: i64,
+    gamma: f64, eps: f64, denominator: f64, splits: i32, span: i32,
     V: tl.constexpr, VEC: tl.constexpr, T: tl.constexpr,
     ALIGNED: tl.constexpr, SMOOTH: tl.constexpr, FOLD: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
@@ -324,15 +327,15 @@ def softmax_join(
 @kernel
 def softmax_gradient(
     logits, target, grad, saved, grad_loss,
-    rows: tl.int32, C: tl.int32, K: tl.int32, x_n: tl.int64, x_k: tl.int64, g_n: tl.int64, g_k: tl.int64,
-    gamma: tl.float64, eps: tl.float64, span: tl.int32,
+    rows: i32, C: i32, K: i32, x_n: i64, x_k: i64, g_n: i64, g_k: i64,
+    gamma: f64, eps: f64, span: i32,
     V: tl.constexpr, VEC: tl.constexpr, T: tl.constexpr,
     ALIGNED: tl.constexpr, SMOOTH: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """The gradient of span vectors of a row from what the forward saved: scale, M, R."""
     row = tl.program_id(0)
     first = tl.program_id(1) * span
-    y, r, keep, read = row_inputs(
+    y, r, _, read = row_inputs(
         target, saved, None, grad_loss, row, row < rows, C, 1.0, False, VECTOR
     )
     x = row_pointer(logits, row, K, x_n, x_k)
@@ -373,8 +376,8 @@ def tile_gradient(z, m, c, y, k, g_y, uniform):
 @kernel
 def softmax_tiles(
     logits, target, grad, scale, normalizer, grad_loss, losses, saved,
-    rows: tl.int32, C: tl.int32, K: tl.int32, x_n: tl.int64, x_c: tl.int32, x_k: tl.int64, g_n: tl.int64, g_c: tl.int32, g_k: tl.int64,
-    gamma: tl.float64, eps: tl.float64, denominator: tl.float64,
+    rows: i32, C: i32, K: i32, x_n: i64, x_c: i32, x_k: i64, g_n: i64, g_c: i32, g_k: i64,
+    gamma: f64, eps: f64, denominator: f64,
     ROWS: tl.constexpr, BLOCK_C: tl.constexpr, T: tl.constexpr,
     X_UNIT: tl.constexpr, G_UNIT: tl.constexpr, INNER: tl.constexpr,
     ONE: tl.constexpr, SMOOTH: tl.constexpr, FOLD: tl.constexpr, VECTOR: tl.constexpr,
