@@ -210,3 +210,347 @@ def lineup(case: Case, field: list[Contestant], title: str) -> list[Contestant]:
         hoarders = ("eager",) if torch.Size(case.shape).numel() > HOARDED else ()
         return [c for c in field if c.name not in SYNCHRONISE and c.column not in hoarders]
     return field
+
+
+# Calling, checking, timing ------------------------------------------------------------------------
+
+
+class Run:
+    """One contestant in one pass, over a ring of logits that it may share."""
+
+    def __init__(self, contestant: Contestant, given: Problem, ring: list[Tensor], title: str):
+        self.contestant, self.given, self.title = contestant, given, title
+        self.train = title != FORWARD and contestant.column != "copy"
+        self.ring = ring if self.train else [leaf.detach() for leaf in ring]
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def step(self, index: int) -> Tensor:
+        """The loss of a call; its gradient stays until the ring comes round."""
+        logits = self.ring[index % len(self.ring)]
+        logits.grad = None
+        with torch.set_grad_enabled(self.train):
+            loss = self.contestant.loss(logits, *self.given[1:])
+            if self.train:
+                loss.backward()
+        return loss.detach()
+
+    def first(self) -> Tensor:
+        """The loss of the first call; in a graph, of a replay that must write what it is to."""
+        if self.title != GRAPH:
+            return self.step(0)
+        loss = self.capture()
+        for poisoned in (loss, *(x.grad for x in self.ring if x.grad is not None)):
+            poisoned.fill_(torch.nan)
+        self(len(self.ring))
+        return loss
+
+    def capture(self) -> Tensor:
+        """Hold a round in a graph; what synchronises raises before it could spoil the capture."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with torch.cuda.stream(side):
+                for index in range(3):
+                    self.step(index)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.current_stream().wait_stream(side)
+        for logits in self.ring:
+            logits.grad = None
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=side):
+            losses = [self.step(index) for index in range(len(self.ring))]
+        self.graph = graph
+        return losses[0]
+
+    def __call__(self, calls: int) -> None:
+        """So many calls, or replays that hold as many."""
+        if self.graph is None:
+            for index in range(calls):
+                self.step(index)
+        else:
+            for _ in range(calls // len(self.ring)):
+                self.graph.replay()
+
+    def time(self, calls: int) -> float:
+        """Milliseconds of a call: the GPU's own time, where the host keeps ahead of it."""
+        if not self.given.logits.is_cuda:
+            start = time.perf_counter()
+            self(calls)
+            return (time.perf_counter() - start) * 1e3 / calls
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(PAUSE)
+        begin.record()
+        self(calls)
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / calls
+
+    def calls(self) -> int:
+        """How many make a sample: whole rounds."""
+        n = len(self.ring)
+        self.time(n)
+        sample = SAMPLE_MS[self.given.logits.device.type]
+        return n * math.ceil(sample / max(n * self.time(n), sample / 100))
+
+    def host_us(self) -> float:
+        """Microseconds that a call keeps the host, without waiting for the GPU."""
+        spent = []
+        for _ in range(5):
+            synchronize(self.given.logits)
+            start = time.perf_counter()
+            self(HOST_CALLS)
+            spent.append((time.perf_counter() - start) / HOST_CALLS * 1e6)
+        return median(spent)
+
+    def peak_extra(self) -> float:
+        """Peak memory of a call beyond what it was given, in N x C tensors of the logits' dtype."""
+        for logits in self.ring:
+            logits.grad = None
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        self.step(0)
+        return (torch.cuda.max_memory_allocated() - before) / self.given.logits.nbytes
+
+
+def synchronize(tensor: Tensor) -> None:
+    if tensor.is_cuda:
+        torch.cuda.synchronize()
+
+
+def free_bytes(device: torch.device) -> float:
+    """What new tensors can have: torch's allocator gives back what it keeps."""
+    if device.type != "cuda":
+        return math.inf
+    kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    return torch.cuda.mem_get_info()[0] + kept
+
+
+def check(case: Case, run: Run, want: Wanted, deadline: float) -> Verdict:
+    """Hold a contestant's loss and gradient, all of it, to the float64 reference."""
+    contestant, size = run.contestant, torch.Size(case.shape).numel()
+    ours = contestant.column in OURS
+    if not ours and time.perf_counter() > deadline:
+        return Verdict("skipped: out of time")
+    if contestant.column == "eager" and EAGER_BYTES * size > free_bytes(want.grad.device):
+        return Verdict("skipped: may need more memory than is free")
+    try:
+        loss = run.first()
+        if contestant.column == "copy":
+            return Verdict()
+        value = loss.item()
+    except Exception as error:  # of a compiler, of memory: it does not stop the others
+        return Verdict(f"failed: {type(error).__name__}: {f'{error} '.splitlines()[0]}")
+    times = want.denominators[contestant.reduction] * contestant.factor
+    rounding = measure.ROUNDING[case.dtype]
+    allowed = measure.LOSS_TOLERANCE + (0 if ours else rounding)
+    if not abs(value * times - want.loss) <= allowed * abs(want.loss):
+        return Verdict(f"wrong loss: {value} is not {want.loss / times}")
+    if not run.train:
+        return Verdict()
+    grad = run.ring[0].grad
+    assert grad is not None
+    chunks = measure._chunks(case)
+    worst = max(measure._worst_row(grad[rows], times, want.grad[rows]) for rows in chunks)
+    allowed = measure.GRADIENT_TOLERANCE * (1 if ours else measure.LENIENCE) + rounding
+    return Verdict(None if worst <= allowed else "wrong gradient", worst)
+
+
+def compile_all(cases: list[Case], workers: int, seconds: float) -> None:
+    """Fill the compilers' caches on disk by many processes: one alone would outlast the budget."""
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    with (
+        multiprocessing.get_context("spawn").Pool(workers) as pool,
+        suppress(multiprocessing.TimeoutError),
+    ):
+        pool.map_async(compile_case, cases, chunksize=1).get(seconds)
+
+
+def compile_case(case: Case) -> None:
+    """A call of all that is compiled; its failures are reported when it is measured."""
+    with suppress(Exception):
+        torch.compiler.reset()
+        logits = torch.zeros(case.shape, dtype=case.dtype, device="cuda").requires_grad_()
+        target = logits.detach().select(1, 0).long()
+        given = Problem(logits, target, torch.ones(case.shape[1], device="cuda"))
+        field = contestants(case, [logits])
+        for title, column in product((FORWARD, TRAIN), (*OURS, "compile", "liger")):
+            for contestant in lineup(case, field, title):
+                if contestant.column == column:
+                    Run(contestant, given, [logits], title).step(0)
+    torch.cuda.empty_cache()
+
+
+def measure_cases(
+    cases: list[Case], device: torch.device, deadline: float
+) -> tuple[list[Row], list[str]]:
+    """The rows of all cases, and what was left out and why."""
+    rows: list[Row] = []
+    skipped = []
+    for case in cases:
+        if time.perf_counter() > deadline:
+            skipped.append(f"{case}: out of time")
+        elif CASE_BYTES * torch.Size(case.shape).numel() > free_bytes(device):
+            skipped.append(f"{case}: needs more memory than is free")
+        else:
+            rows += measure_case(case, device, deadline)
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+    return rows, skipped
+
+
+def measure_case(case: Case, device: torch.device, deadline: float) -> list[Row]:
+    """Check everyone, then, without the float64 gradient, time them: a row for each pass."""
+    torch.compiler.reset()
+    given = problem(case, device)
+    ring = copies(given.logits)
+    field = contestants(case, ring)
+    victims = [
+        x.detach().clone().requires_grad_()
+        for x in ring
+        if field[-1].overwrites or any(c.overwrites for c in field)
+    ]
+    with device:
+        want = measure.wanted(case, given)
+    checked = {}
+    for title in (FORWARD, TRAIN, GRAPH) if device.type == "cuda" else (FORWARD, TRAIN):
+        checked[title] = [
+            (run, check(case, run, want, deadline))
+            for contestant in lineup(case, field, title)
+            for run in [Run(contestant, given, victims if contestant.overwrites else ring, title)]
+        ]
+    del want
+    return [measure_row(case, title, pairs) for title, pairs in checked.items()]
+
+
+def measure_row(case: Case, title: str, checked: list[tuple[Run, Verdict]]) -> Row:
+    results: Row = {run.contestant.name: verdict._asdict() for run, verdict in checked}
+    right = [run for run, verdict in checked if verdict.outcome is None]
+    if results["fused"]["outcome"] is None:
+        for run, ms in zip(right, times(right), strict=True):
+            result = results[run.contestant.name]
+            result |= measure.summary(ms)
+            logits = run.given.logits
+            if logits.numel() < HOST_NUMEL:
+                result["host_us"] = run.host_us()
+            if title == TRAIN and logits.is_cuda and logits.nbytes >= measure.COUNTED:
+                result["peak_extra"] = run.peak_extra()
+    row = {"shape": case.shape, "dtype": str(case.dtype)[6:], "activation": case.activation}
+    return {**row, "gamma": case.gamma, "passes": title, "contestants": results}
+
+
+def times(runs: list[Run]) -> list[list[float]]:
+    """Milliseconds of a call of every run, in turns."""
+    calls = [run.calls() for run in runs]
+    spent: list[list[float]] = [[] for _ in runs]
+    start = time.perf_counter()
+    for turn in range(TURNS[1]):
+        if turn >= TURNS[0] and time.perf_counter() - start > ROW_SECONDS:
+            break
+        for run, n, ms in zip(runs, calls, spent, strict=True):
+            ms.append(run.time(n))
+    return spent
+
+
+# The table ----------------------------------------------------------------------------------------
+NOTES = """\
+Milliseconds are medians of a call; a ratio is the rival's time by ours, above 1 where fused is
+faster: of eager and compile the fastest formula, named behind. Every number stands for a loss and
+gradient that agreed with the float64 reference (fused within 2e-5 of the row's largest gradient,
+the others within 1e-3; half types half a spacing more). `wrong`, `failed` and `skipped` were not
+timed, `-` does not apply or was not tried: torch.compile of a few cases only, eager under a graph
+where it does not synchronise and its memory is small.
+
+- cross_entropy (F.cross_entropy, of half types as they are or in float32) and liger divide by the
+  weights' sum: their ratio is to fused with reduction="weighted_mean". liger overwrites the logits.
+- torchvision: sigmoid_focal_loss on a one-hot, rows weighted and summed.
+- % of copy: the bandwidth of 2 N x C elements in the time of fused, by that of a copy of the logits.
+- memory: peak beyond the logits in a call, in N x C tensors of their dtype (fused, eager).
+- host µs: what a call keeps the host, not waiting for the GPU (fused, eager).
+"""
+
+
+def report(result: Row) -> str:
+    """A section for each pass, with the machine above and the notes below."""
+    facts = [f"- {key}: {value}" for key, value in result.items() if key not in ("rows", "skipped")]
+    parts = ["# Benchmarks on a GPU", "\n".join(facts)]
+    for title in (TRAIN, GRAPH, FORWARD):
+        rows = [row for row in result["rows"] if row["passes"] == title]
+        if rows:
+            parts += [f"## {title}", markdown([cells(row, result["rows"]) for row in rows])]
+    left_out = [f"- not measured: {note}" for note in result["skipped"]]
+    return "\n\n".join([*parts, misaligned(result["rows"]), *left_out, NOTES])
+
+
+def markdown(lines: list[Row]) -> str:
+    table = [list(lines[0]), ["---"] * len(lines[0]), *(list(line.values()) for line in lines)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in table)
+
+
+def cells(row: Row, rows: list[Row]) -> dict[str, str]:
+    """A line of the table."""
+    fused, copy = best(row, "fused"), best(row, "copy")
+    line = {"shape": "x".join(map(str, row["shape"])), "dtype": row["dtype"], "loss": loss_of(row)}
+    line["fused ms"] = shown(fused)
+    if row["passes"] == TRAIN:
+        for title, name in ((FORWARD, "forward ms"), (GRAPH, "graph ms")):
+            line[name] = shown(best(pass_of(row, rows, title), "fused"))
+    for column, ours in RIVALS.items():
+        rival = best(row, column)
+        by = f"{ratio(rival, best(row, ours))}{rival.get('formula', '')}"
+        line[f"{column} / fused"] = by if "median_ms" in rival else shown(rival)
+    line["copy ms"], line["% of copy"] = shown(copy), ratio(copy, fused, 100, 0)
+    for key, name in (("peak_extra", "memory"), ("host_us", "host µs")):
+        pair = (result.get(key) for result in (fused, best(row, "eager")))
+        line[name] = ", ".join("-" if value is None else f"{value:.3g}" for value in pair)
+    return line
+
+
+def loss_of(row: Row) -> str:
+    return f"{row['activation']} {row['gamma']:g}"
+
+
+def pass_of(row: Row, rows: list[Row], title: str, **other: Any) -> Row:
+    """The row of the same case in another pass, or {}."""
+    sought = {**row, "passes": title, **other}
+    same = (r for r in rows if all(r[k] == sought[k] for k in r if k != "contestants"))
+    return next(same, {})
+
+
+def best(row: Row, column: str) -> Row:
+    """The fastest right contestant of a column, else a wrong one, else {}."""
+    found = [
+        {**result, "formula": name[len(column) :]}
+        for name, result in row.get("contestants", {}).items()
+        if name.split(" ")[0] == column
+    ]
+    return min(found, key=lambda result: result.get("median_ms", torch.inf), default={})
+
+
+def shown(result: Row) -> str:
+    if "median_ms" in result:
+        return f"{result['median_ms']:.3g}"
+    return (result.get("outcome") or "-").split()[0].rstrip(":")
+
+
+def ratio(numerator: Row, denominator: Row, times: int = 1, digits: int = 2) -> str:
+    if "median_ms" not in numerator or "median_ms" not in denominator:
+        return "-"
+    return f"{times * numerator['median_ms'] / denominator['median_ms']:.{digits}f}"
+
+
+def misaligned(rows: list[Row]) -> str:
+    """What rows cost that are not 16-byte aligned."""
+    pairs = [
+        f"{row['dtype']} {loss_of(row)}: "
+        + ratio(best(row, "fused"), best(pass_of(row, rows, TRAIN, shape=EVEN), "fused"))
+        for row in rows
+        if row["shape"] == ODD and row["passes"] == TRAIN
+    ]
+    return f"Fused at C = 8142 by C = 8192, 4096 rows, {TRAIN}: {'; '.join(pairs) or '-'}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

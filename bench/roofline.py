@@ -30,8 +30,8 @@ Loss and gradient of one call, computed by `{command}`; no figure here was measu
 - issue, special: the instructions and special functions (ex2, lg2, rcp, rsq) of the kernels'
   machine code for sm_90, at {sms} multiprocessors of {clock:.1f} GHz that issue {issue} and
   {special} lanes a clock. Padding to whole tiles and the work once a row are counted.
-- bound: the largest of the three; `host` where all are below {host:g} us, the host time of a
-  call of three launches by `python -m bench.launch_cost`: there a CUDA graph or a larger batch helps.
+- bound: the largest of the three; `host` where all are below {host:g} us, the host time of
+  three launches by `python -m bench.launch_cost`: there a CUDA graph or a larger batch helps.
 - Softmax rows beyond 16,384 classes are read twice. The second read is meant for L2 and is not
   counted in `memory`: from L2 it costs no memory time, else half as much again.
 """
