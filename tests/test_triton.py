@@ -18,6 +18,7 @@ from conftest import (
     assert_loss,
     loss_and_grad,
     name_of,
+    operator_arguments,
     oracle,
     same_bits,
 )
@@ -175,6 +176,117 @@ def test_configurations_cover_every_row(sigmoid, itemsize):
                 assert found.warps in (1, 2, 4, 8, 16, 32)
                 assert not found.one or found.V >= C // VEC
                 assert found.splits == 1 or rows * found.splits <= 8 * 132
+
+
+# Under torch -------------------------------------------------------------------------------------
+
+TORCH_WARNS = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+
+
+@TORCH_WARNS
+@pytest.mark.parametrize("shape", ((5, 3), (2, 4, 6), (3, 300)), ids=str)
+@FAMILY
+def test_opcheck(triton, family, shape):
+    logits = torch.linspace(-3, 3, torch.Size(shape).numel()).reshape(shape)
+    rows = shape[:1] + shape[2:]
+    target = torch.arange(torch.Size(rows).numel()).reshape(rows) % shape[1]
+    arguments, loss, formula = operator_arguments(logits, target, family, 0.5, 0.1)
+    grad, saved = torch.empty_like(logits), ops.new_saved(logits, target, family == "sigmoid")
+    for buffers in ((None, None), (grad, None), (None, saved)):
+        torch.library.opcheck(ops.triton_loss, (*arguments, loss, *buffers))
+    ops.triton_loss(*arguments, loss, None, saved)
+    incoming = torch.ones_like(loss)
+    torch.library.opcheck(ops.triton_gradient, (logits, target, saved, incoming, *formula, grad))
+
+
+@TORCH_WARNS
+@pytest.mark.parametrize("recompute", (False, True), ids=("stored", "recomputed"))
+@FAMILY
+def test_compile(triton, family, recompute):
+    torch._dynamo.reset()
+    kernels.load()
+
+    def step(x, y):
+        options = {"activation": family, "gamma": 0.5, "recompute": recompute}
+        return class_balanced_loss(x * 1.5, y, backend="triton", **options) * 2
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for N in (6, 9):
+        logits, target = problem(N, 20, torch.float32)
+        results = []
+        for function in (step, compiled):
+            leaf = logits.clone().requires_grad_()
+            function(leaf, target).backward()
+            results.append(leaf.grad)
+        torch.testing.assert_close(*results)
+
+
+def test_export(triton):
+    class Model(torch.nn.Module):
+        def forward(self, x, y):
+            return class_balanced_loss(x, y, backend="triton", activation="sigmoid")
+
+    kernels.load()
+    logits, target = problem(6, 20, torch.float32)
+    program = torch.export.export(Model(), (logits, target))
+    torch.testing.assert_close(program.module()(logits, target), Model()(logits, target))
+
+
+ON_A_GPU = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+
+
+@ON_A_GPU
+@FAMILY
+def test_a_cuda_graph_holds_the_step(triton, family):
+    logits, target = problem(64, 1000, torch.float32)
+    weight = torch.rand(1000) + 0.5
+    leaf = logits.clone().requires_grad_()
+
+    def step():
+        leaf.grad = None
+        loss = class_balanced_loss(leaf, target, weight, activation=family, gamma=0.5)
+        loss.backward()
+        return loss
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+    for seed in range(3):
+        other, y = problem(64, 1000 - seed, torch.float32)
+        with torch.no_grad():
+            leaf[:, : 1000 - seed] = other
+            target.copy_(y)
+        graph.replay()
+        want = oracle(leaf.detach(), target, weight, activation=family, gamma=0.5)
+        assert_loss(loss.detach(), want[0], leaf.dtype)
+        assert_grad(leaf.grad, want[1], leaf.dtype)
+
+
+@ON_A_GPU
+@pytest.mark.parametrize("offset", (0, 1))
+def test_a_stored_gradient_is_scaled_without_synchronising(triton, offset):
+    logits, target = problem(16, 300, torch.float32, offset, gap=offset)
+    want = oracle(logits, target)[1]
+    for factor in (1.0, 3.0):
+        leaf = logits.detach().requires_grad_()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            loss = class_balanced_loss(leaf, target) * factor
+            first = torch.autograd.grad(loss, leaf, retain_graph=True)[0]
+            kept = first.clone()
+            second = torch.autograd.grad(loss, leaf)[0]
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        for grad in (first, kept, second):
+            assert_grad(grad, want * factor, leaf.dtype)
+
+
+# Where ------------------------------------------------------------------------------------------
 
 
 def test_backend_triton_needs_a_gpu_or_the_interpreter():
