@@ -12,9 +12,12 @@ forward alone. `--device cpu --quick` is a dry run, without events, graphs and m
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import json
 import math
+import multiprocessing
+import os
 import platform
 import re
 import shlex
@@ -26,6 +29,7 @@ from datetime import date
 from functools import partial
 from itertools import chain, cycle, product
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -35,14 +39,23 @@ from torch import Tensor
 import cbloss_fused
 from cbloss_fused import class_balanced_loss, class_balanced_weights, reference
 
-from .cases import BETA, Case, Contestant, Problem, counts, formulas
+from . import measure
+from .cases import BETA, OURS, Case, Contestant, LossFunction, Problem, counts, formulas
+from .measure import Verdict, Wanted
 
 Row = dict[str, Any]
 FORWARD, TRAIN, GRAPH = "forward only", "forward + backward", "forward + backward, CUDA graph"
 ODD, EVEN = (4096, 8142), (4096, 8192)  # rows that are not 16-byte aligned, and rows that are
-FIRST = [ODD, EVEN, (16384, 8142)]
-THEN = [(32, 10), (32, 1000), (256, 8142), (1024, 8142), (8, 131072), (4096, 32768)]
-LAST = [(4096, 131072), (64, 1048576), (1_000_000, 10), (8, 19, 512, 512)]
+FIRST: list[tuple[int, ...]] = [ODD, EVEN, (16384, 8142)]
+THEN: list[tuple[int, ...]] = [
+    (32, 10),
+    (32, 1000),
+    (256, 8142),
+    (1024, 8142),
+    (8, 131072),
+    (4096, 32768),
+]
+LAST: list[tuple[int, ...]] = [(4096, 131072), (64, 1048576), (1_000_000, 10), (8, 19, 512, 512)]
 MAIN = [("softmax", 0.0), ("sigmoid", 0.5)]
 OTHER = [("softmax", 0.5), ("sigmoid", 0.0), ("softmax", 2.0), ("sigmoid", 2.0)]
 DTYPES = (torch.float32, torch.bfloat16)
@@ -50,18 +63,16 @@ QUICK = [Case(s, d, *f) for s, d, f in product([(32, 10), (4, 300)], DTYPES, MAI
 COMPILED = [Case(s, d, *f) for s, d, f in product([ODD, (256, 8142)], DTYPES, MAIN)]
 FORMULAS = 2  # to compile: the reference, and what compiles to the fastest code
 SLOTS, SMALL = 48, 2**20
-TURNS = (20, 100)  # samples of everyone in a row: at the least, at the most
-SAMPLE_MS = {"cuda": 1.0, "cpu": 0.1}  # of a sample, where a round is not longer
-ROW_SECONDS = 0.1  # for more than the fewest turns
+TURNS = (20, 100)  # samples of everyone in a row: at the least, at the most within ROW_SECONDS
+ROW_SECONDS = {"cuda": 0.1, "cpu": 0.0}
+SAMPLE_MS = {"cuda": 1.0, "cpu": 0.1}  # where a round is not longer
 PAUSE = 500_000  # cycles: 0.3 ms
 HOST_CALLS, HOST_NUMEL = 20, 2**22  # calls that the launch queue holds, logits that it outruns
 CASE_BYTES, EAGER_BYTES = 32, 48  # per element: all that a case keeps, what eager adds
 HOARDED = 2**26  # elements: a graph of eager would keep too much memory beyond
 SYNCHRONISE = ("eager reference", "liger")  # so no graph holds them
-RIVALS = dict.fromkeys(
-    ("eager", "compile", "torchvision"), "fused"
-)  # and whom they are compared to
-RIVALS |= dict.fromkeys(("cross_entropy", "liger"), "weighted")
+RIVALS = {"eager": "fused", "compile": "fused", "torchvision": "fused"}  # whom they are held to
+RIVALS |= {"cross_entropy": "weighted", "liger": "weighted"}
 
 
 def main(argv: list[str]) -> int:
@@ -77,12 +88,14 @@ def main(argv: list[str]) -> int:
     result |= {"seconds": round(time.perf_counter() - start, 1), "skipped": skipped, "rows": rows}
     text = report(result)
     print(text)
-    path = arguments.json or default_path(result)
+    slug = re.sub(r"[^a-z0-9]+", "-", result["gpu"].lower()).strip("-")
+    default = Path(__file__).parent / "results" / f"{slug}-{result['date']}.json"
+    path = arguments.json or default
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     path.with_suffix(".md").write_text(text)
-    wrong = [row for row in rows if row["contestants"]["fused"]["outcome"] is not None]
-    print(f"fused is wrong or fails in {len(wrong)} of {len(rows)} rows", file=sys.stderr)
+    wrong = sum(row["contestants"]["fused"]["outcome"] is not None for row in rows)
+    print(f"fused is wrong or fails in {wrong} of {len(rows)} rows", file=sys.stderr)
     return 1 if wrong or not rows else 0
 
 
@@ -94,11 +107,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=8, help="compile before; 0: on the way")
     parser.add_argument("--json", type=Path, help="default: bench/results/GPU-DATE.json; .md too")
     return parser.parse_args(argv)
-
-
-def default_path(result: Row) -> Path:
-    slug = re.sub(r"[^a-z0-9]+", "-", result["gpu"].lower()).strip("-")
-    return Path(__file__).parent / "results" / f"{slug}-{result['date']}.json"
 
 
 def environment(device: torch.device) -> Row:
@@ -164,36 +172,38 @@ def contestants(case: Case, ring: list[Tensor]) -> list[Contestant]:
     """Everyone who can compute the case, fused first; the copy in turns, as the logits are."""
     options: Row = {"activation": case.activation, "gamma": case.gamma, "ignore_index": None}
     fused = partial(class_balanced_loss, **options)
-    eager = {"reference": partial(reference.loss, **options), **formulas(case)}
+    eager: dict[str, LossFunction] = {"reference": partial(reference.loss, **options)}
+    eager |= formulas(case)
     field = [Contestant("fused", fused)]
     if (case.activation, case.gamma) == ("softmax", 0):
-        field += cross_entropies(case, fused, ring[0].is_cuda)
+        field.append(Contestant("weighted", partial(fused, reduction="weighted_mean")))
+        field += cross_entropies(case, ring[0].is_cuda)
     focal = optional("torchvision.ops") if case.activation == "sigmoid" else None
     if focal is not None:
-        loss = partial(torchvision_focal, focal.sigmoid_focal_loss, case.gamma)
-        field.append(Contestant("torchvision", loss))
+        rival = partial(torchvision_focal, focal.sigmoid_focal_loss, case.gamma)
+        field.append(Contestant("torchvision", rival))
     field += [Contestant("eager", loss, name) for name, loss in eager.items()]
-    for name, formula in list(eager.items())[: FORMULAS if case in COMPILED else 0]:
-        field.append(
-            Contestant("compile", torch.compile(formula, fullgraph=True, dynamic=False), name)
-        )
-    buffers = cycle([torch.empty_like(x, requires_grad=False) for x in ring])
-    return [*field, Contestant("copy", lambda x, y, w: next(buffers).copy_(x))]
+    for name, loss in list(eager.items())[: FORMULAS if case in COMPILED else 0]:
+        code = torch.compile(loss, fullgraph=True, dynamic=False)
+        field.append(Contestant("compile", code, name))
+    buffers = cycle([torch.empty_like(logits, requires_grad=False) for logits in ring])
+    field.append(Contestant("copy", lambda x, y, w: next(buffers).copy_(x)))
+    by_weight = ("weighted", "cross_entropy", "liger")
+    kinds = ["weighted_mean" if c.column in by_weight else "mean" for c in field]
+    return [c._replace(reduction=kind) for c, kind in zip(field, kinds, strict=True)]
 
 
-def cross_entropies(case: Case, fused: Any, cuda: bool) -> list[Contestant]:
-    """Those who divide by the weights' sum; F.cross_entropy on half types also as they are."""
-    field: Row = {"weighted": partial(fused, reduction="weighted_mean")}
-    field["cross_entropy"] = lambda x, y, w: F.cross_entropy(x.float(), y, w)
-    if case.dtype != torch.float32:
-        field["cross_entropy as is"] = lambda x, y, w: F.cross_entropy(x, y, w.to(x.dtype))
+def cross_entropies(case: Case, cuda: bool) -> list[Contestant]:
+    """F.cross_entropy, of half types in float32 and as they are; liger's, if it is there."""
+    in_float = Contestant("cross_entropy", lambda x, y, w: F.cross_entropy(x.float(), y, w))
+    as_is = Contestant(
+        "cross_entropy", lambda x, y, w: F.cross_entropy(x, y, w.to(x.dtype)), "as is"
+    )
+    field = [in_float, as_is] if cuda and case.dtype != torch.float32 else [in_float]
     liger = optional("liger_kernel.transformers.functional") if cuda else None
     if liger is not None and len(case.shape) == 2:
-        field["liger"] = liger.liger_cross_entropy
-    return [
-        Contestant(*f"{name} ".split(" ", 1)[:1], loss, name.partition(" ")[2], "weighted_mean")
-        for name, loss in field.items()
-    ]
+        field.append(Contestant("liger", liger.liger_cross_entropy, overwrites=True))
+    return field
 
 
 def torchvision_focal(focal: Any, gamma: float, x: Tensor, y: Tensor, w: Tensor) -> Tensor:
@@ -207,8 +217,8 @@ def lineup(case: Case, field: list[Contestant], title: str) -> list[Contestant]:
     if title == FORWARD:
         return [c for c in field if c.column != "compile"]
     if title == GRAPH:
-        hoarders = ("eager",) if torch.Size(case.shape).numel() > HOARDED else ()
-        return [c for c in field if c.name not in SYNCHRONISE and c.column not in hoarders]
+        hoarder = "eager" if torch.Size(case.shape).numel() > HOARDED else None
+        return [c for c in field if c.name not in SYNCHRONISE and c.column != hoarder]
     return field
 
 
@@ -221,7 +231,7 @@ class Run:
     def __init__(self, contestant: Contestant, given: Problem, ring: list[Tensor], title: str):
         self.contestant, self.given, self.title = contestant, given, title
         self.train = title != FORWARD and contestant.column != "copy"
-        self.ring = ring if self.train else [leaf.detach() for leaf in ring]
+        self.ring = ring if self.train else [logits.detach() for logits in ring]
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def step(self, index: int) -> Tensor:
@@ -235,7 +245,7 @@ class Run:
         return loss.detach()
 
     def first(self) -> Tensor:
-        """The loss of the first call; in a graph, of a replay that must write what it is to."""
+        """The loss of the first call; in a graph, of a replay that has to write its results."""
         if self.title != GRAPH:
             return self.step(0)
         loss = self.capture()
@@ -245,9 +255,9 @@ class Run:
         return loss
 
     def capture(self) -> Tensor:
-        """Hold a round in a graph; what synchronises raises before it could spoil the capture."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
+        """Hold a round in a graph; what synchronises raises before it can spoil the capture."""
+        main, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(main)
         torch.cuda.set_sync_debug_mode("error")
         try:
             with torch.cuda.stream(side):
@@ -255,17 +265,20 @@ class Run:
                     self.step(index)
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        torch.cuda.current_stream().wait_stream(side)
+        main.wait_stream(side)
         for logits in self.ring:
             logits.grad = None
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=side):
-            losses = [self.step(index) for index in range(len(self.ring))]
+        try:
+            with torch.cuda.graph(graph, stream=side):
+                losses = [self.step(index) for index in range(len(self.ring))]
+        finally:
+            torch.cuda.set_stream(main)  # a capture that fails leaves the side stream current
         self.graph = graph
         return losses[0]
 
     def __call__(self, calls: int) -> None:
-        """So many calls, or replays that hold as many."""
+        """So many calls: in a graph, replays that hold as many."""
         if self.graph is None:
             for index in range(calls):
                 self.step(index)
@@ -274,11 +287,11 @@ class Run:
                 self.graph.replay()
 
     def time(self, calls: int) -> float:
-        """Milliseconds of a call: the GPU's own time, where the host keeps ahead of it."""
+        """Milliseconds of a call: the GPU's, where the host keeps ahead of it."""
         if not self.given.logits.is_cuda:
             start = time.perf_counter()
             self(calls)
-            return (time.perf_counter() - start) * 1e3 / calls
+            return (time.perf_counter() - start) / calls * 1e3
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(PAUSE)
         begin.record()
@@ -288,20 +301,20 @@ class Run:
         return begin.elapsed_time(end) / calls
 
     def calls(self) -> int:
-        """How many make a sample: whole rounds."""
-        n = len(self.ring)
+        """How many make a sample: whole rounds. It warms up, too."""
+        n, sample = len(self.ring), SAMPLE_MS[self.given.logits.device.type]
         self.time(n)
-        sample = SAMPLE_MS[self.given.logits.device.type]
         return n * math.ceil(sample / max(n * self.time(n), sample / 100))
 
     def host_us(self) -> float:
         """Microseconds that a call keeps the host, without waiting for the GPU."""
-        spent = []
+        calls, spent = len(self.ring) * math.ceil(HOST_CALLS / len(self.ring)), []
         for _ in range(5):
-            synchronize(self.given.logits)
+            if self.given.logits.is_cuda:
+                torch.cuda.synchronize()
             start = time.perf_counter()
-            self(HOST_CALLS)
-            spent.append((time.perf_counter() - start) / HOST_CALLS * 1e6)
+            self(calls)
+            spent.append((time.perf_counter() - start) / calls * 1e6)
         return median(spent)
 
     def peak_extra(self) -> float:
@@ -314,70 +327,64 @@ class Run:
         return (torch.cuda.max_memory_allocated() - before) / self.given.logits.nbytes
 
 
-def synchronize(tensor: Tensor) -> None:
-    if tensor.is_cuda:
-        torch.cuda.synchronize()
-
-
-def free_bytes(device: torch.device) -> float:
-    """What new tensors can have: torch's allocator gives back what it keeps."""
+def too_large(case: Case, bytes_each: int, device: torch.device) -> bool:
+    """Whether new tensors may not fit; torch's allocator would give back what it keeps."""
     if device.type != "cuda":
-        return math.inf
+        return False
     kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    return torch.cuda.mem_get_info()[0] + kept
+    return bytes_each * torch.Size(case.shape).numel() > torch.cuda.mem_get_info()[0] + kept
+
+
+def failed(error: Exception) -> Verdict:
+    return Verdict(f"failed: {type(error).__name__}: {f'{error} '.splitlines()[0]}")
 
 
 def check(case: Case, run: Run, want: Wanted, deadline: float) -> Verdict:
     """Hold a contestant's loss and gradient, all of it, to the float64 reference."""
-    contestant, size = run.contestant, torch.Size(case.shape).numel()
-    ours = contestant.column in OURS
-    if not ours and time.perf_counter() > deadline:
+    contestant = run.contestant
+    if contestant.column != "fused" and time.perf_counter() > deadline:
         return Verdict("skipped: out of time")
-    if contestant.column == "eager" and EAGER_BYTES * size > free_bytes(want.grad.device):
+    if contestant.column == "eager" and too_large(case, EAGER_BYTES, want.grad.device):
         return Verdict("skipped: may need more memory than is free")
     try:
         loss = run.first()
         if contestant.column == "copy":
             return Verdict()
         value = loss.item()
-    except Exception as error:  # of a compiler, of memory: it does not stop the others
-        return Verdict(f"failed: {type(error).__name__}: {f'{error} '.splitlines()[0]}")
-    times = want.denominators[contestant.reduction] * contestant.factor
-    rounding = measure.ROUNDING[case.dtype]
+    except Exception as error:  # a compiler's, of memory: it does not stop the others
+        return failed(error)
+    ours, rounding = contestant.column in OURS, measure.ROUNDING[case.dtype]
+    times = want.denominators[contestant.reduction]
     allowed = measure.LOSS_TOLERANCE + (0 if ours else rounding)
     if not abs(value * times - want.loss) <= allowed * abs(want.loss):
         return Verdict(f"wrong loss: {value} is not {want.loss / times}")
-    if not run.train:
-        return Verdict()
-    grad = run.ring[0].grad
-    assert grad is not None
-    chunks = measure._chunks(case)
+    grad, chunks = run.ring[0].grad, measure._chunks(case)
+    if not run.train or grad is None:
+        return Verdict("failed: no gradient" if run.train else None)
     worst = max(measure._worst_row(grad[rows], times, want.grad[rows]) for rows in chunks)
     allowed = measure.GRADIENT_TOLERANCE * (1 if ours else measure.LENIENCE) + rounding
     return Verdict(None if worst <= allowed else "wrong gradient", worst)
 
 
 def compile_all(cases: list[Case], workers: int, seconds: float) -> None:
-    """Fill the compilers' caches on disk by many processes: one alone would outlast the budget."""
+    """Fill the compilers' caches on disk from many processes: one would outlast the budget."""
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-    with (
-        multiprocessing.get_context("spawn").Pool(workers) as pool,
-        suppress(multiprocessing.TimeoutError),
-    ):
+    pool = multiprocessing.get_context("spawn").Pool(workers)
+    with pool, suppress(multiprocessing.TimeoutError):
         pool.map_async(compile_case, cases, chunksize=1).get(seconds)
 
 
 def compile_case(case: Case) -> None:
-    """A call of all that is compiled; its failures are reported when it is measured."""
+    """One call of all that is compiled; what fails is reported when it is measured."""
+    torch.compiler.reset()
     with suppress(Exception):
-        torch.compiler.reset()
         logits = torch.zeros(case.shape, dtype=case.dtype, device="cuda").requires_grad_()
         target = logits.detach().select(1, 0).long()
         given = Problem(logits, target, torch.ones(case.shape[1], device="cuda"))
         field = contestants(case, [logits])
-        for title, column in product((FORWARD, TRAIN), (*OURS, "compile", "liger")):
+        for title in (FORWARD, TRAIN):
             for contestant in lineup(case, field, title):
-                if contestant.column == column:
+                if contestant.column in (*OURS, "compile", "liger"):
                     Run(contestant, given, [logits], title).step(0)
     torch.cuda.empty_cache()
 
@@ -385,42 +392,39 @@ def compile_case(case: Case) -> None:
 def measure_cases(
     cases: list[Case], device: torch.device, deadline: float
 ) -> tuple[list[Row], list[str]]:
-    """The rows of all cases, and what was left out and why."""
-    rows: list[Row] = []
-    skipped = []
+    """The rows, and which cases were left out and why."""
+    rows, skipped = [], []
     for case in cases:
         if time.perf_counter() > deadline:
             skipped.append(f"{case}: out of time")
-        elif CASE_BYTES * torch.Size(case.shape).numel() > free_bytes(device):
-            skipped.append(f"{case}: needs more memory than is free")
+        elif too_large(case, CASE_BYTES, device):
+            skipped.append(f"{case}: may need more memory than is free")
         else:
-            rows += measure_case(case, device, deadline)
+            try:
+                rows += measure_case(case, device, deadline)
+            except Exception as error:  # of the GPU itself: what there is is still written
+                rows.append(as_row(case, TRAIN, {"fused": failed(error)._asdict()}))
             gc.collect()
-            if device.type == "cuda":
+            with suppress(Exception):
                 torch.cuda.empty_cache()
     return rows, skipped
 
 
 def measure_case(case: Case, device: torch.device, deadline: float) -> list[Row]:
     """Check everyone, then, without the float64 gradient, time them: a row for each pass."""
-    torch.compiler.reset()
+    if case in COMPILED:
+        torch.compiler.reset()  # its limit of recompilations counts every case before
     given = problem(case, device)
     ring = copies(given.logits)
     field = contestants(case, ring)
-    victims = [
-        x.detach().clone().requires_grad_()
-        for x in ring
-        if field[-1].overwrites or any(c.overwrites for c in field)
-    ]
+    own = [x.detach().clone().requires_grad_() for x in ring if any(c.overwrites for c in field)]
     with device:
         want = measure.wanted(case, given)
-    checked = {}
+    checked: dict[str, list[tuple[Run, Verdict]]] = {}
     for title in (FORWARD, TRAIN, GRAPH) if device.type == "cuda" else (FORWARD, TRAIN):
-        checked[title] = [
-            (run, check(case, run, want, deadline))
-            for contestant in lineup(case, field, title)
-            for run in [Run(contestant, given, victims if contestant.overwrites else ring, title)]
-        ]
+        line = lineup(case, field, title)
+        runs = [Run(c, given, own if c.overwrites else ring, title) for c in line]
+        checked[title] = [(run, check(case, run, want, deadline)) for run in runs]
     del want
     return [measure_row(case, title, pairs) for title, pairs in checked.items()]
 
@@ -428,26 +432,30 @@ def measure_case(case: Case, device: torch.device, deadline: float) -> list[Row]
 def measure_row(case: Case, title: str, checked: list[tuple[Run, Verdict]]) -> Row:
     results: Row = {run.contestant.name: verdict._asdict() for run, verdict in checked}
     right = [run for run, verdict in checked if verdict.outcome is None]
-    if results["fused"]["outcome"] is None:
-        for run, ms in zip(right, times(right), strict=True):
-            result = results[run.contestant.name]
-            result |= measure.summary(ms)
-            logits = run.given.logits
-            if logits.numel() < HOST_NUMEL:
-                result["host_us"] = run.host_us()
-            if title == TRAIN and logits.is_cuda and logits.nbytes >= measure.COUNTED:
-                result["peak_extra"] = run.peak_extra()
-    row = {"shape": case.shape, "dtype": str(case.dtype)[6:], "activation": case.activation}
-    return {**row, "gamma": case.gamma, "passes": title, "contestants": results}
+    if results["fused"]["outcome"] is not None:
+        return as_row(case, title, results)
+    for run, ms in zip(right, times(right), strict=True):
+        result, logits = results[run.contestant.name], run.given.logits
+        result |= measure.summary(ms)
+        if logits.numel() < HOST_NUMEL:
+            result["host_us"] = run.host_us()
+        if title == TRAIN and logits.is_cuda and logits.nbytes >= measure.COUNTED:
+            result["peak_extra"] = run.peak_extra()
+    return as_row(case, title, results)
+
+
+def as_row(case: Case, title: str, results: Row) -> Row:
+    facts = {**case._asdict(), "dtype": str(case.dtype)[6:]}
+    return {**facts, "passes": title, "contestants": results}
 
 
 def times(runs: list[Run]) -> list[list[float]]:
     """Milliseconds of a call of every run, in turns."""
     calls = [run.calls() for run in runs]
     spent: list[list[float]] = [[] for _ in runs]
-    start = time.perf_counter()
+    start, seconds = time.perf_counter(), ROW_SECONDS[runs[0].given.logits.device.type]
     for turn in range(TURNS[1]):
-        if turn >= TURNS[0] and time.perf_counter() - start > ROW_SECONDS:
+        if turn >= TURNS[0] and time.perf_counter() - start > seconds:
             break
         for run, n, ms in zip(runs, calls, spent, strict=True):
             ms.append(run.time(n))
@@ -455,18 +463,19 @@ def times(runs: list[Run]) -> list[list[float]]:
 
 
 # The table ----------------------------------------------------------------------------------------
+
 NOTES = """\
 Milliseconds are medians of a call; a ratio is the rival's time by ours, above 1 where fused is
-faster: of eager and compile the fastest formula, named behind. Every number stands for a loss and
+faster: of eager and compile the fastest formula's, named behind. Every number stands for a loss and
 gradient that agreed with the float64 reference (fused within 2e-5 of the row's largest gradient,
 the others within 1e-3; half types half a spacing more). `wrong`, `failed` and `skipped` were not
-timed, `-` does not apply or was not tried: torch.compile of a few cases only, eager under a graph
+timed, `-` does not apply or was not tried: torch.compile in a few cases only, eager under a graph
 where it does not synchronise and its memory is small.
 
-- cross_entropy (F.cross_entropy, of half types as they are or in float32) and liger divide by the
-  weights' sum: their ratio is to fused with reduction="weighted_mean". liger overwrites the logits.
-- torchvision: sigmoid_focal_loss on a one-hot, rows weighted and summed.
-- % of copy: the bandwidth of 2 N x C elements in the time of fused, by that of a copy of the logits.
+- cross_entropy (F.cross_entropy, of half types in float32 or as they are) and liger divide by the
+  weights' sum: held to fused with reduction="weighted_mean". liger overwrites the logits.
+- torchvision: sigmoid_focal_loss on a one-hot, its rows weighted and summed.
+- % of copy: the bandwidth of 2 N x C elements in the time of fused, by that of a copy of them.
 - memory: peak beyond the logits in a call, in N x C tensors of their dtype (fused, eager).
 - host µs: what a call keeps the host, not waiting for the GPU (fused, eager).
 """
@@ -474,36 +483,34 @@ where it does not synchronise and its memory is small.
 
 def report(result: Row) -> str:
     """A section for each pass, with the machine above and the notes below."""
+    rows, skipped = result["rows"], [f"- not measured: {note}" for note in result["skipped"]]
     facts = [f"- {key}: {value}" for key, value in result.items() if key not in ("rows", "skipped")]
     parts = ["# Benchmarks on a GPU", "\n".join(facts)]
     for title in (TRAIN, GRAPH, FORWARD):
-        rows = [row for row in result["rows"] if row["passes"] == title]
-        if rows:
-            parts += [f"## {title}", markdown([cells(row, result["rows"]) for row in rows])]
-    left_out = [f"- not measured: {note}" for note in result["skipped"]]
-    return "\n\n".join([*parts, misaligned(result["rows"]), *left_out, NOTES])
-
-
-def markdown(lines: list[Row]) -> str:
-    table = [list(lines[0]), ["---"] * len(lines[0]), *(list(line.values()) for line in lines)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in table)
+        lines = [list(cells(row, rows).items()) for row in rows if row["passes"] == title]
+        if lines:
+            table = [[key for key, _ in lines[0]], ["---"] * len(lines[0])]
+            table += [[value for _, value in line] for line in lines]
+            parts += [f"## {title}", "\n".join(f"| {' | '.join(line)} |" for line in table)]
+            parts += misaligned(rows, title)
+    return "\n\n".join([*parts, *(["\n".join(skipped)] if skipped else []), NOTES])
 
 
 def cells(row: Row, rows: list[Row]) -> dict[str, str]:
     """A line of the table."""
-    fused, copy = best(row, "fused"), best(row, "copy")
+    fused, copy, train = best(row, "fused"), best(row, "copy"), row["passes"] == TRAIN
     line = {"shape": "x".join(map(str, row["shape"])), "dtype": row["dtype"], "loss": loss_of(row)}
     line["fused ms"] = shown(fused)
-    if row["passes"] == TRAIN:
-        for title, name in ((FORWARD, "forward ms"), (GRAPH, "graph ms")):
-            line[name] = shown(best(pass_of(row, rows, title), "fused"))
+    for title, name in ((FORWARD, "forward ms"), (GRAPH, "graph ms")) if train else ():
+        line[name] = shown(best(sibling(row, rows, passes=title), "fused"))
     for column, ours in RIVALS.items():
         rival = best(row, column)
-        by = f"{ratio(rival, best(row, ours))}{rival.get('formula', '')}"
-        line[f"{column} / fused"] = by if "median_ms" in rival else shown(rival)
+        timed = f"{ratio(rival, best(row, ours))}{rival.get('formula', '')}"
+        line[f"{column} / fused"] = timed if "median_ms" in rival else shown(rival)
     line["copy ms"], line["% of copy"] = shown(copy), ratio(copy, fused, 100, 0)
-    for key, name in (("peak_extra", "memory"), ("host_us", "host µs")):
-        pair = (result.get(key) for result in (fused, best(row, "eager")))
+    extras = (("host_us", "host µs"), ("peak_extra", "memory"))
+    for key, name in extras if train else extras[:1]:
+        pair = [result.get(key) for result in (fused, best(row, "eager"))]
         line[name] = ", ".join("-" if value is None else f"{value:.3g}" for value in pair)
     return line
 
@@ -512,11 +519,10 @@ def loss_of(row: Row) -> str:
     return f"{row['activation']} {row['gamma']:g}"
 
 
-def pass_of(row: Row, rows: list[Row], title: str, **other: Any) -> Row:
-    """The row of the same case in another pass, or {}."""
-    sought = {**row, "passes": title, **other}
-    same = (r for r in rows if all(r[k] == sought[k] for k in r if k != "contestants"))
-    return next(same, {})
+def sibling(row: Row, rows: list[Row], **other: Any) -> Row:
+    """The row that differs in this, or {}."""
+    sought = {**row, **other, "contestants": None}
+    return next((r for r in rows if {**r, "contestants": None} == sought), {})
 
 
 def best(row: Row, column: str) -> Row:
@@ -541,15 +547,12 @@ def ratio(numerator: Row, denominator: Row, times: int = 1, digits: int = 2) -> 
     return f"{times * numerator['median_ms'] / denominator['median_ms']:.{digits}f}"
 
 
-def misaligned(rows: list[Row]) -> str:
-    """What rows cost that are not 16-byte aligned."""
-    pairs = [
-        f"{row['dtype']} {loss_of(row)}: "
-        + ratio(best(row, "fused"), best(pass_of(row, rows, TRAIN, shape=EVEN), "fused"))
-        for row in rows
-        if row["shape"] == ODD and row["passes"] == TRAIN
-    ]
-    return f"Fused at C = 8142 by C = 8192, 4096 rows, {TRAIN}: {'; '.join(pairs) or '-'}"
+def misaligned(rows: list[Row], title: str) -> list[str]:
+    """What rows cost that are not 16-byte aligned: a line, or none."""
+    odd = [row for row in rows if row["shape"] == ODD and row["passes"] == title]
+    pairs = [(row, best(sibling(row, rows, shape=EVEN), "fused")) for row in odd]
+    line = [f"{r['dtype']} {loss_of(r)}: {ratio(best(r, 'fused'), even)}" for r, even in pairs]
+    return [f"Fused at C = 8142 by C = 8192, 4096 rows: {'; '.join(line)}"] if line else []
 
 
 if __name__ == "__main__":

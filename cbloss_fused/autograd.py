@@ -41,7 +41,7 @@ class StoredGradient(torch.autograd.Function):
             _refuse_double_backward()
         (grad,) = ctx.saved_tensors
         if is_compiling():
-            grad = grad * grad_loss
+            grad = ops.scaled(grad, grad_loss)
         elif grad_loss.is_cpu:  # where looking costs nothing
             if grad_loss.item() != 1:
                 grad = grad * grad_loss

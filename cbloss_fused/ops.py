@@ -69,7 +69,7 @@ def new_grad(logits: Tensor) -> Tensor:
     On a GPU its rows lie modulo 16 bytes as those of the logits do, where the logits' address and
     strides are odd: so both are read and written in whole vectors.
     """
-    if logits.is_cpu or is_compiling():
+    if not logits.is_cuda or type(logits) is not Tensor or is_compiling():
         return torch.empty_like(logits)
     vector = 16 // logits.element_size()
     odd = logits.data_ptr() // logits.element_size() % vector
@@ -90,21 +90,36 @@ def new_saved(logits: Tensor, target: Tensor, sigmoid: bool) -> Tensor:
     return logits.new_empty(shape, dtype=compute_dtype(logits.dtype))
 
 
+def scaled(grad: Tensor, grad_loss: Tensor) -> Tensor:
+    """grad * grad_loss, rounded once."""
+    return (grad.to(grad_loss.dtype) * grad_loss).to(grad.dtype)
+
+
 def scale_stored(grad: Tensor, grad_loss: Tensor, owned: bool) -> Tensor:
     """grad * grad_loss without a look at grad_loss: in place where no later backward needs grad.
 
-    owned: what lies between the elements of grad belongs to nobody else.
+    owned: what lies between the elements of grad is new_grad's padding, and nobody else's.
     """
-    keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+    plain = type(grad) is Tensor and type(grad_loss) is Tensor
+    if not (plain and kernels.available and grad.is_cuda) or grad.numel() == 0:
+        return scaled(grad, grad_loss)
     span = _span(grad.shape, grad.stride())
-    if keep_graph() or not (grad.is_cuda and kernels.available and (owned or span == grad.numel())):
-        return grad * grad_loss
+    if span != grad.numel() and not (owned and _fills_its_storage(grad, span)):
+        return scaled(grad, grad_loss)
+    keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+    if keep_graph():
+        grad, span = grad.clone(), grad.numel()  # which is dense
     kernels.load().scale_gradient(grad, grad_loss, span)
     return grad
 
 
+def _fills_its_storage(grad: Tensor, span: int) -> bool:
+    size = grad.element_size()
+    return grad.untyped_storage().nbytes() == (grad.storage_offset() + span) * size
+
+
 def _span(shape: Sequence[int], strides: Sequence[int]) -> int:
-    """Elements from the first to the last of a tensor."""
+    """Elements from the first to the last of a tensor that is not empty."""
     return sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + 1
 
 

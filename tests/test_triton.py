@@ -109,9 +109,11 @@ def test_a_target_that_is_no_class_makes_its_row_nan(triton, family, C, wrong):
 @FAMILY
 def test_an_infinite_logit_is_a_limit(triton, family):
     """Alone it takes all of p, two are NaN; registers, loops and tiles alike."""
-    for C in (10, 300, 20_000):
+    for C, layout in ((10, "C"), (300, "C"), (20_000, "C"), (300, "N"), (10, "N")):
         for rival in (2, 5):  # the target, another class
             logits, target = torch.zeros(2, C), torch.tensor([2, 2])
+            if layout == "N":  # samples side by side
+                logits = logits.t().contiguous().t()
             logits[0, rival] = float("inf")
             logits[1, [3, C - 1]] = float("inf")
             loss, grad = loss_and_grad(
@@ -144,8 +146,9 @@ def test_scaling_of_a_stored_gradient(triton, dtype, numel, offset):
     assert (buffer[offset + numel :] == 3).all()
 
 
-def test_a_padded_gradient_lies_as_its_logits():
-    """new_grad's layout, asked of a device that is not the CPU."""
+def test_a_padded_gradient_lies_as_its_logits(monkeypatch):
+    """new_grad's layout, on a device that passes for a GPU."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     for N, C, K, offset, gap in ((5, 8142, None, 1, 3), (5, 1000, None, 0, 8), (2, 300, 6, 3, 1)):
         size = offset + N * (K or 1) * (C + gap) + 9
         buffer = torch.empty(size, dtype=torch.bfloat16, device="meta")

@@ -38,6 +38,10 @@ def loss(
     if target.numel() == 0:
         loss.zero_()
         return True
+    _check(target, torch.int64, target.numel())
+    for vector, numel in ((weight, logits.shape[1]), (sample_weight, target.numel())):
+        if vector is not None:
+            _check(vector, loss.dtype, numel)
     call = Call(
         logits.shape,
         logits.dtype,
@@ -113,6 +117,15 @@ def scale_gradient(grad: Tensor, grad_loss: Tensor, numel: int) -> None:
     run(step, (*(None,) * 5, grad_loss, None, grad, *(None,) * 5), grad)
 
 
+def _check(vector: Tensor, dtype: torch.dtype, numel: int) -> None:
+    """What functional.py sees to, for those who call the operators themselves."""
+    if vector.dtype is not dtype or vector.numel() != numel or not vector.is_contiguous():
+        raise ValueError(
+            f"the operator needs {numel} contiguous elements of {dtype}, got {vector.numel()} of "
+            f"{vector.dtype}"
+        )
+
+
 def _aligned(logits: Tensor, grad: Tensor) -> bool:
     """Whether every row of grad lies modulo 16 bytes as the row of logits does."""
     apart, itemsize = grad.data_ptr() - logits.data_ptr(), logits.element_size()
@@ -166,7 +179,9 @@ def _driver() -> tuple[Any, Any]:
 def _launch(step: Step, arguments: tuple[Any, ...], stream: int) -> None:
     compiled, launcher = step.compiled
     enter, leave = triton.knobs.runtime.launch_enter_hook, triton.knobs.runtime.launch_exit_hook
-    profiled = None if enter is None else compiled.launch_metadata(step.grid, stream, *arguments)
+    profiled = None  # what profilers hook in for; without one, their chain of calls is empty
+    if getattr(enter, "calls", enter):
+        profiled = compiled.launch_metadata(step.grid, stream, *arguments)
     function, metadata = compiled.function, compiled.packed_metadata
     launcher(*step.grid, stream, function, metadata, profiled, enter, leave, *arguments)
 

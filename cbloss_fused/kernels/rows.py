@@ -9,10 +9,12 @@ offset costs the same; and the target is left out of the large tile at no cost a
 import triton
 import triton.language as tl
 
-# Nothing is specialised on an argument's value or alignment: a compiled kernel is kept and serves
-# every call of its types and constants.
+# Nothing is specialised on an argument's value, alignment or size: a compiled kernel is kept and
+# serves every call of its types and constants.
 kernel = triton.jit(
     do_not_specialize=[
+        *("logits", "target", "weight", "sample_weight", "normalizer", "grad_loss"),
+        *("loss", "grad", "saved", "scale", "losses", "parts"),
         *(
             "rows",
             "C",
@@ -28,13 +30,8 @@ kernel = triton.jit(
             "denominator",
         ),
         *("ignored", "splits", "span", "count", "numel"),
-    ],
-    do_not_specialize_on_alignment=[
-        *("logits", "target", "grad", "scale", "normalizer", "grad_loss", "losses", "saved"),
-        *("weight", "sample_weight", "parts", "loss"),
-    ],
+    ]
 )
-
 i32, i64, f64 = tl.int32, tl.int64, tl.float64  # of a kernel's numbers
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -275,8 +272,8 @@ def prologue_part(
     part, target, weight, sample_weight, scale, rows, C, ignored,
     IGNORE: tl.constexpr, TOTAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One of at most PARTIALS shares of the rows: r_i, -1 where ignored, NaN where y is no class,
-    behind PARTIALS partial denominators, sums of r_i (TOTAL) or numbers of rows."""
+    """One of at most PARTIALS shares of the rows: r_i, -1 where ignored, behind PARTIALS partial
+    denominators, sums of r_i (TOTAL) or numbers of rows."""
     T: tl.constexpr = scale.dtype.element_ty
     share = tl.cdiv(rows, PARTIALS * BLOCK) * BLOCK
     if part == 0:  # the shares that are empty
@@ -290,7 +287,6 @@ def prologue_part(
         keep = there
         if IGNORE:
             keep = there & (y != ignored)
-        valid = keep & (y >= 0) & (y < C)
         r = tl.where(keep, 1.0, 0.0).to(T)
         if weight is not None:
             r *= tl.load(weight + tl.minimum(tl.maximum(y, 0), C - 1), keep, 0.0)
@@ -300,8 +296,7 @@ def prologue_part(
             lanes += r
         else:
             lanes += tl.where(keep, 1.0, 0.0).to(T)
-        r = tl.where(valid, r, tl.where(keep, float("nan"), -1.0))
-        tl.store(scale + PARTIALS + i, r, there)
+        tl.store(scale + PARTIALS + i, tl.where(keep, r, -1.0), there)
     tl.store(scale + part, tl.sum(lanes, 0))
 
 

@@ -41,11 +41,17 @@ ANY = tl.constexpr(4)
 
 
 @triton.jit
-def logistic(z, SHORT: tl.constexpr):
-    """(s, c, root, l): sigma(z), sigma(-z), sqrt(sigma(z)), log(1 + e^{-|z|})."""
-    root = rsqrt(1.0 + exp_neg(z))  # an overflow to infinity gives 0
+def logistic(z, SHORT: tl.constexpr, EXACT: tl.constexpr):
+    """(s, c, root, tail): sigma(z), sigma(-z), sqrt(sigma(z)), log(1 + e^{-|z|}).
+
+    EXACT: c keeps its relative accuracy for large z, where a large gamma multiplies it.
+    """
+    e = exp_neg(z)
+    root = rsqrt(1.0 + e)  # an overflow to infinity gives 0
     s = root * root
     c = 1.0 - s
+    if EXACT:
+        c = tl.where(z > 0, e * s, c)
     m = tl.minimum(s, c)
     return s, c, root, m * log1m_over(m, SHORT)  # exact for tiny m
 
@@ -56,7 +62,7 @@ def sigmoid_element(z, gamma, G: tl.constexpr, SHORT: tl.constexpr):
 
     L = s^gamma sp(z),  g = s^gamma (gamma sigma(-z) sp(z) + s),  s = sigma(z) = 1 - p_t
     """
-    s, c, root, tail = logistic(z, SHORT)
+    s, c, root, tail = logistic(z, SHORT, G == ANY)
     sp = tail + tl.maximum(z, 0.0)
     if G == ZERO:
         return sp, s
@@ -79,7 +85,7 @@ def smoothed(z, gamma, t, G: tl.constexpr, SHORT: tl.constexpr, SMOOTH: tl.const
     if not SMOOTH:
         return sigmoid_element(z, gamma, G, SHORT)
     elif G == ZERO:
-        s, _, _, tail = logistic(z, SHORT)
+        s, _, _, tail = logistic(z, SHORT, False)
         return tail + tl.maximum((1.0 - t) * z, -t * z), s - t
     else:
         L_0, g_0 = sigmoid_element(z, gamma, G, SHORT)

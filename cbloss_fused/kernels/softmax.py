@@ -358,9 +358,9 @@ def tile_max_and_sum(
 ):  # fmt: skip
     """(M, R, D) of rows whose classes are many tiles."""
     M = z_y
-    R = z_y * 0.0
-    D = R
-    n = R
+    R = tl.zeros_like(z_y)
+    D = tl.zeros_like(z_y)
+    n = tl.zeros_like(z_y)
     for first in range(0, C, BLOCK_C):
         z, others = load_tile(x, first + tl.arange(0, BLOCK_C), y, C, read, x_c, UNIT, T)
         M, R, D, n = more_max_and_sum(M, R, D, n, z, others, 0, SMOOTH)
@@ -393,7 +393,7 @@ def softmax_tiles(
     c = tl.arange(0, BLOCK_C)
     if ONE:
         z, others = load_tile(x, c, y, C, read, x_c, X_UNIT, T)
-    D = z_y * 0.0
+    D = tl.zeros_like(z_y)
     if grad_loss is not None:
         M = tl.load(saved + rows + row, there, 0.0)
         R = tl.load(saved + rows.to(tl.int64) * 2 + row, there, 0.0)
