@@ -30,7 +30,7 @@ lint: $(VENV)/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h')
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc bench -name '*.cpp' -o -name '*.h' -o -name '*.c')
 clean:
 	rm -rf $(VENV) build dist *.egg-info cbloss_fused/_C*.so
 

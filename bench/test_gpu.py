@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from . import gpu
+from . import gpu, gpu_table
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_dry_run(tmp_path: Path, one_thread: None) -> None:
             assert found["outcome"] is None, f"{name} in {row['shape']}: {found['outcome']}"
             assert found["median_ms"] > 0 and found["repetitions"] >= 20 and found["host_us"] > 0
     text = path.with_suffix(".md").read_text()
-    assert f"## {gpu.TRAIN}" in text and f"## {gpu.FORWARD}" in text
+    assert f"## {gpu_table.TRAIN}" in text and f"## {gpu_table.FORWARD}" in text
 
 
 def test_budget_ends_the_run(tmp_path: Path) -> None:
