@@ -279,7 +279,7 @@ def _tiles(call: Call, r: RowScales | None) -> Step:
     inner = K > 1
     rows, classes, one = tile_config(C, call.sigmoid, inner)
     programs = N * triton.cdiv(K, rows) if inner else triton.cdiv(N, rows)
-    # Reading class by class lets a thread have whole rows; the stores must lie side by side.
+    # Loads need no side-by-side classes, since a thread has whole rows; stores do.
     x_unit = step_kernels.UNIT_K.value if inner and x[2] == 1 else 0
     g_unit = step_kernels.UNIT_K.value if inner and g[2] == 1 else int(g[1] == 1)
     if r is None:

@@ -252,7 +252,11 @@ def class_offset(c, stride_c, UNIT: tl.constexpr):
 def load_tile(x, c, y, C, read, stride_c, UNIT: tl.constexpr, T: tl.constexpr):
     """(z, others): the logits of the classes c of rows x, -inf where they are not others'."""
     there = (c < C)[:, None] & read[None, :]
-    z = tl.load(x[None, :] + class_offset(c, stride_c, UNIT)[:, None], there, -INF).to(T)
+    at = x[None, :] + class_offset(c, stride_c, UNIT)[:, None]
+    # Lays threads along the rows, whatever the strides: a thread then has whole rows in registers.
+    # No wider access can come of it, for nothing is known of the addresses' alignment.
+    at = tl.max_contiguous(at, (1, 16))
+    z = tl.load(at, there, -INF).to(T)
     others = there & (c[:, None] != y[None, :])
     return tl.where(others, z, -INF), others
 
