@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DTYPES, FAMILIES, assert_grad, name_of, oracle, same_bits, sample
+from conftest import DEVICE, DTYPES, FAMILIES, assert_grad, name_of, oracle, same_bits, sample
 from torch.autograd import gradcheck
 
 from cbloss_fused import class_balanced_loss
@@ -234,7 +234,7 @@ def test_autocast(backend, family, dtype):
     """The logits keep their type, no copy; the loss is float32; the layer below is trained."""
     head = torch.nn.Linear(6, 10)
     features, target = torch.randn(8, 6), torch.arange(8)
-    with torch.autocast("cpu", dtype=dtype):
+    with torch.autocast(DEVICE, dtype=dtype):
         logits = head(features)
         loss = class_balanced_loss(logits, target, activation=family, backend=backend.argument)
     assert logits.dtype == dtype
