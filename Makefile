@@ -2,6 +2,7 @@
 # make gpu: on a machine with a GPU, with its own Python, torch and triton; downloads nothing.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
+TRITON ?= triton==3.7.1
 VENV := .venv
 BIN := $(VENV)/bin
 KERNEL_TESTS := $(addprefix tests/test_,autograd.py edge.py finite.py layouts.py modules.py oracle.py triton.py)
@@ -37,7 +38,7 @@ clean:
 # The environment, torch, then the extension, built against that torch and in place.
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet "$(TORCH)" "setuptools>=77" wheel
+	$(BIN)/pip install --quiet "$(TORCH)" "$(TRITON)" "setuptools>=77" wheel
 	touch $@
 $(VENV)/ready: $(VENV)/torch $(SOURCES)
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[test,demo]"

@@ -119,7 +119,8 @@ def compiled(launch: Launch, target: GPUTarget) -> Any:
             signature[name] = launch.types[i]
     source = triton.compiler.ASTSource(launch.kernel, signature, constants)
     warps = launch.warps * 32 // target.warp_size or 1
-    return triton.compile(source, target=target, options={"num_warps": warps})
+    options = {"num_warps": warps, "enable_fp_fusion": True}
+    return triton.compile(source, target=target, options=options)
 
 
 def row_kernel(found: list[Launch]) -> list[Launch]:
@@ -218,7 +219,8 @@ def liger_line(C: int, dtype: torch.dtype, target: str) -> Line | None:
         if aligned or (name in ("X_stride", "n_cols") and C % 16 == 0):
             divisible[(i,)] = [["tt.divisibility", 16]]
     source = triton.compiler.ASTSource(launch.kernel, signature, values, divisible)
-    kernel = triton.compile(source, target=TARGETS[target], options={"num_warps": launch.warps})
+    options = {"num_warps": launch.warps, "enable_fp_fusion": True}
+    kernel = triton.compile(source, target=TARGETS[target], options=options)
     code = sass.read(kernel)
     n = values["BLOCK_SIZE"] / (launch.warps * 32)
     parts = [part for part in code.loops if part.special or part.stores or part.stores_small]

@@ -198,6 +198,7 @@ def _compile(step: Step, pointers: tuple[Tensor | None, ...], device: int) -> tu
     compiled = _kept.get(key)
     if compiled is None:
         arguments = (*pointers, *step.tail)
-        compiled = step.kernel.warmup(*arguments, grid=step.grid, num_warps=step.warps)
+        options = {"num_warps": step.warps, "enable_fp_fusion": True}  # whatever the default is
+        compiled = step.kernel.warmup(*arguments, grid=step.grid, **options)
         _kept[key] = compiled
     return compiled, compiled.run  # which loads it
