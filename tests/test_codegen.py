@@ -194,3 +194,16 @@ def test_at_most_three_launches_and_one_backward(activation, shape):
     shape = (*shape[:2], *([shape[2] * shape[3]] if len(shape) > 2 else []))
     assert len(launches(shape, torch.float32, activation, 0.5)) <= 3
     assert len(launches(shape, torch.float32, activation, 0.5, recompute=True)) == 1
+
+
+@pytest.mark.parametrize(
+    "shape", ((32, 10), (64, 8142), (4096, 40_000), (3, 70_000), (4, 19, 100)), ids=str
+)
+@pytest.mark.parametrize("activation, gamma", FAMILIES[:3], ids=lambda v: f"{v}")
+def test_float64_compiles(activation, gamma, shape):
+    """What the interpreter runs, the compiler may refuse."""
+    for recompute in (False, True):
+        for launch in launches(
+            shape, torch.float64, activation, gamma, label_smoothing=0.1, recompute=recompute
+        ):
+            assert code(launch, "sm_90").straight.all
