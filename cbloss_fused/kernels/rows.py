@@ -11,27 +11,11 @@ import triton.language as tl
 
 # Nothing is specialised on an argument's value, alignment or size: a compiled kernel is kept and
 # serves every call of its types and constants.
-kernel = triton.jit(
-    do_not_specialize=[
-        *("logits", "target", "weight", "sample_weight", "normalizer", "grad_loss"),
-        *("loss", "grad", "saved", "scale", "losses", "parts"),
-        *(
-            "rows",
-            "C",
-            "K",
-            "x_n",
-            "x_c",
-            "x_k",
-            "g_n",
-            "g_c",
-            "g_k",
-            "gamma",
-            "eps",
-            "denominator",
-        ),
-        *("ignored", "splits", "span", "count", "numel"),
-    ]
+POINTERS = (
+    "logits target weight sample_weight normalizer grad_loss loss grad saved scale losses parts"
 )
+NUMBERS = "rows C K x_n x_c x_k g_n g_c g_k gamma eps denominator ignored splits span count numel"
+kernel = triton.jit(do_not_specialize=[*POINTERS.split(), *NUMBERS.split()])
 i32, i64, f64 = tl.int32, tl.int64, tl.float64  # of a kernel's numbers
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -92,17 +76,12 @@ def log(x):
 
 
 @triton.jit
-def rsqrt(x):
-    return tl.math.rsqrt(x)
-
-
-@triton.jit
 def rcp(x):
     """1/x of x >= 1 (infinity too): a division costs some eight instructions, rsqrt^2 two."""
     if x.dtype == tl.float64:
         return 1.0 / x
     else:
-        root = tl.math.rsqrt(x)
+        root = tl.rsqrt(x)
         return root * root
 
 
@@ -163,7 +142,7 @@ def row_inputs(
         r *= tl.load(grad_loss + row * VECTOR, there, 0.0)
     else:
         if scale is None:
-            r = tl.where(valid, 1.0, 1.0).to(denominator.dtype)
+            r = (y * 0 + 1).to(denominator.dtype)  # in the shape of row
         else:
             r = tl.load(scale + PARTIALS + row, there, 0.0)
         keep = (r >= 0) | (r != r)

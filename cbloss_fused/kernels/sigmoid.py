@@ -25,7 +25,6 @@ from .rows import (
     rcp,
     row_inputs,
     row_pointer,
-    rsqrt,
     store_tile,
     tile_inputs,
     tile_pointer,
@@ -47,7 +46,7 @@ def logistic(z, SHORT: tl.constexpr, EXACT: tl.constexpr):
     EXACT: c keeps its relative accuracy for large z, where a large gamma multiplies it.
     """
     e = exp_neg(z)
-    root = rsqrt(1.0 + e)  # an overflow to infinity gives 0
+    root = tl.rsqrt(1.0 + e)  # an overflow to infinity gives 0
     s = root * root
     c = 1.0 - s
     if EXACT:
