@@ -314,7 +314,8 @@ def _sigmoid_rows(call: Call, r: RowScales | None) -> Step:
     lanes = min(layout.V, layout.warps * call.device.warp)
     constants = (
         *(layout.V, 16 // call.dtype.itemsize, lanes, _compute_type(call)),
-        *(_gamma_kind(call.gamma), layout.one, call.aligned, call.eps != 0, fold, call.vector),
+        *(_gamma_kind(call.gamma), layout.one, sizes[2] > 1, call.aligned),
+        *(call.eps != 0, fold, call.vector),
     )
     numbers = (*sizes, call.gamma, call.eps, denominator, layout.span)
     grid = (rows, layout.splits)
@@ -329,7 +330,7 @@ def _softmax_rows(call: Call, r: RowScales) -> tuple[list[Step], int]:
     pointers = (*_sources(call, r), *_outputs(call, rows, rows))
     numbers = (*sizes, call.gamma, call.eps, r.denominator)
     smooth = call.eps != 0
-    constants = (layout.V, VEC, _compute_type(call), call.aligned, smooth, r.fold)
+    constants = (layout.V, VEC, _compute_type(call), K > 1, call.aligned, smooth, r.fold)
     if layout.splits == 1:
         kernel = softmax_kernels.softmax_rows if layout.one else softmax_kernels.softmax_long
         return [Step(kernel, (rows,), pointers, numbers, constants, layout.warps)], 0
@@ -340,7 +341,7 @@ def _softmax_rows(call: Call, r: RowScales) -> tuple[list[Step], int]:
         (rows * layout.splits,),
         ("logits", *prologue[0], "parts"),
         (rows, C, K, x_n, x_k, prologue[1][2], *split),
-        (layout.V, VEC, smooth, r.prologue is not None, *prologue[2]),
+        (layout.V, VEC, K > 1, smooth, r.prologue is not None, *prologue[2]),
         layout.warps,
     )
     join = Step(
@@ -364,16 +365,15 @@ def _gradient(call: Call) -> Step:
     splits, span = layout.splits, layout.span
     if call.in_place:  # all read the target's logit, which the first overwrites
         splits, span = 1, span * splits
-    smooth = call.eps != 0
+    VEC, inner, smooth = 16 // call.dtype.itemsize, numbers[2] > 1, call.eps != 0
     return Step(
         softmax_kernels.softmax_gradient,
         (numbers[0], splits),
         ("logits", "target", "grad", "saved", "grad_loss"),
         (*numbers, call.gamma, call.eps, span),
-        (layout.V, 16 // call.dtype.itemsize, _compute_type(call), call.aligned, smooth,
-         call.vector),
+        (layout.V, VEC, _compute_type(call), inner, call.aligned, smooth, call.vector),
         layout.warps,
-    )  # fmt: skip
+    )
 
 
 def _gamma_kind(gamma: float) -> int:

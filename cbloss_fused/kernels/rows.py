@@ -117,10 +117,13 @@ def weighted(r, loss):
 
 
 @triton.jit
-def row_pointer(base, row, K, stride_n, stride_k):
-    """Row n * K + k of (N, C, K); 64-bit offsets."""
-    n = row // K
-    return base + n.to(tl.int64) * stride_n + (row - n * K).to(tl.int64) * stride_k
+def row_pointer(base, row, K, stride_n, stride_k, INNER: tl.constexpr):
+    """Row n * K + k of (N, C, K), INNER: K > 1; 64-bit offsets."""
+    if INNER:
+        n = row // K
+        return base + n.to(tl.int64) * stride_n + (row - n * K).to(tl.int64) * stride_k
+    else:
+        return base + row.to(tl.int64) * stride_n
 
 
 @triton.jit

@@ -172,8 +172,8 @@ def sigmoid_rows(
     rows: i32, C: i32, K: i32, x_n: i64, x_k: i64, g_n: i64, g_k: i64,
     gamma: f64, eps: f64, denominator: f64, span: i32,
     V: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr, T: tl.constexpr, G: tl.constexpr,
-    ONE: tl.constexpr, ALIGNED: tl.constexpr, SMOOTH: tl.constexpr, FOLD: tl.constexpr,
-    VECTOR: tl.constexpr,
+    ONE: tl.constexpr, INNER: tl.constexpr, ALIGNED: tl.constexpr, SMOOTH: tl.constexpr,
+    FOLD: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """A row, or span vectors of it, a program: one read of the logits, one write of the gradient.
 
@@ -197,10 +197,10 @@ def sigmoid_rows(
         FOLD,
         VECTOR,
     )
-    x = row_pointer(logits, row, K, x_n, x_k)
+    x = row_pointer(logits, row, K, x_n, x_k, INNER)
     g = x
     if grad is not None:
-        g = row_pointer(grad, row, K, g_n, g_k)
+        g = row_pointer(grad, row, K, g_n, g_k, INNER)
     head, whole, at_y = peel(x, C, y, VEC)
     if ONE:
         at, mask = body(x, head, tl.where(read, whole, 0), at_y, 0, V, VEC)

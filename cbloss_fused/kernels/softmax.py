@@ -178,14 +178,14 @@ def softmax_rows(
     rows: i32, C: i32, K: i32, x_n: i64, x_k: i64, g_n: i64, g_k: i64,
     gamma: f64, eps: f64, denominator: f64,
     V: tl.constexpr, VEC: tl.constexpr, T: tl.constexpr,
-    ALIGNED: tl.constexpr, SMOOTH: tl.constexpr, FOLD: tl.constexpr,
+    INNER: tl.constexpr, ALIGNED: tl.constexpr, SMOOTH: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
     """One row a program, held in registers: one read of the logits, one write of the gradient."""
     row = tl.program_id(0)
     y, r, keep, read = row_inputs(
         target, scale, normalizer, None, row, row < rows, C, number(denominator, T), FOLD, False
     )
-    x = row_pointer(logits, row, K, x_n, x_k)
+    x = row_pointer(logits, row, K, x_n, x_k, INNER)
     head, whole, at_y = peel(x, C, y, VEC)
     at, mask = body(x, head, tl.where(read, whole, 0), at_y, 0, V, VEC)
     z = tl.load(at, mask, -INF).to(T)
@@ -212,7 +212,7 @@ def softmax_rows(
         tl.store(saved + rows + row, M)
         tl.store(saved + rows.to(tl.int64) * 2 + row, R)
     if grad is not None:
-        g = row_pointer(grad, row, K, g_n, g_k)
+        g = row_pointer(grad, row, K, g_n, g_k, INNER)
         at, mask = body(g, head, whole, at_y, 0, V, VEC, ALIGNED)
         tl.store(at, (e * k - uniform).to(grad.dtype.element_ty), mask)
         g_edge = tl.where(column == y, g_y, e_edge * k - uniform)
@@ -225,14 +225,14 @@ def softmax_long(
     rows: i32, C: i32, K: i32, x_n: i64, x_k: i64, g_n: i64, g_k: i64,
     gamma: f64, eps: f64, denominator: f64,
     V: tl.constexpr, VEC: tl.constexpr, T: tl.constexpr,
-    ALIGNED: tl.constexpr, SMOOTH: tl.constexpr, FOLD: tl.constexpr,
+    INNER: tl.constexpr, ALIGNED: tl.constexpr, SMOOTH: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
     """One row a program, too long for registers: a second read, of what is still in L2."""
     row = tl.program_id(0)
     y, r, keep, read = row_inputs(
         target, scale, normalizer, None, row, row < rows, C, number(denominator, T), FOLD, False
     )
-    x = row_pointer(logits, row, K, x_n, x_k)
+    x = row_pointer(logits, row, K, x_n, x_k, INNER)
     M, R, D, _, z_y = max_and_sum(x, y, read, C, 0, C, V, VEC, SMOOTH)
     R = one_limit(R, z_y, M)
     m = clamp_finite(M)
@@ -245,7 +245,7 @@ def softmax_long(
         tl.store(saved + rows + row, M)
         tl.store(saved + rows.to(tl.int64) * 2 + row, R)
     if grad is not None:
-        g = row_pointer(grad, row, K, g_n, g_k)
+        g = row_pointer(grad, row, K, g_n, g_k, INNER)
         write_gradient(x, g, y, read, C, 0, C, m, k, g_y, uniform, V, VEC, ALIGNED)
 
 
@@ -256,7 +256,7 @@ def softmax_long(
 def softmax_parts(
     logits, target, weight, sample_weight, scale, parts,
     rows: i32, C: i32, K: i32, x_n: i64, x_k: i64, ignored: i64, splits: i32, span: i32,
-    V: tl.constexpr, VEC: tl.constexpr, SMOOTH: tl.constexpr,
+    V: tl.constexpr, VEC: tl.constexpr, INNER: tl.constexpr, SMOOTH: tl.constexpr,
     PROLOGUE: tl.constexpr, IGNORE: tl.constexpr, TOTAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """parts (rows, splits, 5) = M, R, D, terms in D, z_y of span vectors; and the prologue."""
@@ -273,7 +273,7 @@ def softmax_parts(
         y = tl.load(target + row)
         read = (y >= 0) & (y < C)
         y = tl.where(read, y, 0).to(tl.int32)
-        x = row_pointer(logits, row, K, x_n, x_k)
+        x = row_pointer(logits, row, K, x_n, x_k, INNER)
         M, R, D, n, z_y = max_and_sum(x, y, read, C, first, first + span, V, VEC, SMOOTH)
         out = parts + program.to(tl.int64) * 5
         tl.store(out, M)
@@ -289,7 +289,8 @@ def softmax_join(
     rows: i32, C: i32, K: i32, x_n: i64, x_k: i64, g_n: i64, g_k: i64,
     gamma: f64, eps: f64, denominator: f64, splits: i32, span: i32,
     V: tl.constexpr, VEC: tl.constexpr, T: tl.constexpr,
-    ALIGNED: tl.constexpr, SMOOTH: tl.constexpr, FOLD: tl.constexpr, SPLITS: tl.constexpr,
+    INNER: tl.constexpr, ALIGNED: tl.constexpr, SMOOTH: tl.constexpr, FOLD: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):  # fmt: skip
     """The loss from the parts, and the gradient of span vectors; SPLITS >= splits."""
     row = tl.program_id(0)
@@ -319,8 +320,8 @@ def softmax_join(
             tl.store(saved + rows + row, M)
             tl.store(saved + rows.to(tl.int64) * 2 + row, R)
     if grad is not None:
-        x = row_pointer(logits, row, K, x_n, x_k)
-        g = row_pointer(grad, row, K, g_n, g_k)
+        x = row_pointer(logits, row, K, x_n, x_k, INNER)
+        g = row_pointer(grad, row, K, g_n, g_k, INNER)
         write_gradient(x, g, y, read, C, first, first + span, m, k, g_y, uniform, V, VEC, ALIGNED)
 
 
@@ -330,7 +331,7 @@ def softmax_gradient(
     rows: i32, C: i32, K: i32, x_n: i64, x_k: i64, g_n: i64, g_k: i64,
     gamma: f64, eps: f64, span: i32,
     V: tl.constexpr, VEC: tl.constexpr, T: tl.constexpr,
-    ALIGNED: tl.constexpr, SMOOTH: tl.constexpr, VECTOR: tl.constexpr,
+    INNER: tl.constexpr, ALIGNED: tl.constexpr, SMOOTH: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """The gradient of span vectors of a row from what the forward saved: scale, M, R."""
     row = tl.program_id(0)
@@ -338,8 +339,8 @@ def softmax_gradient(
     y, r, _, read = row_inputs(
         target, saved, None, grad_loss, row, row < rows, C, 1.0, False, VECTOR
     )
-    x = row_pointer(logits, row, K, x_n, x_k)
-    g = row_pointer(grad, row, K, g_n, g_k)
+    x = row_pointer(logits, row, K, x_n, x_k, INNER)
+    g = row_pointer(grad, row, K, g_n, g_k, INNER)
     M = tl.load(saved + rows + row)
     m = clamp_finite(M)
     R = tl.load(saved + rows.to(tl.int64) * 2 + row)
