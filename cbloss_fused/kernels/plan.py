@@ -117,7 +117,7 @@ def config(rows: int, C: int, itemsize: int, sigmoid: bool, smooth: bool, device
     """The layout of rows whose classes lie side by side.
 
     64 elements a thread: enough loads in flight to hide memory, and set-up cost is shared. A row
-    that fits (softmax: HELD; sigmoid needs no more than its edges, 8192 keeps warps few, half with
+    that fits (softmax: HELD; sigmoid needs no more than its edges, 8192 keeps warps few, less with
     smoothing, which computes twice) is one tile; a longer one loops. There softmax reads twice, so
     few rows at a time, by many warps each, keep the second read in L2. Fewer rows than would fill
     the device: several programs a row.
@@ -125,12 +125,12 @@ def config(rows: int, C: int, itemsize: int, sigmoid: bool, smooth: bool, device
     VEC = 16 // itemsize
     vectors = max(C // VEC, 1)
     V = triton.next_power_of_2(vectors)
-    held = (8192 >> smooth if sigmoid else HELD) >> (itemsize == 8)
+    held = (8192 >> 2 * smooth if sigmoid else HELD) >> (itemsize == 8)
     if held >= V * VEC:
         return Config(V, max(1, min(V * VEC // (64 * device.warp), 8)), True, 1, V)
     splits = min(triton.cdiv(vectors * VEC, 4096), triton.cdiv(4 * device.sms, rows))
     if sigmoid or rows < 2 * device.sms:
-        lanes, warps = 4096, 4
+        lanes, warps = 4096 >> (sigmoid and smooth), 4
     else:
         splits = 1
         lanes, warps = (8192, 16) if C * itemsize <= 65536 else (16384, 32)
