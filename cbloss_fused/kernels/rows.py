@@ -316,8 +316,8 @@ def scale_gradient(grad, grad_loss, numel: i64, BLOCK: tl.constexpr, VEC: tl.con
     if factor != 1:
         size: tl.constexpr = grad.dtype.element_ty.primitive_bitwidth // 8
         first = grad.to(tl.int64, bitcast=False) // size
-        head = tl.minimum(-first & (VEC - 1), numel)  # as a row of numel columns
-        whole = (numel - head) // VEC
+        head = -first & (VEC - 1)  # as a row of numel columns
+        whole = tl.maximum(numel - head, 0) // VEC
         start = tl.multiple_of(grad + head, 16)
         step = tl.num_programs(0).to(tl.int64) * BLOCK
         for begin in range(tl.program_id(0).to(tl.int64) * BLOCK, whole, step):
@@ -329,6 +329,6 @@ def scale_gradient(grad, grad_loss, numel: i64, BLOCK: tl.constexpr, VEC: tl.con
         if tl.program_id(0) == 0:
             t = tl.arange(0, 2 * VEC)
             column = tl.where(t < VEC, t, head + whole * VEC + t - VEC)
-            mask = tl.where(t < VEC, t < head, column < numel)
+            mask = (column < numel) & ((t < head) | (t >= VEC))
             g = tl.load(grad + column, mask, 0.0)
             tl.store(grad + column, (g.to(factor.dtype) * factor).to(g.dtype), mask)
