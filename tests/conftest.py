@@ -38,7 +38,8 @@ INTERPRETED = kernels.available and os.environ.get("TRITON_INTERPRET") == "1"
 
 SHARE = 4 if INTERPRETED else 8  # see pytest_collection_modifyitems
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-torch.set_default_device(DEVICE)
+if DEVICE == "cuda":
+    torch.set_default_device(DEVICE)
 if INTERPRETED:
     import interpreter
 
