@@ -250,11 +250,16 @@ def main() -> None:
 
 def markdown(lines: list[Line], bandwidth: float) -> str:
     """The table; every floor in ns a million elements at 132 multiprocessors of 1.7 GHz."""
+    title = (
+        f"# Machine code of the Triton kernels\n\n`python -m bench.codegen`, triton "
+        f"{triton.__version__}; floors at {SMS['H100']} multiprocessors of {CLOCK / 1e9} GHz and "
+        f"{bandwidth / 1e12} TB/s. Counted, not timed.\n"
+    )
     heads = (
         "kernel", "C", "dtype", "target", "regs", "shared B", "instr/el", "MUFU/el",
         "instr a row beside", "16 B loads, stores", "memory ns/M", "issue ns/M", "MUFU ns/M",
     )  # fmt: skip
-    rows = ["| " + " | ".join(heads) + " |", "| " + " | ".join("---" for _ in heads) + " |"]
+    rows = [title, "| " + " | ".join(heads) + " |", "| " + " | ".join("---" for _ in heads) + " |"]
     for x in lines:
         floors = " | ".join(f"{floor:.0f}" for floor in x.floors(bandwidth))
         rows.append(

@@ -10,7 +10,6 @@ Where a device has no kernel, the reference computes both.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import platform
 import warnings
 from collections.abc import Sequence
@@ -222,7 +221,8 @@ triton_gradient = torch.ops.cbloss_fused.gradient.triton
 
 def _warn_once(device: str) -> None:
     global _warned
-    why = missing if device == "cpu" else None if kernels.available else "Triton is not installed"
+    no_triton = None if kernels.available else "Triton is not installed"
+    why = {"cpu": missing, "cuda": no_triton}.get(device)
     if why is not None and not _warned:
         _warned = True
         warnings.warn(
@@ -246,7 +246,7 @@ def backends() -> dict[str, str]:
     else:
         cpu = f"reference: {missing}"
     if kernels.available:
-        cuda = f"fused Triton kernels (triton {importlib.metadata.version('triton')})"
+        cuda = "fused Triton kernels"
         if not torch.cuda.is_available():
             cuda += ", compiled at the first call; no GPU here"
     else:

@@ -56,7 +56,9 @@ def assert_accesses(launch: Launch, target: str) -> None:
     n = vectors(launch)
     loops = [(loop.loads, loop.stores) for loop in read.loops if loop.loads or loop.stores]
     straight = read.straight.loads, read.straight.stores
-    if launch.name == "softmax_rows" or (launch.name == "sigmoid_rows" and launch.constant("ONE")):
+    if launch.name == "softmax_rows" or (
+        launch.name == "sigmoid_rows" and launch.constant("SINGLE")
+    ):
         assert (straight, loops) == ((n, n), [])
     elif launch.name == "sigmoid_rows":
         assert (straight, loops) == ((0, 0), [(n, n)])

@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 from triton.runtime import driver
 
+from ..reference import compute_dtype
 from .plan import Call, Device, Plan, Step, plan, scaling
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
@@ -39,7 +40,8 @@ def loss(
         loss.zero_()
         return True
     _check(target, torch.int64, target.numel())
-    for vector, numel in ((weight, logits.shape[1]), (sample_weight, target.numel())):
+    sizes = logits.shape[1], target.numel(), 1
+    for vector, numel in zip((weight, sample_weight, normalizer), sizes, strict=True):
         if vector is not None:
             _check(vector, loss.dtype, numel)
     call = Call(
@@ -85,6 +87,8 @@ def gradient(
     """The operator cbloss_fused::gradient, see ops.py; False: as above."""
     if target.numel() == 0:
         return True
+    _check(target, torch.int64, target.numel())
+    _check(saved, compute_dtype(logits.dtype), (1 if sigmoid else 3) * target.numel())
     call = Call(
         logits.shape,
         logits.dtype,

@@ -352,7 +352,7 @@ def _softmax_rows(call: Call, r: RowScales) -> tuple[list[Step], int]:
         (*constants, triton.next_power_of_2(layout.splits)),
         layout.warps,
     )
-    return [parts, join], rows * layout.splits * 5
+    return [parts, join], rows * layout.splits * softmax_kernels.PART.value
 
 
 def _gradient(call: Call) -> Step:

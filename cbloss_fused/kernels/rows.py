@@ -171,14 +171,16 @@ def peel(pointer, C, y, VEC: tl.constexpr):
 
 
 @triton.jit
-def edge_columns(head, whole, at_y, C, VEC: tl.constexpr):
-    """(columns, which of them are there)."""
+def edges(head, whole, at_y, C, y, read, here, VEC: tl.constexpr):
+    """(columns, there, others): which a program has, and which of them it reads, all but y's."""
     t = tl.arange(0, EDGES * VEC)
     tail = head + whole * VEC + t - VEC
     of_y = head + at_y * VEC + t - 2 * VEC
     column = tl.where(t < VEC, t, tl.where(t < 2 * VEC, tail, of_y))
     in_body = (at_y >= 0) & (at_y < whole) & (t < 3 * VEC)
-    return column, tl.where(t < VEC, t < head, tl.where(t < 2 * VEC, tail < C, in_body))
+    there = tl.where(t < VEC, t < head, tl.where(t < 2 * VEC, tail < C, in_body))
+    there &= column < tl.where(here, C, 0)
+    return column, there, there & (column != y) & (column < tl.where(read, C, 0))
 
 
 @triton.jit
@@ -283,7 +285,8 @@ def prologue_part(
         else:
             lanes += tl.where(keep, 1.0, 0.0).to(T)
         tl.store(scale + PARTIALS + i, tl.where(keep, r, -1.0), there)
-    tl.store(scale + part, tl.sum(lanes, 0))
+    if part * share < rows:  # a program beyond the last share has none
+        tl.store(scale + part, tl.sum(lanes, 0))
 
 
 @kernel

@@ -10,7 +10,7 @@ from .rows import (
     INF,
     body,
     class_offset,
-    edge_columns,
+    edges,
     exp,
     exp_neg,
     f64,
@@ -116,23 +116,13 @@ def product(Q, V: tl.constexpr, VEC: tl.constexpr):
 
 
 @triton.jit
-def fold(Q, V: tl.constexpr, LANES: tl.constexpr):
-    """The same over what one thread holds of (V,): LANES are left, one or two a thread."""
-    if V <= LANES:
-        return Q
-    else:
-        a, b = tl.split(tl.trans(tl.reshape(Q, (2, V // 2))))
-        return fold(both(a, b), V // 2, LANES)
-
-
-@triton.jit
-def add_up(x, V: tl.constexpr, LANES: tl.constexpr):
-    """The sum over what one thread holds of (V,)."""
+def fold(x, V: tl.constexpr, LANES: tl.constexpr, PRODUCT: tl.constexpr):
+    """Sum, or product as above, of what one thread holds of (V,): LANES are left, one a thread."""
     if V <= LANES:
         return x
     else:
         a, b = tl.split(tl.trans(tl.reshape(x, (2, V // 2))))
-        return add_up(a + b, V // 2, LANES)
+        return fold(both(a, b) if PRODUCT else a + b, V // 2, LANES, PRODUCT)
 
 
 @triton.jit
@@ -157,13 +147,13 @@ def vectors(
         if SMOOTH:
             g -= t
             linear = tl.where(mask, tl.maximum((1.0 - t) * z, -t * z), 0.0)
-        lanes = softplus_sum(fold(product(e, V, VEC), V, LANES))
-        return lanes + add_up(tl.sum(linear, 1), V, LANES), g
+        lanes = softplus_sum(fold(product(e, V, VEC), V, LANES, True))
+        return lanes + fold(tl.sum(linear, 1), V, LANES, False), g
     else:
         L, g = smoothed(z, gamma, t, G, SHORT, SMOOTH)
         if SMOOTH:
             L = tl.where(mask, L, 0.0)
-        return add_up(tl.sum(L, 1), V, LANES), g
+        return fold(tl.sum(L, 1), V, LANES, False), g
 
 
 @kernel
@@ -172,12 +162,12 @@ def sigmoid_rows(
     rows: i32, C: i32, K: i32, x_n: i64, x_k: i64, g_n: i64, g_k: i64,
     gamma: f64, eps: f64, denominator: f64, span: i32,
     V: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr, T: tl.constexpr, G: tl.constexpr,
-    ONE: tl.constexpr, INNER: tl.constexpr, ALIGNED: tl.constexpr, SMOOTH: tl.constexpr,
+    SINGLE: tl.constexpr, INNER: tl.constexpr, ALIGNED: tl.constexpr, SMOOTH: tl.constexpr,
     FOLD: tl.constexpr, VECTOR: tl.constexpr,
 ):  # fmt: skip
     """A row, or span vectors of it, a program: one read of the logits, one write of the gradient.
 
-    ONE: the row is one tile, without a loop.
+    SINGLE: the row is one tile, without a loop.
     """
     row = tl.program_id(0)
     split = tl.program_id(1)
@@ -185,30 +175,20 @@ def sigmoid_rows(
     gamma = number(gamma, T)
     eps = number(eps, T)
     t = eps / C
+    denominator = number(denominator, T)
     y, r, keep, read = row_inputs(
-        target,
-        scale,
-        normalizer,
-        grad_loss,
-        row,
-        row < rows,
-        C,
-        number(denominator, T),
-        FOLD,
-        VECTOR,
+        target, scale, normalizer, grad_loss, row, row < rows, C, denominator, FOLD, VECTOR
     )
     x = row_pointer(logits, row, K, x_n, x_k, INNER)
     g = x
     if grad is not None:
         g = row_pointer(grad, row, K, g_n, g_k, INNER)
     head, whole, at_y = peel(x, C, y, VEC)
-    if ONE:
+    if SINGLE:
         at, mask = body(x, head, tl.where(read, whole, 0), at_y, 0, V, VEC)
         z = tl.load(at, mask, -INF).to(T)
 
-    column, there = edge_columns(head, whole, at_y, C, VEC)
-    there &= column < tl.where(split == 0, C, 0)
-    others = there & (column != y) & (column < tl.where(read, C, 0))
+    column, there, others = edges(head, whole, at_y, C, y, read, split == 0, VEC)
     z_edge = tl.load(x + column, others, -INF).to(T)
     z_y = tl.load(x + y, read, 0.0).to(T)
     L_edge, g_edge = smoothed(z_edge, gamma, t, G, SHORT, SMOOTH)
@@ -221,7 +201,7 @@ def sigmoid_rows(
         g_edge = r * tl.where(column == y, g_y, g_edge)
         tl.store(g + column, g_edge.to(grad.dtype.element_ty), there)
 
-    if ONE:
+    if SINGLE:
         lanes, g_body = vectors(z, mask, gamma, t, V, VEC, LANES, G, SHORT, SMOOTH)
         if grad is not None:
             at, mask = body(g, head, whole, at_y, 0, V, VEC, ALIGNED)

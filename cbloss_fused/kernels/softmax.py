@@ -9,11 +9,10 @@ import triton.language as tl
 
 from .rows import (
     INF,
-    PARTIALS,
     body,
     clamp_finite,
     class_offset,
-    edge_columns,
+    edges,
     exp,
     f64,
     i32,
@@ -33,6 +32,8 @@ from .rows import (
     tile_pointer,
     weighted,
 )
+
+PART = tl.constexpr(5)  # numbers that a program leaves of its part of a row
 
 
 @triton.jit
@@ -83,6 +84,15 @@ def one_limit(R, z_y, M):
 
 
 @triton.jit
+def save(saved, rows, row, there, keep, r, M, R):
+    """What a recomputing backward takes: scale, -1 where the row is ignored, M and R."""
+    if saved is not None:
+        tl.store(saved + row, tl.where(keep, r, -1.0), there)
+        tl.store(saved + rows + row, M, there)
+        tl.store(saved + rows.to(tl.int64) * 2 + row, R, there)
+
+
+@triton.jit
 def more_max_and_sum(M, R, D, n, z, there, AXIS: tl.constexpr, SMOOTH: tl.constexpr):
     """Take a tile z along AXIS into the running M, R, D and number n of terms in D."""
     top = tl.maximum(M, tl.max(z, AXIS))
@@ -129,9 +139,8 @@ def max_and_sum(
         M, R, D, n = more_max_and_sum(M, R, D, n, z, mask, 1, SMOOTH)
     terms = tl.sum(n)
     M, R, D = join_max_and_sum(M, R, D, n, SMOOTH)
-    column, there = edge_columns(head, whole, at_y, C, VEC)
-    there &= (column != y) & (column < tl.where(read & (first == 0), C, 0))
-    z = tl.load(x + column, there, -INF).to(T)
+    column, _, others = edges(head, whole, at_y, C, y, read, first == 0, VEC)
+    z = tl.load(x + column, others, -INF).to(T)
     z_y = tl.load(x + y, read & (first == 0), 0.0).to(T)
     top = tl.maximum(M, tl.max(z))
     top = tl.where(first == 0, tl.maximum(top, z_y), top)
@@ -140,8 +149,8 @@ def max_and_sum(
     t = below(z, m)
     R = R * exp(step) + tl.sum(exp(t))
     if SMOOTH:
-        D += tl.where(terms > 0, terms * step, 0.0) + tl.sum(tl.where(there, t, 0.0))
-        terms += tl.sum(tl.where(there, 1.0, 0.0))
+        D += tl.where(terms > 0, terms * step, 0.0) + tl.sum(tl.where(others, t, 0.0))
+        terms += tl.sum(tl.where(others, 1.0, 0.0))
     return top, R, D, terms, z_y
 
 
@@ -153,9 +162,7 @@ def write_gradient(
     """The gradient of the vectors [first, end), last first: what was read last is still near."""
     head, whole, at_y = peel(x, C, y, VEC)
     end = tl.minimum(end, whole)
-    column, there = edge_columns(head, whole, at_y, C, VEC)
-    there &= column < tl.where(first == 0, C, 0)
-    others = there & (column != y) & (column < tl.where(read, C, 0))
+    column, there, others = edges(head, whole, at_y, C, y, read, first == 0, VEC)
     z_edge = tl.load(x + column, others, -INF).to(m.dtype)
     tl.debug_barrier()  # in place: every warp has read the edges
     g_edge = tl.where(column == y, g_y, exp(below(z_edge, m)) * k - uniform)
@@ -189,8 +196,7 @@ def softmax_rows(
     head, whole, at_y = peel(x, C, y, VEC)
     at, mask = body(x, head, tl.where(read, whole, 0), at_y, 0, V, VEC)
     z = tl.load(at, mask, -INF).to(T)
-    column, there = edge_columns(head, whole, at_y, C, VEC)
-    others = there & (column != y) & (column < tl.where(read, C, 0))
+    column, there, others = edges(head, whole, at_y, C, y, read, row < rows, VEC)
     z_edge = tl.load(x + column, others, -INF).to(T)
     z_y = tl.load(x + y, read, 0.0).to(T)
     M = tl.maximum(tl.maximum(tl.max(z), tl.max(z_edge)), z_y)
@@ -207,10 +213,7 @@ def softmax_rows(
     loss, k, g_y, uniform = softmax_row(d, R, r, number(gamma, T), number(eps, T), D, C, SMOOTH)
     if losses is not None:
         tl.store(losses + row, loss)
-    if saved is not None:
-        tl.store(saved + row, tl.where(keep, r, -1.0))
-        tl.store(saved + rows + row, M)
-        tl.store(saved + rows.to(tl.int64) * 2 + row, R)
+    save(saved, rows, row, row < rows, keep, r, M, R)
     if grad is not None:
         g = row_pointer(grad, row, K, g_n, g_k, INNER)
         at, mask = body(g, head, whole, at_y, 0, V, VEC, ALIGNED)
@@ -240,10 +243,7 @@ def softmax_long(
     loss, k, g_y, uniform = softmax_row(d, R, r, number(gamma, T), number(eps, T), D + d, C, SMOOTH)
     if losses is not None:
         tl.store(losses + row, loss)
-    if saved is not None:
-        tl.store(saved + row, tl.where(keep, r, -1.0))
-        tl.store(saved + rows + row, M)
-        tl.store(saved + rows.to(tl.int64) * 2 + row, R)
+    save(saved, rows, row, row < rows, keep, r, M, R)
     if grad is not None:
         g = row_pointer(grad, row, K, g_n, g_k, INNER)
         write_gradient(x, g, y, read, C, 0, C, m, k, g_y, uniform, V, VEC, ALIGNED)
@@ -259,14 +259,13 @@ def softmax_parts(
     V: tl.constexpr, VEC: tl.constexpr, INNER: tl.constexpr, SMOOTH: tl.constexpr,
     PROLOGUE: tl.constexpr, IGNORE: tl.constexpr, TOTAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """parts (rows, splits, 5) = M, R, D, terms in D, z_y of span vectors; and the prologue."""
+    """parts (rows, splits, PART) = M, R, D, terms in D, z_y of span vectors; and the prologue."""
     program = tl.program_id(0)
     if PROLOGUE:
-        if program < tl.cdiv(rows, tl.cdiv(rows, PARTIALS * BLOCK) * BLOCK):
-            prologue_part(
-                program, target, weight, sample_weight, scale, rows, C, ignored,
-                IGNORE, TOTAL, BLOCK,
-            )  # fmt: skip
+        prologue_part(
+            program, target, weight, sample_weight, scale, rows, C, ignored,
+            IGNORE, TOTAL, BLOCK,
+        )  # fmt: skip
     row = program // splits
     if row < rows:
         first = (program - row * splits) * span
@@ -275,7 +274,7 @@ def softmax_parts(
         y = tl.where(read, y, 0).to(tl.int32)
         x = row_pointer(logits, row, K, x_n, x_k, INNER)
         M, R, D, n, z_y = max_and_sum(x, y, read, C, first, first + span, V, VEC, SMOOTH)
-        out = parts + program.to(tl.int64) * 5
+        out = parts + program.to(tl.int64) * PART
         tl.store(out, M)
         tl.store(out + 1, R)
         tl.store(out + 2, D)
@@ -300,12 +299,12 @@ def softmax_join(
     )
     part = tl.arange(0, SPLITS)
     there = part < tl.where(read, splits, 0)
-    at = parts + row.to(tl.int64) * splits * 5 + part * 5
+    at = parts + row.to(tl.int64) * splits * PART + part * PART
     M = tl.load(at, there, -INF)
     R = tl.load(at + 1, there, 0.0)
     D = tl.load(at + 2, there, 0.0)
     n = tl.load(at + 3, there, 0.0)
-    z_y = tl.load(parts + row.to(tl.int64) * splits * 5 + 4, read, 0.0)
+    z_y = tl.load(parts + row.to(tl.int64) * splits * PART + 4, read, 0.0)
     M, R, D = join_max_and_sum(M, R, D, n, SMOOTH)
     M = tl.maximum(M, tl.where(read, M, z_y))
     R = one_limit(R, z_y, M)
@@ -315,10 +314,7 @@ def softmax_join(
     if first == 0:
         if losses is not None:
             tl.store(losses + row, loss)
-        if saved is not None:
-            tl.store(saved + row, tl.where(keep, r, -1.0))
-            tl.store(saved + rows + row, M)
-            tl.store(saved + rows.to(tl.int64) * 2 + row, R)
+        save(saved, rows, row, row < rows, keep, r, M, R)
     if grad is not None:
         x = row_pointer(logits, row, K, x_n, x_k, INNER)
         g = row_pointer(grad, row, K, g_n, g_k, INNER)
@@ -381,10 +377,10 @@ def softmax_tiles(
     gamma: f64, eps: f64, denominator: f64,
     ROWS: tl.constexpr, BLOCK_C: tl.constexpr, T: tl.constexpr,
     X_UNIT: tl.constexpr, G_UNIT: tl.constexpr, INNER: tl.constexpr,
-    ONE: tl.constexpr, SMOOTH: tl.constexpr, FOLD: tl.constexpr, VECTOR: tl.constexpr,
+    SINGLE: tl.constexpr, SMOOTH: tl.constexpr, FOLD: tl.constexpr, VECTOR: tl.constexpr,
     PER_ROW: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows a program; ONE: their classes are one tile, read once, else read twice."""
+    """ROWS rows a program; SINGLE: their classes are one tile, read once, else read twice."""
     n, k_inner, row, there = tile_inputs(rows, K, ROWS, INNER)
     y, r, keep, read = row_inputs(
         target, scale, normalizer, grad_loss, row, there, C, number(denominator, T), FOLD, VECTOR
@@ -392,13 +388,13 @@ def softmax_tiles(
     x = tile_pointer(logits, n, k_inner, x_n, x_k, X_UNIT)
     z_y = tl.load(x + class_offset(y, x_c, X_UNIT), read, 0.0).to(T)
     c = tl.arange(0, BLOCK_C)
-    if ONE:
+    if SINGLE:
         z, others = load_tile(x, c, y, C, read, x_c, X_UNIT, T)
     D = tl.zeros_like(z_y)
     if grad_loss is not None:
         M = tl.load(saved + rows + row, there, 0.0)
         R = tl.load(saved + rows.to(tl.int64) * 2 + row, there, 0.0)
-    elif ONE:
+    elif SINGLE:
         M = tl.maximum(tl.max(z, 0), z_y)
         t = below(z, clamp_finite(M)[None, :])
         R = tl.sum(exp(t), 0)
@@ -415,14 +411,11 @@ def softmax_tiles(
             tl.store(losses + row, loss, there)
         else:
             tl.store(losses + tl.program_id(0), tl.sum(tl.where(there, loss, 0.0)))
-        if saved is not None:
-            tl.store(saved + row, tl.where(keep, r, -1.0), there)
-            tl.store(saved + rows + row, M, there)
-            tl.store(saved + rows.to(tl.int64) * 2 + row, R, there)
+        save(saved, rows, row, there, keep, r, M, R)
     if grad is not None:
         g = tile_pointer(grad, n, k_inner, g_n, g_k, G_UNIT)
         tl.debug_barrier()  # in place: all have read the targets' logits
-        if ONE:
+        if SINGLE:
             values = tile_gradient(z, m, c, y, k, g_y, uniform)
             store_tile(g, c, C, there, values, g_c, G_UNIT)
         else:
