@@ -153,7 +153,7 @@ def test_tiles(activation, gamma, dtype, shape):
         ptx = compiled(launch, TARGETS["sm_90"]).asm["ptx"]
         # The denominator's and the program's loss: none for the reductions over a row.
         assert ptx.count("shfl.sync") <= 20
-        # rows.load_tile's hint lays threads out; it must not make an access wide.
+        # tiles.load_tile's hint lays threads out; it must not make an access wide.
         assert not re.search(r"ld\.global\S*\.v[24]", ptx)
 
 

@@ -16,6 +16,7 @@ import triton.language as tl
 from . import rows as step_kernels
 from . import sigmoid as sigmoid_kernels
 from . import softmax as softmax_kernels
+from . import tiles as tile_kernels
 
 PARTIALS: int = step_kernels.PARTIALS.value
 SHARE = 1024  # rows of a prologue's step
@@ -280,8 +281,8 @@ def _tiles(call: Call, r: RowScales | None) -> Step:
     rows, classes, one = tile_config(C, call.sigmoid, inner)
     programs = N * triton.cdiv(K, rows) if inner else triton.cdiv(N, rows)
     # Loads need no side-by-side classes, since a thread has whole rows; stores do.
-    x_unit = step_kernels.UNIT_K.value if inner and x[2] == 1 else 0
-    g_unit = step_kernels.UNIT_K.value if inner and g[2] == 1 else int(g[1] == 1)
+    x_unit = tile_kernels.UNIT_K.value if inner and x[2] == 1 else 0
+    g_unit = tile_kernels.UNIT_K.value if inner and g[2] == 1 else int(g[1] == 1)
     if r is None:
         pointers: tuple[str | None, ...] = (*BACKWARD, "saved")
         denominator, fold = 1.0, False
@@ -293,10 +294,10 @@ def _tiles(call: Call, r: RowScales | None) -> Step:
     layout = (x_unit, g_unit, inner)
     T = _compute_type(call)
     if call.sigmoid:
-        kernel = sigmoid_kernels.sigmoid_tiles
+        kernel = tile_kernels.sigmoid_tiles
         constants: tuple[Any, ...] = (rows, classes, T, _gamma_kind(call.gamma), *layout, *options)
     else:
-        kernel = softmax_kernels.softmax_tiles
+        kernel = tile_kernels.softmax_tiles
         constants = (rows, classes, T, *layout, one, *options)
     return Step(kernel, (programs,), pointers, numbers, constants, 4)
 

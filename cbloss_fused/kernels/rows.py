@@ -22,8 +22,6 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
 PARTIALS = tl.constexpr(32)  # of the denominator: what one warp adds up without shared memory
-UNIT_C = tl.constexpr(1)  # classes side by side in memory
-UNIT_K = tl.constexpr(2)  # rows side by side
 EDGES = tl.constexpr(4)  # head, tail, the target's vector, and one spare: a power of two
 
 
@@ -196,60 +194,6 @@ def body(
     at = start + (v[:, None] * VEC + tl.arange(0, VEC)[None, :])
     mask = (v < whole) & (v != at_y)
     return at, tl.broadcast_to(mask[:, None], (V, VEC))
-
-
-# Tiles of rows -----------------------------------------------------------------------------------
-
-
-@triton.jit
-def tile_inputs(rows, K, ROWS: tl.constexpr, INNER: tl.constexpr):
-    """(n, k, row, there) of a program's rows; INNER: K > 1, and they share n."""
-    program = tl.program_id(0)
-    if INNER:
-        blocks = tl.cdiv(K, ROWS)
-        n = program // blocks
-        k = (program - n * blocks) * ROWS + tl.arange(0, ROWS)
-        return n, k, n * K + k, k < K
-    else:
-        row = program * ROWS + tl.arange(0, ROWS)
-        return row, tl.zeros((ROWS,), tl.int32), row, row < rows
-
-
-@triton.jit
-def tile_pointer(base, n, k, stride_n, stride_k, UNIT: tl.constexpr):
-    """The first class of each row of a tile."""
-    if UNIT == UNIT_K:
-        return base + n.to(tl.int64) * stride_n + k
-    else:
-        return base + n.to(tl.int64) * stride_n + k.to(tl.int64) * stride_k
-
-
-@triton.jit
-def class_offset(c, stride_c, UNIT: tl.constexpr):
-    if UNIT == UNIT_C:
-        return c
-    else:
-        return c.to(tl.int64) * stride_c.to(tl.int64)  # of two 32-bit numbers: one instruction
-
-
-@triton.jit
-def load_tile(x, c, y, C, read, stride_c, UNIT: tl.constexpr, T: tl.constexpr):
-    """(z, others): the logits of the classes c of rows x, -inf where they are not others'."""
-    there = (c < C)[:, None] & read[None, :]
-    at = x[None, :] + class_offset(c, stride_c, UNIT)[:, None]
-    # Lays threads along the rows, whatever the strides: a thread then has whole rows in registers.
-    # No wider access can come of it, for nothing is known of the addresses' alignment.
-    at = tl.max_contiguous(at, (1, 16))
-    z = tl.load(at, there, -INF).to(T)
-    others = there & (c[:, None] != y[None, :])
-    return tl.where(others, z, -INF), others
-
-
-@triton.jit
-def store_tile(g, c, C, there, values, stride_c, UNIT: tl.constexpr):
-    mask = (c < C)[:, None] & there[None, :]
-    at = g[None, :] + class_offset(c, stride_c, UNIT)[:, None]
-    tl.store(at, values.to(g.dtype.element_ty), mask)
 
 
 # The small steps ---------------------------------------------------------------------------------

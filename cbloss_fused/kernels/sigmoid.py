@@ -9,7 +9,6 @@ import triton.language as tl
 from .rows import (
     INF,
     body,
-    class_offset,
     edges,
     exp,
     exp_neg,
@@ -17,7 +16,6 @@ from .rows import (
     i32,
     i64,
     kernel,
-    load_tile,
     log,
     log1m_over,
     number,
@@ -25,9 +23,6 @@ from .rows import (
     rcp,
     row_inputs,
     row_pointer,
-    store_tile,
-    tile_inputs,
-    tile_pointer,
     weighted,
 )
 
@@ -224,48 +219,3 @@ def sigmoid_rows(
         if saved is not None:
             if split == 0:
                 tl.store(saved + row, tl.where(keep, r, -1.0))
-
-
-@kernel
-def sigmoid_tiles(
-    logits, target, grad, scale, normalizer, grad_loss, losses, saved,
-    rows: i32, C: i32, K: i32, x_n: i64, x_c: i32, x_k: i64, g_n: i64, g_c: i32, g_k: i64,
-    gamma: f64, eps: f64, denominator: f64,
-    ROWS: tl.constexpr, BLOCK_C: tl.constexpr, T: tl.constexpr, G: tl.constexpr,
-    X_UNIT: tl.constexpr, G_UNIT: tl.constexpr, INNER: tl.constexpr,
-    SMOOTH: tl.constexpr, FOLD: tl.constexpr, VECTOR: tl.constexpr, PER_ROW: tl.constexpr,
-):  # fmt: skip
-    """ROWS rows a program, BLOCK_C classes at a time: one read, one write."""
-    n, k, row, there = tile_inputs(rows, K, ROWS, INNER)
-    SHORT: tl.constexpr = logits.dtype.element_ty.primitive_bitwidth == 16
-    gamma = number(gamma, T)
-    eps = number(eps, T)
-    t = eps / C
-    y, r, keep, read = row_inputs(
-        target, scale, normalizer, grad_loss, row, there, C, number(denominator, T), FOLD, VECTOR
-    )
-    x = tile_pointer(logits, n, k, x_n, x_k, X_UNIT)
-    g = x
-    if grad is not None:
-        g = tile_pointer(grad, n, k, g_n, g_k, G_UNIT)
-    z_y = tl.load(x + class_offset(y, x_c, X_UNIT), read, 0.0).to(T)
-    L, g_y = at_target(z_y, gamma, eps, t, G, SHORT, SMOOTH)
-    tl.debug_barrier()  # in place: all have read the targets' logits
-    for first in range(0, C, BLOCK_C):
-        c = first + tl.arange(0, BLOCK_C)
-        z, others = load_tile(x, c, y, C, read, x_c, X_UNIT, T)
-        L_tile, g_tile = smoothed(z, gamma, t, G, SHORT, SMOOTH)
-        if SMOOTH:
-            L_tile = tl.where(others, L_tile, 0.0)
-        L += tl.sum(L_tile, 0)
-        if grad is not None:
-            values = r[None, :] * tl.where(c[:, None] == y[None, :], g_y[None, :], g_tile)
-            store_tile(g, c, C, there, values, g_c, G_UNIT)
-    if losses is not None:
-        loss = weighted(r, L)
-        if PER_ROW:
-            tl.store(losses + row, loss, there)
-        else:
-            tl.store(losses + tl.program_id(0), tl.sum(tl.where(there, loss, 0.0)))
-        if saved is not None:
-            tl.store(saved + row, tl.where(keep, r, -1.0), there)

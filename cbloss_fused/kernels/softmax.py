@@ -11,7 +11,6 @@ from .rows import (
     INF,
     body,
     clamp_finite,
-    class_offset,
     edges,
     exp,
     f64,
@@ -19,7 +18,6 @@ from .rows import (
     i64,
     kernel,
     largest_finite,
-    load_tile,
     log,
     log1m_over,
     number,
@@ -27,9 +25,6 @@ from .rows import (
     prologue_part,
     row_inputs,
     row_pointer,
-    store_tile,
-    tile_inputs,
-    tile_pointer,
     weighted,
 )
 
@@ -343,84 +338,3 @@ def softmax_gradient(
     d = target_below(tl.load(x + y, read, 0.0).to(T), M)
     _, k, g_y, uniform = softmax_row(d, R, r, number(gamma, T), number(eps, T), d, C, SMOOTH)
     write_gradient(x, g, y, read, C, first, first + span, m, k, g_y, uniform, V, VEC, ALIGNED)
-
-
-# Kernels: many rows, or classes that do not lie side by side -------------------------------------
-
-
-@triton.jit
-def tile_max_and_sum(
-    x, y, read, C, x_c, z_y,
-    BLOCK_C: tl.constexpr, T: tl.constexpr, UNIT: tl.constexpr, SMOOTH: tl.constexpr,
-):  # fmt: skip
-    """(M, R, D) of rows whose classes are many tiles."""
-    M = z_y
-    R = tl.zeros_like(z_y)
-    D = tl.zeros_like(z_y)
-    n = tl.zeros_like(z_y)
-    for first in range(0, C, BLOCK_C):
-        z, others = load_tile(x, first + tl.arange(0, BLOCK_C), y, C, read, x_c, UNIT, T)
-        M, R, D, n = more_max_and_sum(M, R, D, n, z, others, 0, SMOOTH)
-    return M, R, D
-
-
-@triton.jit
-def tile_gradient(z, m, c, y, k, g_y, uniform):
-    e = exp(below(z, m[None, :]))
-    return tl.where(c[:, None] == y[None, :], g_y[None, :], e * k[None, :] - uniform[None, :])
-
-
-@kernel
-def softmax_tiles(
-    logits, target, grad, scale, normalizer, grad_loss, losses, saved,
-    rows: i32, C: i32, K: i32, x_n: i64, x_c: i32, x_k: i64, g_n: i64, g_c: i32, g_k: i64,
-    gamma: f64, eps: f64, denominator: f64,
-    ROWS: tl.constexpr, BLOCK_C: tl.constexpr, T: tl.constexpr,
-    X_UNIT: tl.constexpr, G_UNIT: tl.constexpr, INNER: tl.constexpr,
-    SINGLE: tl.constexpr, SMOOTH: tl.constexpr, FOLD: tl.constexpr, VECTOR: tl.constexpr,
-    PER_ROW: tl.constexpr,
-):  # fmt: skip
-    """ROWS rows a program; SINGLE: their classes are one tile, read once, else read twice."""
-    n, k_inner, row, there = tile_inputs(rows, K, ROWS, INNER)
-    y, r, keep, read = row_inputs(
-        target, scale, normalizer, grad_loss, row, there, C, number(denominator, T), FOLD, VECTOR
-    )
-    x = tile_pointer(logits, n, k_inner, x_n, x_k, X_UNIT)
-    z_y = tl.load(x + class_offset(y, x_c, X_UNIT), read, 0.0).to(T)
-    c = tl.arange(0, BLOCK_C)
-    if SINGLE:
-        z, others = load_tile(x, c, y, C, read, x_c, X_UNIT, T)
-    D = tl.zeros_like(z_y)
-    if grad_loss is not None:
-        M = tl.load(saved + rows + row, there, 0.0)
-        R = tl.load(saved + rows.to(tl.int64) * 2 + row, there, 0.0)
-    elif SINGLE:
-        M = tl.maximum(tl.max(z, 0), z_y)
-        t = below(z, clamp_finite(M)[None, :])
-        R = tl.sum(exp(t), 0)
-        if SMOOTH:
-            D = tl.sum(tl.where(others, t, 0.0), 0)
-    else:
-        M, R, D = tile_max_and_sum(x, y, read, C, x_c, z_y, BLOCK_C, T, X_UNIT, SMOOTH)
-    R = one_limit(R, z_y, M)
-    m = clamp_finite(M)
-    d = target_below(z_y, M)
-    loss, k, g_y, uniform = softmax_row(d, R, r, number(gamma, T), number(eps, T), D + d, C, SMOOTH)
-    if losses is not None:
-        if PER_ROW:
-            tl.store(losses + row, loss, there)
-        else:
-            tl.store(losses + tl.program_id(0), tl.sum(tl.where(there, loss, 0.0)))
-        save(saved, rows, row, there, keep, r, M, R)
-    if grad is not None:
-        g = tile_pointer(grad, n, k_inner, g_n, g_k, G_UNIT)
-        tl.debug_barrier()  # in place: all have read the targets' logits
-        if SINGLE:
-            values = tile_gradient(z, m, c, y, k, g_y, uniform)
-            store_tile(g, c, C, there, values, g_c, G_UNIT)
-        else:
-            for first in range(0, C, BLOCK_C):
-                j = first + c
-                z, others = load_tile(x, j, y, C, read, x_c, X_UNIT, T)
-                values = tile_gradient(z, m, j, y, k, g_y, uniform)
-                store_tile(g, j, C, there, values, g_c, G_UNIT)
