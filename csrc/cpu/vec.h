@@ -81,10 +81,7 @@ CB_FN double exp(double x) {
 }
 CB_FN double log(double x) { return std::log(x); }
 CB_FN double rcp(double x) { return 1 / x; }
-template <bool SHORT = false>
-CB_FN double log1m_over(double m) {
-  return m > 0 ? -std::log1p(-m) / m : m + 1;
-}
+CB_FN double log1p_neg(double m) { return std::log1p(-m); }
 
 // e^x for x <= 88, as 2^n e^r with |r| <= ln2/2: relative error 2e-7 (SHORT: 4e-6); 0 below 2^-126.
 template <bool SHORT = false>
@@ -127,23 +124,14 @@ CB_FN Vec log(Vec x) {
   return x < FLT_MAX ? y : x;  // infinity and NaN stay
 }
 
-// -log(1 - m)/m on [0, 1/2], minimax: relative error 2e-7 (SHORT: 7e-6).
-template <bool SHORT = false>
-CB_FN Vec log1m_over(Vec m) {
-  if constexpr (SHORT) {
-    Vec p = m * 0.8463787436f - 0.3110924959f;
-    p = p * m + 0.4033622444f;
-    p = p * m + 0.3136711717f;
-    p = p * m + 0.5008954406f;
-    return p * m + 0.9999935031f;
-  }
-  Vec p = m * 1.184951782f - 1.081576824f;
-  p = p * m + 0.7854571939f;
-  p = p * m + 0.03800872341f;
-  p = p * m + 0.2722522616f;
-  p = p * m + 0.3318624794f;
-  p = p * m + 0.5000365376f;
-  return p * m + 0.9999998808f;
+// q^gamma on (0, 1]; what is below the smallest normal number counts as that.
+template <class T, class Scalar>
+CB_FN T power(T q, Scalar gamma) {
+  return exp(gamma * log(max(smallest_normal<T>(), q)));
+}
+template <class T>
+CB_FN T divide(T a, T b) {
+  return a / b;
 }
 
 // 1/x and 1/sqrt(x) for finite x > 0. The estimate's 14 bits and one Newton step are 2^-23; a
