@@ -1,7 +1,9 @@
-"""Builds cbloss_fused._C: csrc/ on the LibTorch stable ABI and Python's limited API.
+"""Builds cbloss_fused._C, and with nvcc cbloss_fused/_cuda.so: csrc/ on the LibTorch stable ABI.
 
-The extension is never needed: without a compiler, or without a torch to build against, the package
-is installed all the same, and the reason is recorded for backends(). Any other failure is an error.
+Neither is ever needed: without a compiler, or without a torch to build against, the package is
+installed all the same, and the reason is recorded for backends(). Any other failure is an error, for
+the CUDA kernels only where they were asked for: CBLOSS_CUDA=1 builds them beside a torch without CUDA
+too, CBLOSS_CUDA=0 leaves them out. TORCH_CUDA_ARCH_LIST chooses the GPUs, as for PyTorch's own.
 torch is found, never imported, so that an isolated build can use the environment's own.
 """
 
@@ -10,8 +12,10 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 import shlex
 import shutil
+import subprocess
 import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
@@ -76,19 +80,130 @@ def missing() -> str | None:
     return None
 
 
+# CUDA ---------------------------------------------------------------------------------------------
+
+ASKED = os.environ.get("CBLOSS_CUDA", "")  # "1", "0" or nothing: where nvcc and torch's CUDA are
+ARCHITECTURES = "8.0;9.0;10.0+PTX"
+CUDA_DTYPES = ["float", "double", "__nv_bfloat16", "__half"]
+CUDA_FLAGS = [
+    *("-std=c++17", "-O3", "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"),
+    *("-Xcompiler", "-fPIC,-fvisibility=hidden"),
+]
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    return (home and shutil.which("nvcc", path=f"{home}/bin")) or shutil.which("nvcc")
+
+
+def missing_cuda() -> str | None:
+    """Why the CUDA kernels cannot be built here, in one line; None if they can."""
+    torch = find_torch()
+    if ASKED == "0":
+        return "switched off by CBLOSS_CUDA=0 at build time"
+    if sys.platform != "linux":
+        return f"not built for {sys.platform}"
+    if torch is None:
+        return "no torch in this environment at build time"
+    if find_nvcc() is None:
+        return "no nvcc found at build time"
+    if ASKED != "1" and not (torch / "lib" / "libtorch_cuda.so").exists():
+        return "the PyTorch of the build has no CUDA"
+    return None
+
+
+def architectures(nvcc: str) -> list[str]:
+    """nvcc's flags for TORCH_CUDA_ARCH_LIST, "8.0;9.0a;10.0+PTX"; by default what nvcc knows of ours."""
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True)
+    flags = []
+    for each in re.split(r"[; ]+", (asked or ARCHITECTURES).strip("; ")):
+        found = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", each)
+        if found is None:
+            raise SystemExit(
+                f"TORCH_CUDA_ARCH_LIST must hold numbers such as 9.0 or 10.0+PTX, got {each!r}"
+            )
+        major, minor, kind, ptx = found.groups()
+        number = major + minor + kind
+        if asked is None and f"compute_{number}" not in known.stdout.split():
+            continue
+        code = f"[sm_{number},compute_{number}]" if ptx else f"sm_{number}"
+        flags += ["-gencode", f"arch=compute_{number},code={code}"]
+    return flags
+
+
+def build_cuda(library: Path, folder: Path) -> None:
+    """Compile csrc/cuda, rows.cu once a dtype, and link it against torch or what stands in for it."""
+    torch, nvcc = find_torch(), find_nvcc()
+    assert torch is not None
+    assert nvcc is not None
+    arch = architectures(nvcc)
+    names = ", ".join(a.split("code=")[1].strip("[]").replace(",", " and ") for a in arch[1::2])
+    include = [torch / "include", torch / "include" / "torch" / "csrc" / "api" / "include"]
+    flags = [*CUDA_FLAGS, *arch, *(f"-isystem={path}" for path in include)]
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def compile_one(source: str, define: str, name: str) -> str:
+        target = folder / f"{name}.o"
+        command = [nvcc, *flags, define, "-c", source, "-o", str(target)]
+        print(shlex.join(command))
+        subprocess.run(command, check=True)
+        return str(target)
+
+    jobs = [("csrc/cuda/rows.cu", f"-DCBLOSS_DTYPE={dtype}", dtype) for dtype in CUDA_DTYPES]
+    jobs.append(("csrc/cuda/ops.cu", f'-DCBLOSS_ARCHITECTURES="{names}"', "ops"))
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(lambda job: compile_one(*job), jobs))
+    stub = folder / "libtorch_cuda.so"
+    source = "csrc/cuda/torch_cuda_stub.c"
+    subprocess.run(
+        ["cc", "-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so", source, "-o", str(stub)],
+        check=True,
+    )
+    library.parent.mkdir(parents=True, exist_ok=True)
+    command = [nvcc, "-shared", "-cudart", "static", *objects, "-o", str(library)]
+    command += [f"-L{torch / 'lib'}", f"-L{folder}", "-Xlinker", "--no-as-needed"]
+    command += ["-ltorch_cpu", "-ltorch_cuda", "-lc10", "-Xlinker", "-rpath,$ORIGIN/../torch/lib"]
+    print(shlex.join(command))
+    subprocess.run(command, check=True)
+
+
+# Both ---------------------------------------------------------------------------------------------
+
+
 class BuildExtension(build_ext):
-    """Compiles rows.cpp once per instruction set, or records why there is nothing to compile."""
+    """Compiles what can be compiled here, and records why the rest is left out."""
 
     def run(self) -> None:
+        package = Path(self.get_ext_fullpath("cbloss_fused._C")).parent
         reason = missing()
-        note = Path(self.get_ext_fullpath("cbloss_fused._C")).parent / "_build_note.txt"
+        self.note(package / "_build_note.txt", reason)
         if reason is None:
-            note.unlink(missing_ok=True)
             super().run()
-            return
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(reason + "\n")
-        print(f"cbloss_fused: extension left out: {reason}", file=sys.stderr)
+        reason = missing_cuda()
+        library, folder = package / "_cuda.so", Path(self.build_temp) / "cuda"
+        if reason is None and self.stale(library):
+            try:
+                build_cuda(library, folder)
+            except subprocess.CalledProcessError as error:
+                if ASKED == "1":
+                    raise
+                reason = f"nvcc failed with status {error.returncode}; CBLOSS_CUDA=1 makes that an error"
+        if reason is not None:
+            library.unlink(missing_ok=True)
+        self.note(package / "_cuda_note.txt", reason)
+
+    def note(self, path: Path, reason: str | None) -> None:
+        path.unlink(missing_ok=True)
+        if reason is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(reason + "\n")
+            print(f"cbloss_fused: left out: {reason}", file=sys.stderr)
+
+    def stale(self, library: Path) -> bool:
+        sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+        newest = max(path.stat().st_mtime for path in sources)
+        return bool(self.force) or not library.exists() or library.stat().st_mtime < newest
 
     def build_extension(self, ext: Extension) -> None:
         torch = find_torch()

@@ -62,11 +62,11 @@ def measure(path: str) -> None:
     formula = (True, 0.5, 0.0)
     plain = (x, y, None, None, None, *formula, None)
     cases: dict[str, Callable[[], Any]] = {
-        "operator, one kernel (reduction none)": lambda: ops.triton_loss(
+        "operator, one kernel (reduction none)": lambda: ops.losses["triton"](
             *plain, 0, rows, grad, None
         ),
-        "operator, two (mean)": lambda: ops.triton_loss(*plain, 1, loss, grad, None),
-        "operator, three (mean, weight, ignore_index)": lambda: ops.triton_loss(
+        "operator, two (mean)": lambda: ops.losses["triton"](*plain, 1, loss, grad, None),
+        "operator, three (mean, weight, ignore_index)": lambda: ops.losses["triton"](
             x, y, w, None, None, *formula, -100, 1, loss, grad, None
         ),
         "scaling of a stored gradient": lambda: kernels.load().scale_gradient(

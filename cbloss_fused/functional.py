@@ -58,8 +58,9 @@ def class_balanced_loss(
             input sees the gradient and cannot be detected.
         recompute: compute the gradient in the backward, from input, not in the forward. None: for
             float16 (a stored gradient may underflow before a loss scaler acts). Always for "none".
-        backend: None (choose), "cpu", "triton" (CUDA tensors) or "reference" (eager PyTorch, which
-            has second derivatives and torch.func).
+        backend: None (choose, see `backends`), "cpu", "triton" or "cuda" (CUDA tensors; "cuda" where
+            the package was built with nvcc) or "reference" (eager PyTorch, which has second
+            derivatives and torch.func).
 
     Returns:
         A scalar, or the shape of target for "none"; float64 for float64 logits, else float32. 0
@@ -121,12 +122,11 @@ def class_balanced_loss(
     rows = (target, weight, sample_weight, divisor)
     options = spec.Spec(
         activation == "sigmoid", float(gamma), float(label_smoothing), ignore_index,
-        spec.REDUCTIONS.index(reduction), inplace, backend == "triton",
+        spec.REDUCTIONS.index(reduction), inplace, backend,
     )  # fmt: skip
     if not input.requires_grad or not torch.is_grad_enabled():
         loss = ops.new_loss(input, target, options.reduction)
-        run = ops.triton_loss if options.triton else ops.loss
-        run(input, *rows, *options[:5], loss, None, None)
+        ops.losses[backend](input, *rows, *options[:5], loss, None, None)
         return loss
     if recompute or reduction == "none" or (recompute is None and input.dtype is torch.float16):
         return recomputed_gradient(input, rows, options)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import kernels, reference
+from . import cuda, kernels, reference
 from .reference import compute_dtype
 from .spec import ACTIVATIONS, REDUCTIONS, check_values
 
@@ -34,10 +34,14 @@ _GRADIENT = (
     "bool sigmoid, float gamma, float label_smoothing, Tensor(a!) grad) -> ()"
 )
 _library = torch.library.Library("cbloss_fused", "DEF")
-for _overload in ("", ".triton"):  # the device's own choice; a backend that was asked for
+for _overload in ("", ".triton", ".cuda"):  # the device's own choice; a backend that was asked for
     _library.define(f"loss{_overload}{_LOSS}")
     _library.define(f"gradient{_overload}{_GRADIENT}")
 _library.define("_set_isa(str name) -> str")
+_library.define("_scale(Tensor(a!) grad, Tensor grad_loss, int numel) -> ()")
+for _name in ("_cuda_architectures", "_cuda_unusable"):
+    _library.define(f"{_name}() -> str")
+_library.define("_serve_cuda() -> ()")
 
 
 def _load() -> str | None:
@@ -53,6 +57,7 @@ def _load() -> str | None:
 
 
 missing = _load()
+cuda.load()
 _warned = False
 
 
@@ -70,6 +75,11 @@ def new_grad(logits: Tensor) -> Tensor:
     """
     if not logits.is_cuda or type(logits) is not Tensor or is_compiling():
         return torch.empty_like(logits)
+    return co_aligned(logits)
+
+
+def co_aligned(logits: Tensor) -> Tensor:
+    """A tensor like logits whose rows lie modulo 16 bytes as those of logits do."""
     vector = 16 // logits.element_size()
     odd = logits.data_ptr() // logits.element_size() % vector
     if (odd == 0 and logits.is_contiguous()) or logits.stride(1) != 1 or logits.numel() == 0:
@@ -100,7 +110,8 @@ def scale_stored(grad: Tensor, grad_loss: Tensor, owned: bool) -> Tensor:
     owned: what lies between the elements of grad is new_grad's padding, and nobody else's.
     """
     plain = type(grad) is Tensor and type(grad_loss) is Tensor
-    if not (plain and kernels.available and grad.is_cuda) or grad.numel() == 0:
+    served = grad.device.type == cuda.device
+    if not plain or not (served or (kernels.available and grad.is_cuda)) or grad.numel() == 0:
         return scaled(grad, grad_loss)
     span = _span(grad.shape, grad.stride())
     if span != grad.numel() and not (owned and _fills_its_storage(grad, span)):
@@ -108,7 +119,10 @@ def scale_stored(grad: Tensor, grad_loss: Tensor, owned: bool) -> Tensor:
     keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
     if keep_graph():
         grad, span = grad.clone(), grad.numel()  # which is dense
-    kernels.load().scale_gradient(grad, grad_loss, span)
+    if served:
+        torch.ops.cbloss_fused._scale(grad, grad_loss, span)
+    else:
+        kernels.load().scale_gradient(grad, grad_loss, span)
     return grad
 
 
@@ -199,30 +213,48 @@ def _triton_gradient(*arguments: Any) -> None:
         _gradient(*arguments)
 
 
+# Which of two serves CUDA tensors by default: CUDA C++ has fewer instructions an element, a third of
+# the host time and nothing to compile at the first call. Neither was timed on a GPU yet.
+PREFERRED = "cuda"
+
 # autograd.py differentiates: below it the dispatcher need not look for gradients again. They only
 # write: nothing to fake.
-for _name in ("loss", "gradient", "loss.triton", "gradient.triton"):
+for _name in (f"{n}{o}" for n in ("loss", "gradient") for o in ("", ".triton", ".cuda")):
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
     _library.impl(_name, torch.library.fallthrough_kernel, "ADInplaceOrView")
     torch.library.register_fake(f"cbloss_fused::{_name}", lambda *_: None, lib=_library)
 _library.impl("loss", _loss, "CompositeExplicitAutograd")
 _library.impl("gradient", _gradient, "CompositeExplicitAutograd")
-if kernels.available:
+if cuda.device is not None and (PREFERRED == "cuda" or not kernels.available):
+    torch.ops.cbloss_fused._serve_cuda()
+elif kernels.available:
     _library.impl("loss", _triton_loss, "CUDA")
     _library.impl("gradient", _triton_gradient, "CUDA")
+if kernels.available:
     _library.impl("loss.triton", _triton_loss, "CompositeExplicitAutograd")
     _library.impl("gradient.triton", _triton_gradient, "CompositeExplicitAutograd")
 
 loss = torch.ops.cbloss_fused.loss.default
 gradient = torch.ops.cbloss_fused.gradient.default
-triton_loss = torch.ops.cbloss_fused.loss.triton
-triton_gradient = torch.ops.cbloss_fused.gradient.triton
+# By what was asked for; None: the device's own choice.
+losses: dict[str | None, Any] = {
+    None: loss,
+    "cpu": loss,
+    "triton": torch.ops.cbloss_fused.loss.triton,
+    "cuda": torch.ops.cbloss_fused.loss.cuda,
+}
+gradients: dict[str | None, Any] = {
+    None: gradient,
+    "cpu": gradient,
+    "triton": torch.ops.cbloss_fused.gradient.triton,
+    "cuda": torch.ops.cbloss_fused.gradient.cuda,
+}
 
 
 def _warn_once(device: str) -> None:
     global _warned
-    no_triton = None if kernels.available else "Triton is not installed"
-    why = {"cpu": missing, "cuda": no_triton}.get(device)
+    no_gpu = f"Triton is not installed; CUDA C++: {cuda.missing}"
+    why = {"cpu": missing, "cuda": no_gpu}.get(device)
     if why is not None and not _warned:
         _warned = True
         warnings.warn(
@@ -235,7 +267,7 @@ def backends() -> dict[str, str]:
 
     Returns:
         One line each for "cpu", "cuda" (AMD GPUs too) and every other device: the kernels, the
-        instruction set that was chosen, or the reason why the reference serves.
+        instruction set or the architectures they were built for, and why no others serve.
 
     >>> sorted(backends())
     ['cpu', 'cuda', 'other']
@@ -245,10 +277,18 @@ def backends() -> dict[str, str]:
         cpu = f"fused C++ kernels, {isa} code chosen for this {platform.machine()}"
     else:
         cpu = f"reference: {missing}"
-    if kernels.available:
-        cuda = "fused Triton kernels"
-        if not torch.cuda.is_available():
-            cuda += ", compiled at the first call; no GPU here"
+    if cuda.device == "cuda":
+        built = torch.ops.cbloss_fused._cuda_architectures()
+        cpp = f"fused CUDA C++ kernels, built for {built}"
     else:
-        cuda = "reference: Triton is not installed"
-    return {"cpu": cpu, "cuda": cuda, "other": "reference: no kernels for other devices"}
+        cpp = f"no CUDA C++ kernels: {cuda.missing}"
+    triton = "fused Triton kernels, compiled at the first call"
+    if not kernels.available:
+        gpu = cpp if cuda.device == "cuda" else f"reference: Triton is not installed; {cpp}"
+    elif cuda.device == "cuda" and PREFERRED == "cuda":
+        gpu = f"{cpp}; backend='triton' for Triton's"
+    else:
+        gpu = f"{triton}; {cpp}" + ("; backend='cuda' for them" if cuda.device else "")
+    if not torch.cuda.is_available():
+        gpu += "; no GPU here"
+    return {"cpu": cpu, "cuda": gpu, "other": "reference: no kernels for other devices"}

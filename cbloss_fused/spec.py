@@ -12,12 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import kernels
+from . import cuda, kernels
 from .reference import compute_dtype
 
 ACTIVATIONS = ("softmax", "sigmoid")
 REDUCTIONS = ("none", "mean", "weighted_mean", "sum")  # the operators take the index
-BACKENDS = ("cpu", "triton", "reference")
+BACKENDS = ("cpu", "triton", "cuda", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (
     *(torch.int64, torch.int32, torch.int16, torch.int8),
@@ -34,7 +34,7 @@ class Spec(NamedTuple):
     ignore_index: int | None
     reduction: int
     inplace: bool
-    triton: bool  # asked for, whatever the device would choose
+    backend: str | None  # asked for, whatever the device would choose
 
 
 def check_options(
@@ -109,6 +109,8 @@ def check_kernel(input: Tensor, backend: str | None) -> None:
         raise ValueError(f"backend='cpu' needs CPU tensors, got {input.device}")
     if backend == "triton":
         _check_triton(input)
+    if backend == "cuda":
+        _check_cuda(input)
     if torch._C._are_functorch_transforms_active():
         raise NotImplementedError(
             "torch.func transforms need a differentiable formula: pass backend='reference'"
@@ -123,6 +125,13 @@ def _check_triton(input: Tensor) -> None:
             f"backend='triton' needs CUDA tensors, got {input.device}; CPU tensors only under "
             "Triton's interpreter (TRITON_INTERPRET=1 in the environment)"
         )
+
+
+def _check_cuda(input: Tensor) -> None:
+    if cuda.device is None:
+        raise ValueError(f"backend='cuda': no CUDA C++ kernels here: {cuda.missing}")
+    if input.device.type != cuda.device:
+        raise ValueError(f"backend='cuda' needs CUDA tensors, got {input.device}")
 
 
 def check_values(

@@ -2,7 +2,8 @@
 //
 // T is a number or a vector of numbers, Scalar its element. A backend includes this text in its own
 // namespace, after CB_FN and what T needs (vec.h on the CPU): arithmetic, comparison and ?: lane by
-// lane; constant, largest_finite, neg_abs, log, exp, power, divide, rcp, rsqrt, log1p_neg for double;
+// lane; constant, largest_finite, neg_abs, log, exp, exp_minus_half, power, divide, rcp, rsqrt,
+// log1p_neg for double;
 // min and max, which are NaN where their second argument is: NaN in, NaN out. SHORT: results end in
 // a half type, so exp and log1m_over may use shorter polynomials.
 
@@ -75,17 +76,16 @@ struct Element {
 template <Gamma G, bool SHORT, class T, class Scalar>
 CB_FN Element<T> sigmoid_element(T z, Scalar gamma) {
   const T zero{}, one = constant<T>(1);
-  T s, c, f = one;  // sigma(z), sigma(-z), s^gamma
+  T s, c, m, f = one;  // sigma(z), sigma(-z), the smaller; s^gamma
   if constexpr (G == Gamma::HALF && !std::is_same_v<T, double>) {
     // One exponential and one rsqrt serve both: h = e^{-z/2}, sqrt(sigma) = rsqrt(1 + h^2).
-    // Capped so that h^2 stays finite; below, L and g underflow to exactly 0.
-    const T h = exp<SHORT>(min(constant<T>(43.5f), z * -0.5f));
-    f = rsqrt(one + h * h), s = f * f, c = one - s;
+    const T h = exp_minus_half<SHORT>(z);
+    f = rsqrt(one + h * h), s = f * f, c = one - s, m = min(s, c);
   } else {
     const T e = exp<SHORT>(neg_abs(z)), inv = rcp(one + e);
-    s = z < zero ? e * inv : inv, c = z < zero ? inv : e * inv;
+    m = e * inv, s = z < zero ? m : inv, c = z < zero ? inv : m;
   }
-  const T m = min(s, c), l = m * log1m_over<SHORT>(m);  // log(1 + e^{-|z|}), exact for tiny m
+  const T l = m * log1m_over<SHORT>(m);  // log(1 + e^{-|z|}), exact for tiny m
   const T sp = l + max(zero, z);
   if constexpr (G == Gamma::ZERO) return {sp, s};
   if constexpr (G == Gamma::ONE) f = s;
@@ -100,12 +100,15 @@ CB_FN Element<T> sigmoid_element(T z, Scalar gamma) {
 // tiny e_j count; no logarithm an element. At most 120 elements: the product stays below 2^120.
 template <bool SHORT, class T>
 struct SoftplusSum {
-  T linear{}, Q{};  // sum of linear parts, max(z, 0) for t = 0; prod (1 + e^{-|z|}) - 1
-  CB_FN T add(T z, T linear_part) {  // returns sigma(z)
-    const T zero{}, one = constant<T>(1), e = exp<SHORT>(neg_abs(z)), u = one + e, s = rcp(u);
-    linear += linear_part;
+  T linear{}, Q{};   // sum max(z, 0); prod (1 + e^{-|z|}) - 1
+  CB_FN T add(T z) {  // returns sigma(z)
+    linear = z < T{} ? linear : linear + z;
+    return multiply(z);
+  }
+  CB_FN T multiply(T z) {
+    const T one = constant<T>(1), e = exp<SHORT>(neg_abs(z)), u = one + e, s = rcp(u);
     Q = Q * u + e;
-    return z < zero ? e * s : s;
+    return z < T{} ? e * s : s;
   }
   CB_FN T value() const {
     const T one = constant<T>(1), half = constant<T>(0.5f), S = one + Q, m = divide(Q, S);
@@ -133,9 +136,9 @@ struct LossSum {
   CB_FN V add(V z, T gamma, T t, const Excluded& excluded) {
     const V zero{};
     if constexpr (G == Gamma::ZERO) {
-      if constexpr (!SMOOTH) return softplus.add(z, max(zero, z));
-      const V other = excluded() ? zero : t * max(zero, -z);
-      return softplus.add(z, (1 - t) * max(zero, z) + other) - t;
+      if constexpr (!SMOOTH) return softplus.add(z);
+      softplus.linear += (1 - t) * max(zero, z) + (excluded() ? zero : t * max(zero, -z));
+      return softplus.multiply(z) - t;
     } else {
       const Element<V> e = SMOOTH ? smoothed<G, SHORT, V, T>(z, gamma, t, true)
                                   : sigmoid_element<G, SHORT, V, T>(z, gamma);

@@ -196,10 +196,10 @@ def test_opcheck(triton, family, shape):
     arguments, loss, formula = operator_arguments(logits, target, family, 0.5, 0.1)
     grad, saved = torch.empty_like(logits), ops.new_saved(logits, target, family == "sigmoid")
     for buffers in ((None, None), (grad, None), (None, saved)):
-        torch.library.opcheck(ops.triton_loss, (*arguments, loss, *buffers))
-    ops.triton_loss(*arguments, loss, None, saved)
+        torch.library.opcheck(ops.losses["triton"], (*arguments, loss, *buffers))
+    ops.losses["triton"](*arguments, loss, None, saved)
     incoming = torch.ones_like(loss)
-    torch.library.opcheck(ops.triton_gradient, (logits, target, saved, incoming, *formula, grad))
+    torch.library.opcheck(ops.gradients["triton"], (logits, target, saved, incoming, *formula, grad))
 
 
 @TORCH_WARNS

@@ -1,14 +1,9 @@
 // The CPU operators over the LibTorch stable ABI: prologue, row kernel, epilogue. Schemas: ops.py.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
+#include "../ops.h"
 
 #include <algorithm>
 #include <cmath>
 #include <memory>
-#include <optional>
-#include <sstream>
-#include <stdexcept>
 #include <string>
 #include <vector>
 #if defined(__linux__)
@@ -20,19 +15,7 @@
 
 #include "rows.h"
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
-
 namespace {
-
-template <class Error = std::invalid_argument, class... Parts>
-void require(bool good, const Parts&... parts) {
-  if (good) return;
-  std::ostringstream text;
-  (text << ... << parts);
-  throw Error(text.str());
-}
 
 struct Isa {
   const char* name;
@@ -81,35 +64,7 @@ DType dtype_of(const Tensor& logits) {
   }
 }
 
-// The logits as (N, C, K) with every stride in elements; a row is (n, k).
-struct Shape {
-  int64_t N, C, K, rows;
-  explicit Shape(const Tensor& logits) {
-    require(logits.dim() == 2 || logits.dim() == 3, "logits must be (N, C) or (N, C, K), got ",
-            logits.dim(), " dimensions");
-    N = logits.size(0), C = logits.size(1), K = logits.dim() == 3 ? logits.size(2) : 1,
-    rows = N * K;
-    require(C >= 1 && C < INT32_MAX, "logits must have 1 to 2^31 - 2 classes, got ", C);
-  }
-};
-
-Strides strides_of(const Tensor& t) {
-  return {t.stride(0), t.stride(1), t.dim() == 3 ? t.stride(2) : 0};
-}
-
-void check_vector(const Tensor& t, ScalarType dtype, int64_t numel, const char* name) {
-  require(t.scalar_type() == dtype && t.numel() == numel && t.is_contiguous(), name, " must be ",
-          numel, " contiguous elements of the type that the loss is computed in");
-}
-
 Family family_of(bool sigmoid) { return sigmoid ? Family::SIGMOID : Family::SOFTMAX; }
-
-enum Reduction { NONE, MEAN, WEIGHTED_MEAN, SUM };  // in the order of spec.REDUCTIONS
-
-// What a forward that will recompute its gradient leaves: scale, for softmax M and R behind it.
-int64_t saved_size(Family family, int64_t rows) {
-  return family == Family::SOFTMAX ? 3 * rows : rows;
-}
 
 // Fixed blocks, so that no sum depends on the number of threads.
 constexpr int64_t BLOCK = 4096;
@@ -188,10 +143,9 @@ void check_weight(const T* weight, int64_t C) {
 }
 
 template <class T>
-double denominator(int64_t reduction, const OptionalTensor& normalizer, const RowWeights& p) {
-  require(NONE <= reduction && reduction <= SUM, "reduction must be 0, 1, 2 or 3, got ", reduction);
-  if (reduction == WEIGHTED_MEAN) return p.total;
-  if (reduction != MEAN) return 1;
+double denominator(Reduction reduction, const OptionalTensor& normalizer, const RowWeights& p) {
+  if (reduction == Reduction::WEIGHTED_MEAN) return p.total;
+  if (reduction != Reduction::MEAN) return 1;
   if (!normalizer) return p.kept;
   const double value = *static_cast<const T*>(normalizer->const_data_ptr());
   require(value > 0 && value < INFINITY, "normalizer must be positive and finite, got ", value);
@@ -228,7 +182,7 @@ struct Inputs {
   const Tensor& target;
   const OptionalTensor &weight, &sample_weight, &normalizer;
   std::optional<int64_t> ignore_index;
-  int64_t reduction;
+  Reduction reduction;
 
   static constexpr ScalarType DTYPE = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
   static const T* data(const OptionalTensor& t, int64_t numel, const char* name) {
@@ -291,9 +245,7 @@ Rows rows_of(const Tensor& logits, const Tensor& target, const Shape& shape, dou
 }
 
 void set_grad(Rows& a, const Tensor& grad, const Tensor& logits) {
-  require(grad.scalar_type() == logits.scalar_type() && grad.dim() == logits.dim() &&
-              std::equal(grad.sizes().begin(), grad.sizes().end(), logits.sizes().begin()),
-          "grad must have the shape and dtype of logits");
+  check_grad(grad, logits);
   a.grad = grad.mutable_data_ptr(), a.grad_stride = strides_of(grad);
   if (a.grad != a.logits) advise_huge_pages(grad);
 }
@@ -309,13 +261,13 @@ void set_saved(Rows& a, const Tensor& saved, Family family, const Shape& shape) 
 template <class T>
 void run_loss(const Tensor& logits, const Inputs<T>& in, Family family, const Shape& shape, Rows a,
               const Tensor& loss, const OptionalTensor& grad, const OptionalTensor& saved) {
-  const bool vector = in.reduction == NONE;
+  const bool vector = in.reduction == Reduction::NONE;
   check_vector(loss, in.DTYPE, vector ? shape.rows : 1, "loss");
   if (grad) set_grad(a, *grad, logits);
   const std::unique_ptr<T[]> own(new T[shape.rows]);
   T* scale = own.get();
   if (saved) {
-    check_vector(*saved, in.DTYPE, saved_size(family, shape.rows), "saved");
+    check_vector(*saved, in.DTYPE, saved_rows(family == Family::SIGMOID) * shape.rows, "saved");
     set_saved(a, *saved, family, shape);
     scale = static_cast<T*>(saved->mutable_data_ptr());
   }
@@ -337,7 +289,7 @@ void loss(Tensor logits, Tensor target, OptionalTensor weight, OptionalTensor sa
   const Rows a = rows_of(logits, target, shape, gamma, label_smoothing);
   const auto run = [&](auto T) {
     const Inputs<decltype(T)> in{target,     weight,       sample_weight,
-                                 normalizer, ignore_index, reduction};
+                                 normalizer, ignore_index, reduction_of(reduction)};
     run_loss(logits, in, family, shape, a, loss, grad, saved);
   };
   if (dtype_of(logits) == DType::Float64) run(double());
@@ -352,7 +304,7 @@ void gradient(Tensor logits, Tensor target, Tensor saved, Tensor grad_loss, bool
   set_grad(a, grad, logits);
   const bool f64 = dtype_of(logits) == DType::Float64;
   const auto dtype = f64 ? ScalarType::Double : ScalarType::Float;
-  check_vector(saved, dtype, saved_size(family, shape.rows), "saved");
+  check_vector(saved, dtype, saved_rows(family == Family::SIGMOID) * shape.rows, "saved");
   set_saved(a, saved, family, shape);
   a.scale = saved.const_data_ptr();
   a.grad_loss_per_row = grad_loss.dim() > 0;

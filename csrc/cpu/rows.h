@@ -2,13 +2,11 @@
 #pragma once
 #include <cstdint>
 
+#include "../call.h"
+
 enum class DType { Float64, Float32, BFloat16, Float16 };
 enum class Family { SOFTMAX, SIGMOID };
 enum class Mode { LOSS, LOSS_AND_GRAD, GRAD };
-
-struct Strides {  // of (N, C, K), in elements
-  int64_t n, c, k;
-};
 
 // Row i is logits[i / K, :, i % K]. Computed in T: double for Float64, else float.
 struct Rows {

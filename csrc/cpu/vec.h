@@ -124,6 +124,11 @@ CB_FN Vec log(Vec x) {
   return x < FLT_MAX ? y : x;  // infinity and NaN stay
 }
 
+// e^{-z/2}, capped so that its square stays finite: below, L and g underflow to exactly 0.
+template <bool SHORT>
+CB_FN Vec exp_minus_half(Vec z) {
+  return exp<SHORT>(min(Vec{} + 43.5f, z * -0.5f));
+}
 // q^gamma on (0, 1]; what is below the smallest normal number counts as that.
 template <class T, class Scalar>
 CB_FN T power(T q, Scalar gamma) {

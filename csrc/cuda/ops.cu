@@ -1,0 +1,187 @@
+// The CUDA operators over the LibTorch stable ABI. Nothing synchronises; nothing but scratch is
+// allocated.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include <atomic>
+#include <string>
+
+#include "../ops.h"
+#include "rows.h"
+
+// Where the tensors live: a build for the host, for tests, says CPU.
+#ifndef CBLOSS_DEVICE
+#define CBLOSS_DEVICE CUDA
+#endif
+#ifndef CBLOSS_ARCHITECTURES
+#define CBLOSS_ARCHITECTURES ""
+#endif
+
+namespace {
+
+using torch::stable::accelerator::DeviceGuard;
+
+void check(cudaError_t error) {
+  if (error == cudaSuccess) return;
+  std::string advice;
+  if (error == cudaErrorNoKernelImageForDevice)
+    advice = "; built for " CBLOSS_ARCHITECTURES
+             ": rebuild with TORCH_CUDA_ARCH_LIST, or pass backend='triton'";
+  throw std::runtime_error(std::string("CUDA error: ") + cudaGetErrorString(error) + advice);
+}
+
+int multiprocessors(int device) {
+  static std::atomic<int> known[64];
+  if (device >= 0 && device < 64 && known[device]) return known[device];
+  int count = 0;
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
+  if (device >= 0 && device < 64) known[device] = count;
+  return count;
+}
+
+// Launches go to the tensor's device and the stream that is current there.
+struct Current {
+  DeviceGuard guard;
+  cbloss::Device device;
+  explicit Current(const Tensor& t) : guard(t.get_device_index()) {
+    const int index = t.get_device_index();
+    void* stream = nullptr;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+    device = {multiprocessors(index), static_cast<cudaStream_t>(stream)};
+  }
+};
+
+// run(S{}) for the storage type S of the logits.
+template <class Run>
+void dispatch(const Tensor& logits, const Run& run) {
+  switch (logits.scalar_type()) {
+    case ScalarType::Double: return run(double{});
+    case ScalarType::Float: return run(float{});
+    case ScalarType::BFloat16: return run(__nv_bfloat16{});
+    case ScalarType::Half: return run(__half{});
+    default:
+      require(false, "logits must be float64, float32, bfloat16 or float16");
+  }
+}
+ScalarType compute_type(const Tensor& logits) {
+  return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+cbloss::Call call_of(const Tensor& logits, const Tensor& target, const Shape& shape, bool sigmoid,
+                     double gamma, double eps) {
+  check_vector(target, ScalarType::Long, shape.rows, "target");
+  require(shape.rows < INT32_MAX, "the CUDA kernels take at most 2^31 - 2 rows, got ", shape.rows);
+  cbloss::Call call{};
+  call.logits = logits.const_data_ptr(), call.logits_stride = strides_of(logits);
+  if (shape.C == 1) call.logits_stride.c = 1;
+  call.rows = shape.rows, call.C = shape.C, call.K = shape.K;
+  call.sigmoid = sigmoid, call.gamma = gamma, call.eps = eps;
+  call.target = static_cast<const int64_t*>(target.const_data_ptr());
+  return call;
+}
+void set_grad(cbloss::Call& call, const Tensor& grad, const Tensor& logits) {
+  check_grad(grad, logits);
+  call.grad = grad.mutable_data_ptr(), call.grad_stride = strides_of(grad);
+  if (call.C == 1) call.grad_stride.c = 1;
+}
+const void* vector(const OptionalTensor& t, ScalarType dtype, int64_t numel, const char* name) {
+  if (!t) return nullptr;
+  check_vector(*t, dtype, numel, name);
+  return t->const_data_ptr();
+}
+
+void loss(Tensor logits, Tensor target, OptionalTensor weight, OptionalTensor sample_weight,
+          OptionalTensor normalizer, bool sigmoid, double gamma, double label_smoothing,
+          std::optional<int64_t> ignore_index, int64_t reduction, Tensor loss, OptionalTensor grad,
+          OptionalTensor saved) {
+  const Shape shape(logits);
+  cbloss::Call call = call_of(logits, target, shape, sigmoid, gamma, label_smoothing);
+  const ScalarType dtype = compute_type(logits);
+  call.weight = vector(weight, dtype, shape.C, "weight");
+  call.sample_weight = vector(sample_weight, dtype, shape.rows, "sample_weight");
+  call.normalizer = vector(normalizer, dtype, 1, "normalizer");
+  call.ignore = ignore_index.has_value(), call.ignored = ignore_index.value_or(0);
+  call.reduction = reduction_of(reduction);
+  const bool per_row = call.reduction == Reduction::NONE;
+  check_vector(loss, dtype, per_row ? shape.rows : 1, "loss");
+  call.loss = loss.mutable_data_ptr();
+  if (grad) set_grad(call, *grad, logits);
+  if (saved) {
+    check_vector(*saved, dtype, saved_rows(sigmoid) * shape.rows, "saved");
+    call.saved = saved->mutable_data_ptr();
+  }
+  if (shape.rows == 0) {
+    if (!per_row) torch::stable::fill_(loss, 0);
+    return;
+  }
+  const Current current(logits);
+  dispatch(logits, [&](auto s) {
+    using S = decltype(s);
+    const int64_t size = cbloss::scratch_size<S>(call, current.device);
+    OptionalTensor scratch;
+    if (size) {
+      scratch = torch::stable::new_empty(loss, {size});
+      call.scratch = scratch->mutable_data_ptr();
+    }
+    check(cbloss::loss<S>(call, current.device));
+  });
+}
+
+void gradient(Tensor logits, Tensor target, Tensor saved, Tensor grad_loss, bool sigmoid,
+              double gamma, double label_smoothing, Tensor grad) {
+  const Shape shape(logits);
+  cbloss::Call call = call_of(logits, target, shape, sigmoid, gamma, label_smoothing);
+  const ScalarType dtype = compute_type(logits);
+  set_grad(call, grad, logits);
+  check_vector(saved, dtype, saved_rows(sigmoid) * shape.rows, "saved");
+  call.saved = saved.mutable_data_ptr();
+  call.grad_loss_per_row = grad_loss.dim() > 0;
+  call.grad_loss = vector(grad_loss, dtype, call.grad_loss_per_row ? shape.rows : 1, "grad_loss");
+  if (shape.rows == 0) return;
+  const Current current(logits);
+  dispatch(logits, [&](auto s) { check(cbloss::gradient<decltype(s)>(call, current.device)); });
+}
+
+// Multiplies numel elements of memory from grad's first on by grad_loss, where that is not 1.
+void scale(Tensor grad, Tensor grad_loss, int64_t numel) {
+  const void* factor = vector(grad_loss, compute_type(grad), 1, "grad_loss");
+  if (numel == 0) return;
+  const Current current(grad);
+  dispatch(grad, [&](auto s) {
+    check(cbloss::scale<decltype(s)>(grad.mutable_data_ptr(), factor, numel, current.device));
+  });
+}
+
+std::string architectures() { return CBLOSS_ARCHITECTURES; }
+
+// Why nothing can be launched here, or "". Asks the driver's version alone: no device is touched.
+std::string unusable() {
+  int driver = 0;
+  cudaDriverGetVersion(&driver);
+  const int needed = CUDART_VERSION / 1000;  // of one major version every minor one runs
+  if (driver / 1000 >= needed) return "";
+  std::ostringstream text;
+  text << "built with CUDA " << needed << ", which the driver here does not know (it has CUDA "
+       << driver / 1000 << "." << driver % 1000 / 10 << ")";
+  return text.str();
+}
+
+// From now on the default overloads on CUDA tensors are these kernels too.
+void serve() {
+  static torch::stable::detail::StableLibrary library(
+      torch::stable::detail::StableLibrary::Kind::IMPL, "cbloss_fused", "CUDA", __FILE__, __LINE__);
+  library.impl("loss", TORCH_BOX(&loss)).impl("gradient", TORCH_BOX(&gradient));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(cbloss_fused, CBLOSS_DEVICE, m) {
+  m.impl("loss.cuda", TORCH_BOX(&loss));
+  m.impl("gradient.cuda", TORCH_BOX(&gradient));
+  m.impl("_scale", TORCH_BOX(&scale));
+}
+STABLE_TORCH_LIBRARY_IMPL(cbloss_fused, CompositeExplicitAutograd, m) {
+  m.impl("_cuda_architectures", TORCH_BOX(&architectures));
+  m.impl("_cuda_unusable", TORCH_BOX(&unusable));
+  m.impl("_serve_cuda", TORCH_BOX(&serve));
+}

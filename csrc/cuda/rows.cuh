@@ -1,0 +1,207 @@
+// What the row kernels share: where a row lies, its 16-byte accesses, its weight, sums over threads.
+//
+// A row in memory is head | whole 16-byte vectors | tail; head and tail are the edges, at most one
+// column a thread. So no access leaves the row, and any class count, stride and offset costs the
+// same. The target counts as -inf in its thread's registers: it is left out of every sum at no cost
+// an element, and that thread stores its gradient last.
+#pragma once
+#include "numbers.cuh"
+#include "rows.h"
+
+namespace cbloss {
+
+using BFloat16 = __nv_bfloat16;
+using Float16 = __half;
+template <class S>
+using Compute = std::conditional_t<std::is_same_v<S, double>, double, float>;
+template <class S>
+constexpr bool IS_HALF = sizeof(S) == 2;
+constexpr int WARP = 32;
+
+// A call as kernels take it: typed, and with what the host knows of the denominator.
+template <class S>
+struct Rows {
+  using T = Compute<S>;
+  const S* logits;
+  S* grad;
+  Strides x, g;
+  int rows, C, K;
+  T gamma, eps;
+  const int64_t* target;
+  T* saved;
+  const T *weight, *sample_weight, *grad_loss;
+  bool ignore, grad_loss_per_row;
+  int64_t ignored;
+  const T* denominators;  // the denominator is their sum; or null: it is `denominator`
+  int parts;
+  T denominator;
+  T* loss;       // of a row, or of what a block has of it; or null
+  T* maxima;     // softmax over several blocks: T[rows, blocks, PART]
+  int span;      // vectors of a row that a block takes
+};
+
+template <class T>
+CB_FN T* row_of(T* base, const Strides& stride, int K, int i) {
+  if (K == 1) return base + i * stride.n;
+  const int n = i / K;
+  return base + n * stride.n + (i - n * K) * stride.k;
+}
+
+// A row's target and weight. r is r_i / denominator; 0 where the row is ignored (not keep), NaN where
+// its target is no class. A row that is not to be read counts as logits of -inf with a target at 0:
+// loss 0, gradient 0, whatever memory holds.
+template <class T>
+struct Row {
+  int y;
+  T r;
+  bool keep, read;
+};
+template <bool BACKWARD, class S, class T = Compute<S>>
+CB_FN Row<T> row_inputs(const Rows<S>& a, int i) {
+  const int64_t y = a.target[i];
+  const bool valid = y >= 0 && y < a.C;
+  bool keep;
+  T r;
+  if (BACKWARD) {
+    r = a.saved[i], keep = !(r < 0);
+    r *= a.grad_loss[a.grad_loss_per_row ? i : 0];
+  } else {
+    keep = !(a.ignore && y == a.ignored);
+    r = a.weight && valid ? a.weight[y] : T(1);
+    if (a.sample_weight) r *= a.sample_weight[i];
+    T denominator = a.denominator;
+    if (a.denominators) {
+      denominator = 0;
+      for (int p = 0; p < a.parts; ++p) denominator += a.denominators[p];
+    }
+    if (denominator > 0) r = divide(r, denominator);  // nothing to average: 0 stays 0
+  }
+  return {valid ? int(y) : 0, !keep ? 0 : valid ? r : T(NAN), keep, keep && valid};
+}
+
+// 16 bytes of logits or gradient.
+template <class S>
+struct Vec {
+  using T = Compute<S>;
+  static constexpr int N = 16 / sizeof(S);
+  uint4 words;
+  CB_FN T operator[](int j) const {
+    const uint32_t* w = &words.x;
+    if constexpr (std::is_same_v<S, BFloat16>) {  // the upper half of a float
+      return __uint_as_float(j % 2 ? w[j / 2] & 0xffff0000u : w[j / 2] << 16);
+    } else if constexpr (std::is_same_v<S, Float16>) {
+      const __half2 pair = reinterpret_cast<const __half2&>(w[j / 2]);
+      return j % 2 ? __high2float(pair) : __low2float(pair);
+    } else {
+      return reinterpret_cast<const S&>(w[j * sizeof(S) / 4]);
+    }
+  }
+  CB_FN void set(int j, T a, T b) {  // elements j and j + 1, j even: half types are rounded in pairs
+    uint32_t* w = &words.x;
+    if constexpr (std::is_same_v<S, BFloat16>) {
+      reinterpret_cast<__nv_bfloat162&>(w[j / 2]) = __floats2bfloat162_rn(a, b);
+    } else if constexpr (std::is_same_v<S, Float16>) {
+      reinterpret_cast<__half2&>(w[j / 2]) = __floats2half2_rn(a, b);
+    } else {
+      reinterpret_cast<S&>(w[j * sizeof(S) / 4]) = a;
+      reinterpret_cast<S&>(w[(j + 1) * sizeof(S) / 4]) = b;
+    }
+  }
+  CB_FN void blank() {
+    UNROLL for (int j = 0; j < N; j += 2) set(j, -INF<T>, -INF<T>);
+  }
+  CB_FN void blank(int lane) {
+    UNROLL for (int j = 0; j < N; j += 2)
+      if (lane / 2 == j / 2)
+        set(j, lane == j ? -INF<T> : (*this)[j], lane == j ? (*this)[j + 1] : -INF<T>);
+  }
+};
+// The larger, element by element: of half types two in one instruction.
+template <class S>
+CB_FN void raise(Vec<S>& top, const Vec<S>& z) {
+  uint32_t *a = &top.words.x;
+  const uint32_t *b = &z.words.x;
+  if constexpr (IS_HALF<S>) {
+    using Pair = std::conditional_t<std::is_same_v<S, BFloat16>, __nv_bfloat162, __half2>;
+    UNROLL for (int w = 0; w < 4; ++w)
+      reinterpret_cast<Pair&>(a[w]) =
+          __hmax2(reinterpret_cast<Pair&>(a[w]), reinterpret_cast<const Pair&>(b[w]));
+  } else {
+    UNROLL for (int j = 0; j < Vec<S>::N; j += 2)
+      top.set(j, larger(top[j], z[j]), larger(top[j + 1], z[j + 1]));
+  }
+}
+
+// Where the parts of a row lie: of THREADS threads, thread t has the vectors t + k THREADS.
+template <class S, int THREADS>
+struct Layout {
+  static constexpr int N = Vec<S>::N, STEP = THREADS;
+  static_assert(2 * (N - 1) <= THREADS, "one edge column a thread");
+  int head, whole, edge;     // columns before the first vector; vectors; this thread's column, or -1
+  int y_vector = -1, y_lane = 0;  // where the target lies, if in a vector of this thread
+  bool has_y;                     // it lies in this thread's vectors or is its edge
+
+  CB_FN Layout(const S* x, int C, int y, int thread) {
+    head = ::min(C, int(-(reinterpret_cast<uintptr_t>(x) / sizeof(S)) % N));
+    whole = (C - head) / N;
+    edge = thread < head ? thread : thread + whole * N;
+    if (edge >= C) edge = -1;
+    const int past_head = y - head, vector = past_head / N;
+    if (past_head >= 0 && vector < whole && vector % THREADS == thread)
+      y_vector = vector, y_lane = past_head % N;
+    has_y = edge == y || y_vector >= 0;
+  }
+  CB_FN bool is_y(int k, int lane) const {
+    return y_vector >= 0 && y_vector / THREADS == k && y_lane == lane;
+  }
+  // The target of a tile whose vectors begin at first, a multiple of THREADS.
+  template <int ITEMS>
+  CB_FN void blank_y(Vec<S> (&z)[ITEMS], int first) const {
+    if (y_vector < 0) return;
+    const int k_y = (y_vector - first) / THREADS;
+    UNROLL for (int k = 0; k < ITEMS; ++k)
+      if (k_y == k && y_vector >= first) z[k].blank(y_lane);
+  }
+};
+// z[k] = the vector v + k THREADS from `first` on, -inf where k THREADS >= left.
+template <int THREADS, class S, int ITEMS>
+CB_FN void load_tile(Vec<S> (&z)[ITEMS], const S* first, int v, int left) {
+  const uint4* p = reinterpret_cast<const uint4*>(first) + v;
+  if ((ITEMS - 1) * THREADS < left) {  // nearly always: nothing to blank but in the last
+    UNROLL for (int k = 0; k < ITEMS; ++k) z[k].words = p[k * THREADS];
+    return;
+  }
+  UNROLL for (int k = 0; k < ITEMS; ++k) {
+    z[k].blank();
+    if (k * THREADS < left) z[k].words = p[k * THREADS];
+  }
+}
+template <class S>
+CB_FN void store(uint4* p, const Vec<S>& z, bool aligned = true) {
+  if (aligned) __stcs(p, z.words);  // plain, nvcc splits it into four
+  else UNROLL for (int j = 0; j < Vec<S>::N; ++j) reinterpret_cast<S*>(p)[j] = S(z[j]);
+}
+
+template <class T, class F>
+CB_FN T reduce_warp(T value, F f) {
+  UNROLL for (int apart = WARP / 2; apart; apart /= 2)
+    value = f(value, __shfl_xor_sync(~0u, value, apart));
+  return value;
+}
+template <class T>
+CB_FN T sum_warp(T value) {
+  return reduce_warp(value, [](T a, T b) { return a + b; });
+}
+// For thread 0 of the block.
+template <int THREADS, class T>
+CB_FN T sum_block(T value) {
+  __shared__ T of_warp[THREADS / WARP];
+  value = sum_warp(value);
+  if (threadIdx.x % WARP == 0) of_warp[threadIdx.x / WARP] = value;
+  __syncthreads();
+  value = of_warp[0];
+  UNROLL for (int w = 1; w < THREADS / WARP; ++w) value += of_warp[w];
+  return value;
+}
+
+}  // namespace cbloss

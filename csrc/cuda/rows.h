@@ -1,0 +1,50 @@
+// What ops.cu and the kernels share: tensors and numbers, no options.
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "../call.h"
+
+namespace cbloss {
+
+// Row i is logits[i / K, :, i % K]. Computed in T: double for float64, else float.
+struct Call {
+  const void* logits;
+  void* grad;  // may be logits; or null
+  Strides logits_stride, grad_stride;
+  int64_t rows, C, K;
+  bool sigmoid;
+  double gamma, eps;  // eps: label smoothing
+  const int64_t* target;
+  void* saved;  // T[rows] or, for softmax, T[3 rows]: scale, M, R; or null
+  // Of the loss, null in a recomputing backward
+  const void *weight, *sample_weight, *normalizer;  // T[C], T[rows], T[1]; or null
+  bool ignore;
+  int64_t ignored;
+  Reduction reduction;
+  void* loss;     // T[1], T[rows] for NONE
+  void* scratch;  // T[scratch_size]
+  // Of a recomputing backward
+  const void* grad_loss;  // T[1], or T[rows] if grad_loss_per_row
+  bool grad_loss_per_row;
+};
+
+// A device's multiprocessors, and the stream to launch into.
+struct Device {
+  int multiprocessors;
+  cudaStream_t stream;
+};
+
+// Elements of T that the loss of this call needs.
+template <class S>
+int64_t scratch_size(const Call& call, const Device& device);
+template <class S>
+cudaError_t loss(const Call& call, const Device& device);
+template <class S>
+cudaError_t gradient(const Call& call, const Device& device);
+// g *= factor for numel elements side by side; where the factor is 1 nothing is touched.
+template <class S>
+cudaError_t scale(void* g, const void* factor, int64_t numel, const Device& device);
+
+}  // namespace cbloss

@@ -1,0 +1,304 @@
+// The softmax family. With M = max_j z_j, e_j = e^{z_j - M}, R = sum over j != y of e_j, every
+// member's gradient is k e_j - uniform, and g_y at the target: a kernel finds M and R, softmax_row
+// (row_math.h) gives the rest.
+#pragma once
+#include "rows.cuh"
+
+namespace cbloss {
+
+constexpr int PART = 5;  // numbers of a Part in memory, and the target's logit
+
+// M clamped to finite; z - M for such an M: 0 where both are +inf, a limit. NaN stays NaN.
+template <class T>
+CB_FN T clamped(T M) {
+  return ::min(M, largest_finite<T>());
+}
+template <class T>
+CB_FN T below(T z, T clamped_M) {
+  return min(T(0), z - clamped_M);
+}
+
+// Of a part of a row: its largest logit M (at least the lowest finite number), R = sum e^{z - M} and,
+// for smoothing, D = sum (z - M) of n logits. The target is in none of the sums.
+template <class T, bool SMOOTH>
+struct Part {
+  T M = -largest_finite<T>(), R = 0, D = 0, n = 0;
+
+  // N logits z(j); -inf where there is none: !there(j).
+  template <int N, class Z, class There>
+  CB_FN void add(const Z& z, const There& there) {
+    T top = M;
+    UNROLL for (int j = 0; j < N; ++j) top = larger(top, z(j));
+    rebase(top);
+    const T m = clamped(top);
+    T sum = 0;
+    UNROLL for (int j = 0; j < N; ++j) {
+      const T t = below(z(j), m);
+      sum += exp(t);
+      if (SMOOTH && there(j)) D += t, n += 1;
+    }
+    R += sum;
+  }
+  // D and n of vectors held in registers, under the maximum that is there.
+  template <class S, int ITEMS, class At>
+  CB_FN void add_distances(const Vec<S> (&z)[ITEMS], const At& at, int left) {
+    constexpr int N = Vec<S>::N;
+    const T m = clamped(M);
+    UNROLL for (int k = 0; k < ITEMS; ++k) {
+      if (k * At::STEP >= left) break;
+      if (at.y_vector < 0) {
+        UNROLL for (int j = 0; j < N; ++j) D += below(z[k][j], m);
+        n += N;
+      } else {
+        UNROLL for (int j = 0; j < N; ++j)
+          if (!at.is_y(k, j)) D += below(z[k][j], m), n += 1;
+      }
+    }
+  }
+  CB_FN void rebase(T top) {  // a larger maximum
+    const T step = clamped(M) - clamped(top);
+    R *= exp(step);
+    if (SMOOTH && n > 0) D += n * step;
+    M = top;
+  }
+  CB_FN void join_lanes() {
+    rebase(reduce_warp(M, [](T a, T b) { return larger(a, b); }));
+    sum_lanes();
+  }
+  CB_FN void sum_lanes() {
+    R = sum_warp(R);
+    if (SMOOTH) D = sum_warp(D), n = sum_warp(n);
+  }
+  // The parts of a block's warps, each that of its lanes: for every thread.
+  template <int WARPS>
+  CB_FN void join_warps() {
+    if constexpr (WARPS > 1) {
+      __shared__ T of_warp[WARPS][PART];
+      if (threadIdx.x % WARP == 0) put(of_warp[threadIdx.x / WARP]);
+      __syncthreads();
+      *this = Part{};
+      UNROLL for (int w = 0; w < WARPS; ++w) M = larger(M, of_warp[w][0]);
+      UNROLL for (int w = 0; w < WARPS; ++w) add_part(of_warp[w]);
+    }
+  }
+  CB_FN void put(T* p) const { p[0] = M, p[1] = R, p[2] = D, p[3] = n; }
+  CB_FN void add_part(const T* p) {  // of a maximum that is not above M
+    const T step = clamped(p[0]) - clamped(M);
+    R += p[1] * exp(step);
+    if (SMOOTH && p[3] > 0) D += p[2] + p[3] * step, n += p[3];
+  }
+};
+
+// What follows from a whole row's part.
+template <class S, bool SMOOTH, class T = Compute<S>>
+CB_FN SoftmaxRow<T> formula(const Rows<S>& a, T r, T z_y, T& M, T& R, T D) {
+  M = z_y > M ? z_y : M;
+  if (M == INF<T> && R + (z_y == INF<T> ? 1 : 0) > 1) R = NAN;  // two of them have no limit
+  const T d = M == INF<T> && z_y < INF<T> ? -INF<T> : below(z_y, clamped(M));
+  return softmax_row(d, R, r, a.gamma, SMOOTH ? a.eps : T(0), D + d, T(a.C));
+}
+template <class S, class T = Compute<S>>
+CB_FN void put_loss(const Rows<S>& a, int i, const Row<T>& row, T loss, T M, T R) {
+  if (a.loss) a.loss[i] = loss;
+  if (a.saved) {  // for a recomputing backward
+    a.saved[i] = row.keep ? row.r : T(-1);
+    a.saved[int64_t(a.rows) + i] = M;
+    a.saved[int64_t(a.rows) * 2 + i] = R;
+  }
+}
+// e^{z - M} for |M| <= NEAR by one multiply-add and one special function: 2^(z log2 e - c) with
+// c = M log2 e rounded; what c lacks is a factor of the whole row.
+constexpr float NEAR = 1e6f;
+struct Exponential {
+  float c, factor;
+  CB_FN explicit Exponential(float M) : c(M * LOG2E), factor(ex2(-fmaf(M, LOG2E, -c))) {}
+  CB_FN float operator()(float z) const { return ex2(fmaf(z, LOG2E, -c)); }
+};
+
+// A row held in registers by THREADS threads: one read of the logits, one write of the gradient.
+template <class S, bool SMOOTH, int THREADS, int ITEMS>
+__global__ void __launch_bounds__(THREADS == WARP ? 4 * WARP : THREADS) softmax_rows(Rows<S> a) {
+  constexpr int N = Vec<S>::N, WARPS = THREADS / WARP;
+  const int thread = threadIdx.x % THREADS;
+  const int i = THREADS == WARP ? blockIdx.x * 4 + threadIdx.x / WARP : blockIdx.x;
+  if (i >= a.rows) return;
+  const Row<float> row = row_inputs<false>(a, i);
+  const S* x = row_of(a.logits, a.x, a.K, i);
+  const Layout<S, THREADS> at(x, a.C, row.y, thread);
+  const int left = at.whole - thread;  // vectors from this thread's first on
+
+  Vec<S> z[ITEMS];
+  load_tile<THREADS>(z, x + at.head, thread, row.read ? left : 0);
+  const bool edge_there = row.read && at.edge >= 0 && at.edge != row.y;
+  const float z_edge = edge_there ? float(x[at.edge]) : -INF<float>;
+  const float z_y = row.read ? float(x[row.y]) : 0.f;
+  at.blank_y(z, 0);
+
+  Vec<S> top = z[0];
+  UNROLL for (int k = 1; k < ITEMS; ++k) raise(top, z[k]);
+  float M = larger(z_edge, -FLT_MAX);
+  UNROLL for (int j = 0; j < N; ++j) M = larger(M, top[j]);
+  M = reduce_warp(M, [](float a, float b) { return larger(a, b); });
+
+  // Each warp exponentiates under its own maximum: one barrier joins maxima and sums.
+  Part<float, SMOOTH> part;
+  part.M = M;
+  float e[ITEMS][N], e_edge, factor = 1;
+  if (fabsf(M) <= NEAR) {
+    const Exponential exponential(M);
+    factor = exponential.factor, e_edge = exponential(z_edge);
+    UNROLL for (int k = 0; k < ITEMS; ++k)
+      UNROLL for (int j = 0; j < N; ++j) e[k][j] = exponential(z[k][j]);
+  } else {  // infinity too
+    e_edge = exp(below(z_edge, clamped(M)));
+    UNROLL for (int k = 0; k < ITEMS; ++k)
+      UNROLL for (int j = 0; j < N; ++j) e[k][j] = exp(below(z[k][j], clamped(M)));
+  }
+  float sum = e_edge;
+  UNROLL for (int k = 0; k < ITEMS; ++k) UNROLL for (int j = 0; j < N; ++j) sum += e[k][j];
+  part.R = sum * factor;
+  if (SMOOTH) {
+    part.add_distances(z, at, row.read ? left : 0);
+    if (edge_there) part.D += below(z_edge, clamped(M)), part.n += 1;
+  }
+  part.sum_lanes();
+  part.template join_warps<WARPS>();
+  SoftmaxRow<float> f = formula<S, SMOOTH>(a, row.r, z_y, part.M, part.R, part.D);
+  if (thread == 0) put_loss(a, i, row, f.loss, part.M, part.R);
+  if (!a.grad) return;
+  if (WARPS == 1) __syncwarp();  // in place: all have read the target's logit
+  S* g = row_of(a.grad, a.g, a.K, i);
+  const float k_warp = f.k * factor * exp(clamped(M) - clamped(part.M));
+  uint4* p = reinterpret_cast<uint4*>(g + at.head) + thread;
+  UNROLL for (int k = 0; k < ITEMS; ++k) {
+    UNROLL for (int j = 0; j < N; j += 2)
+      z[k].set(j, k_warp * e[k][j] - f.uniform, k_warp * e[k][j + 1] - f.uniform);
+    if (k * THREADS < left) store<S>(p + k * THREADS, z[k]);
+  }
+  if (at.edge >= 0) g[at.edge] = S(k_warp * e_edge - f.uniform);
+  if (at.has_y) g[row.y] = S(f.g_y);
+}
+
+// Longer than registers: vectors [first, end) of a row, BATCH of them a thread at a time.
+constexpr int BATCH = 4;
+template <class S, bool SMOOTH, int THREADS, class T = Compute<S>>
+CB_FN Part<T, SMOOTH> part_of(const S* x, const Layout<S, THREADS>& at, const Row<T>& row, int first,
+                              int end, int thread) {
+  constexpr int N = Vec<S>::N;
+  Part<T, SMOOTH> part;
+  for (; first < end; first += BATCH * THREADS) {
+    const int left = row.read ? end - first - thread : 0;
+    Vec<S> z[BATCH];
+    load_tile<THREADS>(z, x + at.head, first + thread, left);
+    at.blank_y(z, first);
+    part.template add<BATCH * N>(
+        [&](int j) { return z[j / N][j % N]; },
+        [&](int j) { return j / N * THREADS < left && !at.is_y(first / THREADS + j / N, j % N); });
+  }
+  return part;
+}
+// Adds the edges and joins all threads of the row.
+template <class S, bool SMOOTH, int THREADS, class T>
+CB_FN void join_row(Part<T, SMOOTH>& part, const S* x, const Layout<S, THREADS>& at,
+                    const Row<T>& row, bool edges) {
+  const bool there = edges && row.read && at.edge >= 0 && at.edge != row.y;
+  const T z_edge = there ? T(x[at.edge]) : -INF<T>;
+  part.template add<1>([&](int) { return z_edge; }, [&](int) { return there; });
+  part.join_lanes();
+  part.template join_warps<THREADS / WARP>();
+}
+template <class S, int THREADS, class T>
+CB_FN void put_gradient(const S* x, S* g, const Layout<S, THREADS>& at, const Row<T>& row, int first,
+                        int end, int thread, T M, const SoftmaxRow<T>& f) {
+  constexpr int N = Vec<S>::N;
+  const T m = clamped(M);
+  const int begin = first;
+  const bool aligned = reinterpret_cast<uintptr_t>(g + at.head) % 16 == 0;
+  if (first == 0 && at.edge >= 0) {
+    const T z = row.read ? T(x[at.edge]) : -INF<T>;
+    g[at.edge] = S(at.edge == row.y ? f.g_y : f.k * exp(below(z, m)) - f.uniform);
+  }
+  for (; first < end; first += BATCH * THREADS) {
+    const int left = end - first - thread;
+    Vec<S> z[BATCH];
+    load_tile<THREADS>(z, x + at.head, first + thread, row.read ? left : 0);
+    uint4* p = reinterpret_cast<uint4*>(g + at.head) + first + thread;
+    UNROLL for (int k = 0; k < BATCH; ++k) {
+      const auto slope = [&](int j) { return f.k * exp(below(z[k][j], m)) - f.uniform; };
+      UNROLL for (int j = 0; j < N; j += 2) z[k].set(j, slope(j), slope(j + 1));
+      if (k * THREADS < left) store<S>(p + k * THREADS, z[k], aligned);
+    }
+  }
+  if (at.y_vector >= begin && at.y_vector < end) g[row.y] = S(f.g_y);  // after its vector
+}
+
+// A row by a block, any length: the second read is of what L2 still holds.
+template <class S, bool SMOOTH, int THREADS>
+__global__ void __launch_bounds__(THREADS) softmax_long(Rows<S> a) {
+  using T = Compute<S>;
+  const int i = blockIdx.x, thread = threadIdx.x;
+  const Row<T> row = row_inputs<false>(a, i);
+  const S* x = row_of(a.logits, a.x, a.K, i);
+  const Layout<S, THREADS> at(x, a.C, row.y, thread);
+  const T z_y = row.read ? T(x[row.y]) : T(0);
+  Part<T, SMOOTH> part = part_of<S, SMOOTH>(x, at, row, 0, at.whole, thread);
+  join_row(part, x, at, row, true);
+  const SoftmaxRow<T> f = formula<S, SMOOTH>(a, row.r, z_y, part.M, part.R, part.D);
+  if (thread == 0) put_loss(a, i, row, f.loss, part.M, part.R);
+  if (!a.grad) return;
+  S* g = row_of(a.grad, a.g, a.K, i);
+  put_gradient(x, g, at, row, 0, at.whole, thread, part.M, f);
+}
+
+// The part of `span` vectors of a row, for few rows of very many classes.
+template <class S, bool SMOOTH, int THREADS>
+__global__ void __launch_bounds__(THREADS) softmax_parts(Rows<S> a) {
+  using T = Compute<S>;
+  const int i = blockIdx.x, first = blockIdx.y * a.span, thread = threadIdx.x;
+  const Row<T> row = row_inputs<false>(a, i);
+  const S* x = row_of(a.logits, a.x, a.K, i);
+  const Layout<S, THREADS> at(x, a.C, row.y, thread);
+  const int end = ::min(first + a.span, at.whole);
+  Part<T, SMOOTH> part = part_of<S, SMOOTH>(x, at, row, first, end, thread);
+  join_row(part, x, at, row, first == 0);
+  if (thread > 0) return;
+  T* p = a.maxima + (int64_t(i) * gridDim.y + blockIdx.y) * PART;
+  part.put(p);
+  p[PART - 1] = row.read ? T(x[row.y]) : T(0);
+}
+
+// The gradient of `span` vectors of a row, from its parts (and the loss) or from what a forward saved.
+template <class S, bool SMOOTH, bool BACKWARD, int THREADS>
+__global__ void __launch_bounds__(THREADS == WARP ? 4 * WARP : THREADS) softmax_apply(Rows<S> a) {
+  using T = Compute<S>;
+  const int thread = threadIdx.x % THREADS, first = blockIdx.y * a.span;
+  const int i = THREADS == WARP ? blockIdx.x * 4 + threadIdx.x / WARP : blockIdx.x;
+  if (i >= a.rows) return;
+  const Row<T> row = row_inputs<BACKWARD>(a, i);
+  const S* x = row_of(a.logits, a.x, a.K, i);
+  T z_y;
+  Part<T, SMOOTH> part;
+  if (!BACKWARD) {
+    const T* p = a.maxima + int64_t(i) * gridDim.y * PART;
+    const int lane = threadIdx.x % WARP, parts = gridDim.y;
+    z_y = p[PART - 1];
+    for (int w = lane; w < parts; w += WARP) part.M = larger(part.M, p[w * PART]);
+    part.M = reduce_warp(part.M, [](T a, T b) { return larger(a, b); });
+    for (int w = lane; w < parts; w += WARP) part.add_part(p + w * PART);
+    part.sum_lanes();
+  } else {
+    part.M = a.saved[int64_t(a.rows) + i], part.R = a.saved[int64_t(a.rows) * 2 + i];
+    z_y = row.read ? T(x[row.y]) : T(0);
+    if (THREADS == WARP) __syncwarp();  // in place: all have read it
+    else __syncthreads();
+  }
+  const SoftmaxRow<T> f = formula<S, SMOOTH>(a, row.r, z_y, part.M, part.R, part.D);
+  if (!BACKWARD && thread == 0 && first == 0) put_loss(a, i, row, f.loss, part.M, part.R);
+  if (!a.grad) return;
+  const Layout<S, THREADS> at(x, a.C, row.y, thread);
+  const int end = ::min(first + a.span, at.whole);
+  S* g = row_of(a.grad, a.g, a.K, i);
+  put_gradient(x, g, at, row, first, end, thread, part.M, f);
+}
+
+}  // namespace cbloss

@@ -1,0 +1,60 @@
+// What the operators of every C++ backend share, over the LibTorch stable ABI. Schemas: ops.py.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+
+#include "call.h"
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+template <class Error = std::invalid_argument, class... Parts>
+void require(bool good, const Parts&... parts) {
+  if (good) return;
+  std::ostringstream text;
+  (text << ... << parts);
+  throw Error(text.str());
+}
+
+// The logits as (N, C, K) with every stride in elements; a row is (n, k).
+struct Shape {
+  int64_t N, C, K, rows;
+  explicit Shape(const Tensor& logits) {
+    require(logits.dim() == 2 || logits.dim() == 3, "logits must be (N, C) or (N, C, K), got ",
+            logits.dim(), " dimensions");
+    N = logits.size(0), C = logits.size(1), K = logits.dim() == 3 ? logits.size(2) : 1,
+    rows = N * K;
+    require(C >= 1 && C < INT32_MAX, "logits must have 1 to 2^31 - 2 classes, got ", C);
+  }
+};
+
+inline Strides strides_of(const Tensor& t) {
+  return {t.stride(0), t.stride(1), t.dim() == 3 ? t.stride(2) : 0};
+}
+
+inline void check_vector(const Tensor& t, ScalarType dtype, int64_t numel, const char* name) {
+  require(t.scalar_type() == dtype && t.numel() == numel && t.is_contiguous(), name, " must be ",
+          numel, " contiguous elements of the type that the loss is computed in");
+}
+
+inline void check_grad(const Tensor& grad, const Tensor& logits) {
+  require(grad.scalar_type() == logits.scalar_type() && grad.dim() == logits.dim() &&
+              std::equal(grad.sizes().begin(), grad.sizes().end(), logits.sizes().begin()),
+          "grad must have the shape and dtype of logits");
+}
+
+inline Reduction reduction_of(int64_t number) {
+  require(0 <= number && number <= int(Reduction::SUM), "reduction must be 0, 1, 2 or 3, got ",
+          number);
+  return Reduction(number);
+}
+
+// Rows of what a forward that will recompute its gradient leaves: scale, for softmax M and R.
+inline int64_t saved_rows(bool sigmoid) { return sigmoid ? 1 : 3; }
