@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.1
 VENV := .venv
 BIN := $(VENV)/bin
-KERNEL_TESTS := $(addprefix tests/test_,autograd.py edge.py finite.py layouts.py modules.py oracle.py triton.py)
+KERNEL_TESTS := $(addprefix tests/test_,autograd.py edge.py finite.py layouts.py kernels.py modules.py oracle.py triton.py)
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
 .PHONY: demo test bench codegen roofline gpu gpu-test gpu-bench lint clean
@@ -31,7 +31,7 @@ lint: $(VENV)/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc bench -name '*.cpp' -o -name '*.h' -o -name '*.c')
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc bench tests -name '*.cpp' -o -name '*.h' -o -name '*.c' -o -name '*.cu' -o -name '*.cuh')
 clean:
 	rm -rf $(VENV) build dist *.egg-info cbloss_fused/_C*.so
 

@@ -1,9 +1,9 @@
 """Builds cbloss_fused._C, and with nvcc cbloss_fused/_cuda.so: csrc/ on the LibTorch stable ABI.
 
 Neither is ever needed: without a compiler, or without a torch to build against, the package is
-installed all the same, and the reason is recorded for backends(). Any other failure is an error, for
-the CUDA kernels only where they were asked for: CBLOSS_CUDA=1 builds them beside a torch without CUDA
-too, CBLOSS_CUDA=0 leaves them out. TORCH_CUDA_ARCH_LIST chooses the GPUs, as for PyTorch's own.
+installed all the same, and the reason is recorded for backends(). Any other failure is an error; of
+the CUDA kernels only where they were asked for: CBLOSS_CUDA=1 builds them beside a torch without
+CUDA too, CBLOSS_CUDA=0 leaves them out. TORCH_CUDA_ARCH_LIST chooses the GPUs as for PyTorch.
 torch is found, never imported, so that an isolated build can use the environment's own.
 """
 
@@ -113,7 +113,7 @@ def missing_cuda() -> str | None:
 
 
 def architectures(nvcc: str) -> list[str]:
-    """nvcc's flags for TORCH_CUDA_ARCH_LIST, "8.0;9.0a;10.0+PTX"; by default what nvcc knows of ours."""
+    """nvcc's flags for TORCH_CUDA_ARCH_LIST, "8.0;9.0a;10.0+PTX"; by default ours that it knows."""
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True)
     flags = []
@@ -133,7 +133,7 @@ def architectures(nvcc: str) -> list[str]:
 
 
 def build_cuda(library: Path, folder: Path) -> None:
-    """Compile csrc/cuda, rows.cu once a dtype, and link it against torch or what stands in for it."""
+    """Compile csrc/cuda, rows.cu once a dtype, and link against torch or what stands in for it."""
     torch, nvcc = find_torch(), find_nvcc()
     assert torch is not None
     assert nvcc is not None
@@ -188,7 +188,9 @@ class BuildExtension(build_ext):
             except subprocess.CalledProcessError as error:
                 if ASKED == "1":
                     raise
-                reason = f"nvcc failed with status {error.returncode}; CBLOSS_CUDA=1 makes that an error"
+                reason = (
+                    f"nvcc failed with status {error.returncode}; CBLOSS_CUDA=1 makes that an error"
+                )
         if reason is not None:
             library.unlink(missing_ok=True)
         self.note(package / "_cuda_note.txt", reason)

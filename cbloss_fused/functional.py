@@ -58,8 +58,8 @@ def class_balanced_loss(
             input sees the gradient and cannot be detected.
         recompute: compute the gradient in the backward, from input, not in the forward. None: for
             float16 (a stored gradient may underflow before a loss scaler acts). Always for "none".
-        backend: None (choose, see `backends`), "cpu", "triton" or "cuda" (CUDA tensors; "cuda" where
-            the package was built with nvcc) or "reference" (eager PyTorch, which has second
+        backend: None (choose, see `backends`), "cpu", "triton" or "cuda" (for CUDA tensors; "cuda"
+            where the package was built with nvcc) or "reference" (eager PyTorch, which has second
             derivatives and torch.func).
 
     Returns:

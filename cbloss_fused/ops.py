@@ -213,8 +213,8 @@ def _triton_gradient(*arguments: Any) -> None:
         _gradient(*arguments)
 
 
-# Which of two serves CUDA tensors by default: CUDA C++ has fewer instructions an element, a third of
-# the host time and nothing to compile at the first call. Neither was timed on a GPU yet.
+# Which of two serves CUDA tensors by default: CUDA C++ has fewer instructions an element, a third
+# of the host time and nothing to compile at the first call. Neither was timed on a GPU yet.
 PREFERRED = "cuda"
 
 # autograd.py differentiates: below it the dispatcher need not look for gradients again. They only

@@ -53,8 +53,9 @@ CB_FN SoftmaxRow<T> softmax_row(T d, T R, T r, Scalar gamma, Scalar eps, T D, Sc
   const auto sure = q <= half;  // then -log p comes from q: exact as p -> 1
   const T u_sure = log1m_over(min(half, q)), log_S = log(S);
   const T nll = sure ? q * u_sure : log_S - d;
-  const T u = sure ? u_sure : min(largest, divide(nll, q));  // finite where p is 0: p * u has a limit
-  T f = one;                                          // q^gamma
+  const T u =
+      sure ? u_sure : min(largest, divide(nll, q));  // finite where p is 0: p * u has a limit
+  T f = one;                                         // q^gamma
   if (gamma != 0) f = power(q, gamma);
   const T a = (1 - eps) * f * (one + gamma * p * u);
   SoftmaxRow<T> row{weighted(r, (1 - eps) * f * nll), r * a * inv, -(r * a * q), T{}};
@@ -100,7 +101,7 @@ CB_FN Element<T> sigmoid_element(T z, Scalar gamma) {
 // tiny e_j count; no logarithm an element. At most 120 elements: the product stays below 2^120.
 template <bool SHORT, class T>
 struct SoftplusSum {
-  T linear{}, Q{};   // sum max(z, 0); prod (1 + e^{-|z|}) - 1
+  T linear{}, Q{};    // sum max(z, 0); prod (1 + e^{-|z|}) - 1
   CB_FN T add(T z) {  // returns sigma(z)
     linear = z < T{} ? linear : linear + z;
     return multiply(z);

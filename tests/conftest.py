@@ -6,18 +6,21 @@ A backend is one entry of BACKENDS; every test that takes the fixture `backend` 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
+from cuda.build import emulated
 from torch import Tensor
 
-from cbloss_fused import class_balanced_loss, kernels, ops, reference
+from cbloss_fused import class_balanced_loss, cuda, kernels, ops, reference
 
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("fixed")
@@ -37,6 +40,7 @@ def name_of(value: object) -> str | None:
 INTERPRETED = kernels.available and os.environ.get("TRITON_INTERPRET") == "1"
 
 SHARE = 4 if INTERPRETED else 8  # see pytest_collection_modifyitems
+FAST = ("cuda",)  # nothing to compile, and emulated it is fast enough
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 if DEVICE == "cuda":
     torch.set_default_device(DEVICE)
@@ -55,14 +59,15 @@ class Backend:
     fallback: bool = False  # the operators' Python implementation instead of the kernels
 
     @property
-    def triton(self) -> bool:
-        return self.argument == "triton"
+    def gpu(self) -> bool:
+        """Takes values as given, whether it runs on a GPU, interpreted or emulated."""
+        return self.argument in ("triton", "cuda")
 
     def same(self, a: Tensor, b: Tensor) -> bool:
         """Equal whatever layout and threads; others' sums depend on where a row begins and ends."""
         half = a.element_size() == 2
         rtol, atol = (0, 0)
-        if self.fallback or self.triton:
+        if self.fallback or self.gpu:
             rtol, atol = (1e-2 if half else 1e-3, 1e-6)
         return torch.allclose(a, b, rtol=rtol, atol=atol, equal_nan=True)
 
@@ -73,9 +78,12 @@ class Backend:
             if self.fallback:
                 patch.setattr(ops, "loss", ops._loss)
                 patch.setattr(ops, "gradient", ops._gradient)
-            if self.triton:
-                patch.setattr(ops, "loss", ops.triton_loss)
-                patch.setattr(ops, "gradient", ops.triton_gradient)
+                patch.setitem(ops.losses, None, ops._loss)
+                patch.setitem(ops.gradients, None, ops._gradient)
+            if self.gpu:
+                patch.setattr(ops, "loss", ops.losses[self.argument])
+                patch.setattr(ops, "gradient", ops.gradients[self.argument])
+                patch.setattr(ops, "new_grad", _co_aligned)
             if self.isa:
                 best = torch.ops.cbloss_fused._set_isa(self.isa).split()[0]
             try:
@@ -84,18 +92,69 @@ class Backend:
                 if self.isa:
                     torch.ops.cbloss_fused._set_isa(best)
 
+    def scale(self, grad: Tensor, grad_loss: Tensor, numel: int) -> None:
+        """The kernel that multiplies a stored gradient."""
+        if self.argument == "cuda":
+            torch.ops.cbloss_fused._scale(grad, grad_loss, numel)
+        else:
+            kernels.load().scale_gradient(grad, grad_loss, numel)
+
+    @contextlib.contextmanager
+    def on_a_gpu_of(self, multiprocessors: int) -> Iterator[None]:
+        """As if the GPU had so many, where it is not a real one."""
+        with pytest.MonkeyPatch.context() as patch:
+            if self.argument == "triton":
+                from cbloss_fused.kernels import launch, plan
+
+                device = plan.Device(multiprocessors, 32)
+                patch.setattr(launch, "device_of", lambda tensor: device)
+            elif EMULATOR is not None:
+                patch.setattr(EMULATOR.setting("multiprocessors"), "value", multiprocessors)
+            yield
+
+
+def _co_aligned(logits: Tensor) -> Tensor:
+    """As on a GPU, where the tensor's address is known."""
+    if torch.compiler.is_compiling() or logits.is_meta or type(logits) is not Tensor:
+        return torch.empty_like(logits)
+    return ops.co_aligned(logits)
+
+
+class Emulator:
+    """The CUDA kernels on this CPU: tests/cuda/host/cuda_runtime.h."""
+
+    def __init__(self, library: Path) -> None:
+        self.library = ctypes.CDLL(str(library))
+        cuda.load_from(library, "cpu")
+
+    def setting(self, name: str) -> ctypes.c_int:
+        return ctypes.c_int.in_dll(self.library, f"emulated_{name}")
+
+
+def _emulator() -> Emulator | None:
+    if INTERPRETED or DEVICE == "cuda":
+        return None
+    library = emulated()
+    return None if library is None else Emulator(library)
+
 
 def _backends() -> dict[str, Backend]:
-    """The Triton kernels alone under TRITON_INTERPRET=1 or where a GPU is, else all on the CPU."""
-    if INTERPRETED or DEVICE == "cuda":
+    """On a GPU its kernels; under TRITON_INTERPRET=1 the Triton kernels; else all on the CPU."""
+    if INTERPRETED:
         return {"triton": Backend("triton")}
+    if DEVICE == "cuda":
+        names = ["triton"] * kernels.available + ["cuda"] * (cuda.device == "cuda")
+        return {name: Backend(name) for name in names}
     found = {"fallback": Backend(None, fallback=True)}
     if ops.missing is None:
         isas = torch.ops.cbloss_fused._set_isa("").split()
         found = {f"cpu-{isa}": Backend("cpu", isa=isa) for isa in isas} | found
+    if EMULATOR is not None:
+        found["cuda"] = Backend("cuda")
     return found
 
 
+EMULATOR = _emulator()
 BACKENDS = _backends()
 BEST = next(iter(BACKENDS.values()))
 
@@ -113,12 +172,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
     A fixed choice: one of SHARE by a hash of its name, a quarter of these for long rows.
     """
-    if "triton" not in BACKENDS:
-        return
     kept, left_out = [], []
     for item in items:
         callspec = getattr(item, "callspec", None)
-        if callspec is None or "backend" not in callspec.params or len(callspec.params) < 3:
+        backend = None if callspec is None else callspec.params.get("backend")
+        slow = isinstance(backend, Backend) and backend.gpu and backend.argument not in FAST
+        if not slow or len(callspec.params) < 3:
             kept.append(item)
             continue
         C = callspec.params.get("C", 0)
@@ -135,13 +194,16 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
         yield request.param
 
 
-@pytest.fixture
-def triton() -> Iterator[Backend]:
-    """The Triton kernels, where they can run."""
-    if "triton" not in BACKENDS:
-        pytest.skip("needs a GPU or TRITON_INTERPRET=1")
-    with BACKENDS["triton"].active():
-        yield BACKENDS["triton"]
+GPU_BACKENDS = {name: each for name, each in BACKENDS.items() if each.gpu}
+
+
+@pytest.fixture(params=GPU_BACKENDS.values() or [None], ids=GPU_BACKENDS.keys() or ["none"])
+def gpu(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """The GPU kernels, where they can run."""
+    if request.param is None:
+        pytest.skip("needs a GPU, TRITON_INTERPRET=1 or g++")
+    with request.param.active():
+        yield request.param
 
 
 @pytest.fixture(autouse=True, scope="session")

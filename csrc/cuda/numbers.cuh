@@ -19,11 +19,11 @@ namespace cbloss {
 // (1/2, 2), relative elsewhere. A host that runs these kernels defines them itself.
 #ifndef CBLOSS_SPECIAL_FUNCTIONS
 #define CBLOSS_SPECIAL_FUNCTIONS
-#define CB_SPECIAL(name, instruction)                           \
-  CB_FN float name(float x) {                                   \
-    float y;                                                    \
+#define CB_SPECIAL(name, instruction)                              \
+  CB_FN float name(float x) {                                      \
+    float y;                                                       \
     asm(instruction ".approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)); \
-    return y;                                                   \
+    return y;                                                      \
   }
 CB_SPECIAL(ex2, "ex2")
 CB_SPECIAL(lg2, "lg2")

@@ -59,8 +59,7 @@ void dispatch(const Tensor& logits, const Run& run) {
     case ScalarType::Float: return run(float{});
     case ScalarType::BFloat16: return run(__nv_bfloat16{});
     case ScalarType::Half: return run(__half{});
-    default:
-      require(false, "logits must be float64, float32, bfloat16 or float16");
+    default: require(false, "logits must be float64, float32, bfloat16 or float16");
   }
 }
 ScalarType compute_type(const Tensor& logits) {

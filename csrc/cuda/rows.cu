@@ -44,13 +44,14 @@ struct Plan {
       return size > 1 && (x - g) * int64_t(sizeof(S)) % 16 != 0;
     };
     const auto x = reinterpret_cast<uintptr_t>(c.logits), g = reinterpret_cast<uintptr_t>(c.grad);
-    aligned = !c.grad || ((x - g) % 16 == 0 &&
-                          !apart(c.logits_stride.n, c.grad_stride.n, c.rows / c.K) &&
-                          !apart(c.logits_stride.k, c.grad_stride.k, c.K));
+    aligned =
+        !c.grad || ((x - g) % 16 == 0 && !apart(c.logits_stride.n, c.grad_stride.n, c.rows / c.K) &&
+                    !apart(c.logits_stride.k, c.grad_stride.k, c.K));
     tiles = c.C <= FEW_CLASSES || c.logits_stride.c != 1 || (c.grad && c.grad_stride.c != 1);
     span = int(c.C / N) + 1;
     // Few rows that registers do not hold: shared by some four blocks a multiprocessor.
-    const bool in_place_backward = c.grad_loss && c.grad == c.logits;  // all read the target's logit
+    const bool in_place_backward =
+        c.grad_loss && c.grad == c.logits;  // all read the target's logit
     const int wanted = ceil_div(4 * device.multiprocessors, c.rows);
     if (tiles || c.C <= HELD || wanted < 3 || (in_place_backward && !c.sigmoid)) return;
     const int step = 8192 / N;
@@ -94,13 +95,13 @@ cudaError_t softmax(Rows<S> a, const Plan& plan, bool per_row, const Device& dev
       if (a.C <= 128 * LARGE) return held<SMOOTH, 128, LARGE>(a, device);
       return held<SMOOTH, 256, LARGE>(a, device);
     }
-  constexpr int MANY = SMOOTH ? 512 : 1024;  // few rows at a time: L2 holds them for the second read
+  constexpr int MANY =
+      SMOOTH ? 512 : 1024;  // few rows at a time: L2 holds them for the second read
   if constexpr (!F64)
     if (plan.splits == 1 && a.C > HELD)
       return launch_rows<MANY>(softmax_long<S, SMOOTH, MANY>, a, 1, device);
   if (plan.splits == 1) return launch_rows<256>(softmax_long<S, SMOOTH, 256>, a, 1, device);
-  const cudaError_t error =
-      launch_rows<256>(softmax_parts<S, SMOOTH, 256>, a, plan.splits, device);
+  const cudaError_t error = launch_rows<256>(softmax_parts<S, SMOOTH, 256>, a, plan.splits, device);
   if (error) return error;
   return launch_rows<256>(softmax_apply<S, SMOOTH, false, 256>, a, plan.splits, device);
 }

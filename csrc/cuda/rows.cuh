@@ -1,4 +1,5 @@
-// What the row kernels share: where a row lies, its 16-byte accesses, its weight, sums over threads.
+// What the row kernels share: where a row lies, its 16-byte accesses, its weight, sums over
+// threads.
 //
 // A row in memory is head | whole 16-byte vectors | tail; head and tail are the edges, at most one
 // column a thread. So no access leaves the row, and any class count, stride and offset costs the
@@ -35,9 +36,9 @@ struct Rows {
   const T* denominators;  // the denominator is their sum; or null: it is `denominator`
   int parts;
   T denominator;
-  T* loss;       // of a row, or of what a block has of it; or null
-  T* maxima;     // softmax over several blocks: T[rows, blocks, PART]
-  int span;      // vectors of a row that a block takes
+  T* loss;    // of a row, or of what a block has of it; or null
+  T* maxima;  // softmax over several blocks: T[rows, blocks, PART]
+  int span;   // vectors of a row that a block takes
 };
 
 template <class T>
@@ -47,9 +48,9 @@ CB_FN T* row_of(T* base, const Strides& stride, int K, int i) {
   return base + n * stride.n + (i - n * K) * stride.k;
 }
 
-// A row's target and weight. r is r_i / denominator; 0 where the row is ignored (not keep), NaN where
-// its target is no class. A row that is not to be read counts as logits of -inf with a target at 0:
-// loss 0, gradient 0, whatever memory holds.
+// A row's target and weight. r is r_i / denominator; 0 where the row is ignored (not keep), NaN
+// where its target is no class. A row that is not to be read counts as logits of -inf with a target
+// at 0: loss 0, gradient 0, whatever memory holds.
 template <class T>
 struct Row {
   int y;
@@ -96,7 +97,8 @@ struct Vec {
       return reinterpret_cast<const S&>(w[j * sizeof(S) / 4]);
     }
   }
-  CB_FN void set(int j, T a, T b) {  // elements j and j + 1, j even: half types are rounded in pairs
+  CB_FN void set(int j, T a,
+                 T b) {  // elements j and j + 1, j even: half types are rounded in pairs
     uint32_t* w = &words.x;
     if constexpr (std::is_same_v<S, BFloat16>) {
       reinterpret_cast<__nv_bfloat162&>(w[j / 2]) = __floats2bfloat162_rn(a, b);
@@ -107,28 +109,24 @@ struct Vec {
       reinterpret_cast<S&>(w[(j + 1) * sizeof(S) / 4]) = b;
     }
   }
-  CB_FN void blank() {
-    UNROLL for (int j = 0; j < N; j += 2) set(j, -INF<T>, -INF<T>);
-  }
+  CB_FN void blank() { UNROLL for (int j = 0; j < N; j += 2) set(j, -INF<T>, -INF<T>); }
   CB_FN void blank(int lane) {
-    UNROLL for (int j = 0; j < N; j += 2)
-      if (lane / 2 == j / 2)
+    UNROLL for (int j = 0; j < N; j += 2) if (lane / 2 == j / 2)
         set(j, lane == j ? -INF<T> : (*this)[j], lane == j ? (*this)[j + 1] : -INF<T>);
   }
 };
 // The larger, element by element: of half types two in one instruction.
 template <class S>
 CB_FN void raise(Vec<S>& top, const Vec<S>& z) {
-  uint32_t *a = &top.words.x;
-  const uint32_t *b = &z.words.x;
+  uint32_t* a = &top.words.x;
+  const uint32_t* b = &z.words.x;
   if constexpr (IS_HALF<S>) {
     using Pair = std::conditional_t<std::is_same_v<S, BFloat16>, __nv_bfloat162, __half2>;
-    UNROLL for (int w = 0; w < 4; ++w)
-      reinterpret_cast<Pair&>(a[w]) =
-          __hmax2(reinterpret_cast<Pair&>(a[w]), reinterpret_cast<const Pair&>(b[w]));
+    UNROLL for (int w = 0; w < 4; ++w) reinterpret_cast<Pair&>(a[w]) =
+        __hmax2(reinterpret_cast<Pair&>(a[w]), reinterpret_cast<const Pair&>(b[w]));
   } else {
     UNROLL for (int j = 0; j < Vec<S>::N; j += 2)
-      top.set(j, larger(top[j], z[j]), larger(top[j + 1], z[j + 1]));
+        top.set(j, larger(top[j], z[j]), larger(top[j + 1], z[j + 1]));
   }
 }
 
@@ -137,7 +135,7 @@ template <class S, int THREADS>
 struct Layout {
   static constexpr int N = Vec<S>::N, STEP = THREADS;
   static_assert(2 * (N - 1) <= THREADS, "one edge column a thread");
-  int head, whole, edge;     // columns before the first vector; vectors; this thread's column, or -1
+  int head, whole, edge;  // columns before the first vector; vectors; this thread's column, or -1
   int y_vector = -1, y_lane = 0;  // where the target lies, if in a vector of this thread
   bool has_y;                     // it lies in this thread's vectors or is its edge
 
@@ -159,8 +157,7 @@ struct Layout {
   CB_FN void blank_y(Vec<S> (&z)[ITEMS], int first) const {
     if (y_vector < 0) return;
     const int k_y = (y_vector - first) / THREADS;
-    UNROLL for (int k = 0; k < ITEMS; ++k)
-      if (k_y == k && y_vector >= first) z[k].blank(y_lane);
+    UNROLL for (int k = 0; k < ITEMS; ++k) if (k_y == k && y_vector >= first) z[k].blank(y_lane);
   }
 };
 // z[k] = the vector v + k THREADS from `first` on, -inf where k THREADS >= left.
@@ -184,8 +181,8 @@ CB_FN void store(uint4* p, const Vec<S>& z, bool aligned = true) {
 
 template <class T, class F>
 CB_FN T reduce_warp(T value, F f) {
-  UNROLL for (int apart = WARP / 2; apart; apart /= 2)
-    value = f(value, __shfl_xor_sync(~0u, value, apart));
+  UNROLL for (int apart = WARP / 2; apart; apart /= 2) value =
+      f(value, __shfl_xor_sync(~0u, value, apart));
   return value;
 }
 template <class T>

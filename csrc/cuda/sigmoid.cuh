@@ -1,10 +1,12 @@
-// The sigmoid family: every element stands alone (row_math.h), so one pass serves rows of any length.
+// The sigmoid family: every element stands alone (row_math.h), so one pass serves rows of any
+// length.
 #pragma once
 #include "rows.cuh"
 
 namespace cbloss {
 
-// A row, or `span` vectors of it, by THREADS threads: one read of the logits, one write of the gradient.
+// A row, or `span` vectors of it, by THREADS threads: one read of the logits, one write of the
+// gradient.
 template <class S, Gamma G, bool SMOOTH, int THREADS, int ITEMS, bool ALIGNED>
 __global__ void __launch_bounds__(4 * WARP) sigmoid_rows(Rows<S> a) {
   using T = Compute<S>;

@@ -18,8 +18,8 @@ CB_FN T below(T z, T clamped_M) {
   return min(T(0), z - clamped_M);
 }
 
-// Of a part of a row: its largest logit M (at least the lowest finite number), R = sum e^{z - M} and,
-// for smoothing, D = sum (z - M) of n logits. The target is in none of the sums.
+// Of a part of a row: its largest logit M (at least the lowest finite number), R = sum e^{z - M}
+// and, for smoothing, D = sum (z - M) of n logits. The target is in none of the sums.
 template <class T, bool SMOOTH>
 struct Part {
   T M = -largest_finite<T>(), R = 0, D = 0, n = 0;
@@ -50,8 +50,7 @@ struct Part {
         UNROLL for (int j = 0; j < N; ++j) D += below(z[k][j], m);
         n += N;
       } else {
-        UNROLL for (int j = 0; j < N; ++j)
-          if (!at.is_y(k, j)) D += below(z[k][j], m), n += 1;
+        UNROLL for (int j = 0; j < N; ++j) if (!at.is_y(k, j)) D += below(z[k][j], m), n += 1;
       }
     }
   }
@@ -89,13 +88,13 @@ struct Part {
   }
 };
 
-// What follows from a whole row's part.
+// What follows from a whole row's part; its maximum is the target's too from here on.
 template <class S, bool SMOOTH, class T = Compute<S>>
-CB_FN SoftmaxRow<T> formula(const Rows<S>& a, T r, T z_y, T& M, T& R, T D) {
-  M = z_y > M ? z_y : M;
-  if (M == INF<T> && R + (z_y == INF<T> ? 1 : 0) > 1) R = NAN;  // two of them have no limit
-  const T d = M == INF<T> && z_y < INF<T> ? -INF<T> : below(z_y, clamped(M));
-  return softmax_row(d, R, r, a.gamma, SMOOTH ? a.eps : T(0), D + d, T(a.C));
+CB_FN SoftmaxRow<T> formula(const Rows<S>& a, T r, T z_y, Part<T, SMOOTH>& part) {
+  if (z_y > part.M) part.rebase(z_y);
+  if (part.M == INF<T> && part.R + (z_y == INF<T> ? 1 : 0) > 1) part.R = NAN;  // two: no limit
+  const T d = part.M == INF<T> && z_y < INF<T> ? -INF<T> : below(z_y, clamped(part.M));
+  return softmax_row(d, part.R, r, a.gamma, SMOOTH ? a.eps : T(0), part.D + d, T(a.C));
 }
 template <class S, class T = Compute<S>>
 CB_FN void put_loss(const Rows<S>& a, int i, const Row<T>& row, T loss, T M, T R) {
@@ -147,12 +146,12 @@ __global__ void __launch_bounds__(THREADS == WARP ? 4 * WARP : THREADS) softmax_
   if (fabsf(M) <= NEAR) {
     const Exponential exponential(M);
     factor = exponential.factor, e_edge = exponential(z_edge);
-    UNROLL for (int k = 0; k < ITEMS; ++k)
-      UNROLL for (int j = 0; j < N; ++j) e[k][j] = exponential(z[k][j]);
+    UNROLL for (int k = 0; k < ITEMS; ++k) UNROLL for (int j = 0; j < N; ++j) e[k][j] =
+        exponential(z[k][j]);
   } else {  // infinity too
     e_edge = exp(below(z_edge, clamped(M)));
-    UNROLL for (int k = 0; k < ITEMS; ++k)
-      UNROLL for (int j = 0; j < N; ++j) e[k][j] = exp(below(z[k][j], clamped(M)));
+    UNROLL for (int k = 0; k < ITEMS; ++k) UNROLL for (int j = 0; j < N; ++j) e[k][j] =
+        exp(below(z[k][j], clamped(M)));
   }
   float sum = e_edge;
   UNROLL for (int k = 0; k < ITEMS; ++k) UNROLL for (int j = 0; j < N; ++j) sum += e[k][j];
@@ -163,7 +162,7 @@ __global__ void __launch_bounds__(THREADS == WARP ? 4 * WARP : THREADS) softmax_
   }
   part.sum_lanes();
   part.template join_warps<WARPS>();
-  SoftmaxRow<float> f = formula<S, SMOOTH>(a, row.r, z_y, part.M, part.R, part.D);
+  SoftmaxRow<float> f = formula(a, row.r, z_y, part);
   if (thread == 0) put_loss(a, i, row, f.loss, part.M, part.R);
   if (!a.grad) return;
   if (WARPS == 1) __syncwarp();  // in place: all have read the target's logit
@@ -171,8 +170,8 @@ __global__ void __launch_bounds__(THREADS == WARP ? 4 * WARP : THREADS) softmax_
   const float k_warp = f.k * factor * exp(clamped(M) - clamped(part.M));
   uint4* p = reinterpret_cast<uint4*>(g + at.head) + thread;
   UNROLL for (int k = 0; k < ITEMS; ++k) {
-    UNROLL for (int j = 0; j < N; j += 2)
-      z[k].set(j, k_warp * e[k][j] - f.uniform, k_warp * e[k][j + 1] - f.uniform);
+    UNROLL for (int j = 0; j < N; j += 2) z[k].set(j, k_warp * e[k][j] - f.uniform,
+                                                   k_warp * e[k][j + 1] - f.uniform);
     if (k * THREADS < left) store<S>(p + k * THREADS, z[k]);
   }
   if (at.edge >= 0) g[at.edge] = S(k_warp * e_edge - f.uniform);
@@ -182,8 +181,8 @@ __global__ void __launch_bounds__(THREADS == WARP ? 4 * WARP : THREADS) softmax_
 // Longer than registers: vectors [first, end) of a row, BATCH of them a thread at a time.
 constexpr int BATCH = 4;
 template <class S, bool SMOOTH, int THREADS, class T = Compute<S>>
-CB_FN Part<T, SMOOTH> part_of(const S* x, const Layout<S, THREADS>& at, const Row<T>& row, int first,
-                              int end, int thread) {
+CB_FN Part<T, SMOOTH> part_of(const S* x, const Layout<S, THREADS>& at, const Row<T>& row,
+                              int first, int end, int thread) {
   constexpr int N = Vec<S>::N;
   Part<T, SMOOTH> part;
   for (; first < end; first += BATCH * THREADS) {
@@ -208,8 +207,8 @@ CB_FN void join_row(Part<T, SMOOTH>& part, const S* x, const Layout<S, THREADS>&
   part.template join_warps<THREADS / WARP>();
 }
 template <class S, int THREADS, class T>
-CB_FN void put_gradient(const S* x, S* g, const Layout<S, THREADS>& at, const Row<T>& row, int first,
-                        int end, int thread, T M, const SoftmaxRow<T>& f) {
+CB_FN void put_gradient(const S* x, S* g, const Layout<S, THREADS>& at, const Row<T>& row,
+                        int first, int end, int thread, T M, const SoftmaxRow<T>& f) {
   constexpr int N = Vec<S>::N;
   const T m = clamped(M);
   const int begin = first;
@@ -243,7 +242,7 @@ __global__ void __launch_bounds__(THREADS) softmax_long(Rows<S> a) {
   const T z_y = row.read ? T(x[row.y]) : T(0);
   Part<T, SMOOTH> part = part_of<S, SMOOTH>(x, at, row, 0, at.whole, thread);
   join_row(part, x, at, row, true);
-  const SoftmaxRow<T> f = formula<S, SMOOTH>(a, row.r, z_y, part.M, part.R, part.D);
+  const SoftmaxRow<T> f = formula(a, row.r, z_y, part);
   if (thread == 0) put_loss(a, i, row, f.loss, part.M, part.R);
   if (!a.grad) return;
   S* g = row_of(a.grad, a.g, a.K, i);
@@ -267,7 +266,8 @@ __global__ void __launch_bounds__(THREADS) softmax_parts(Rows<S> a) {
   p[PART - 1] = row.read ? T(x[row.y]) : T(0);
 }
 
-// The gradient of `span` vectors of a row, from its parts (and the loss) or from what a forward saved.
+// The gradient of `span` vectors of a row, from its parts (and the loss) or from what a forward
+// saved.
 template <class S, bool SMOOTH, bool BACKWARD, int THREADS>
 __global__ void __launch_bounds__(THREADS == WARP ? 4 * WARP : THREADS) softmax_apply(Rows<S> a) {
   using T = Compute<S>;
@@ -292,7 +292,7 @@ __global__ void __launch_bounds__(THREADS == WARP ? 4 * WARP : THREADS) softmax_
     if (THREADS == WARP) __syncwarp();  // in place: all have read it
     else __syncthreads();
   }
-  const SoftmaxRow<T> f = formula<S, SMOOTH>(a, row.r, z_y, part.M, part.R, part.D);
+  const SoftmaxRow<T> f = formula(a, row.r, z_y, part);
   if (!BACKWARD && thread == 0 && first == 0) put_loss(a, i, row, f.loss, part.M, part.R);
   if (!a.grad) return;
   const Layout<S, THREADS> at(x, a.C, row.y, thread);

@@ -8,7 +8,8 @@ constexpr int BLOCK = 1024;
 
 // Each block's part of the denominator: sums of r_i (total) or the number of rows not ignored.
 template <class S>
-__global__ void __launch_bounds__(BLOCK) prologue(Rows<S> a, Compute<S>* parts, int share, bool total) {
+__global__ void __launch_bounds__(BLOCK)
+    prologue(Rows<S> a, Compute<S>* parts, int share, bool total) {
   using T = Compute<S>;
   const int begin = blockIdx.x * share, end = ::min(begin + share, a.rows);
   T sum = 0;
@@ -36,7 +37,8 @@ __global__ void __launch_bounds__(BLOCK) epilogue(const T* losses, T* loss, int 
 
 // g *= *factor; where that is 1, every thread leaves at once.
 template <class S>
-__global__ void __launch_bounds__(BLOCK) scale_gradient(S* g, const Compute<S>* factor, int64_t numel) {
+__global__ void __launch_bounds__(BLOCK)
+    scale_gradient(S* g, const Compute<S>* factor, int64_t numel) {
   using T = Compute<S>;
   constexpr int N = Vec<S>::N;
   const T f = *factor;

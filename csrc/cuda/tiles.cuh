@@ -48,11 +48,12 @@ __global__ void __launch_bounds__(TILE) softmax_tiles(Rows<S> a, bool per_row) {
     } else {
       for (int first = 0; first < a.C; first += CLASSES) {
         const Classes<S> c(x, a.x.c, a.C, row, first);
-        part.template add<CLASSES>([&](int j) { return c.z[j]; },
-                                   [&](int j) { return row.read && first + j < a.C && first + j != row.y; });
+        part.template add<CLASSES>(
+            [&](int j) { return c.z[j]; },
+            [&](int j) { return row.read && first + j < a.C && first + j != row.y; });
       }
     }
-    const SoftmaxRow<T> f = formula<S, SMOOTH>(a, row.r, z_y, part.M, part.R, part.D);
+    const SoftmaxRow<T> f = formula(a, row.r, z_y, part);
     loss = f.loss;
     if (a.saved && !a.grad_loss) {
       a.saved[i] = row.keep ? row.r : T(-1);
@@ -89,9 +90,8 @@ __global__ void __launch_bounds__(TILE) sigmoid_tiles(Rows<S> a, bool per_row) {
       LossSum<G, SMOOTH, IS_HALF<S>, T> sum;
       UNROLL for (int j = 0; j < CLASSES; ++j) {
         const int column = first + j;
-        const T slope = sum.add(c.z[j], a.gamma, t, [&] {
-          return !row.read || column >= a.C || column == row.y;
-        });
+        const T slope = sum.add(c.z[j], a.gamma, t,
+                                [&] { return !row.read || column >= a.C || column == row.y; });
         if (a.grad && column < a.C)
           g[column * a.g.c] = S(row.r * (column == row.y ? at_y.g : slope));
       }

@@ -34,6 +34,7 @@
 #define __shared__ static  // one block at a time; it finds what the last one left
 
 // What the tests choose.
+#pragma GCC visibility push(default)
 extern "C" {
 inline int emulated_order = 0;  // of threads: 0 up, 1 down, else the seed of a random one
 inline int emulated_error = 0;  // of special functions: 0 none, 1 up, 2 down, 3 either
@@ -41,6 +42,7 @@ inline int emulated_multiprocessors = 132;
 inline int emulated_idle = 0;  // launches do nothing: for timing the host
 inline long emulated_launches = 0;
 }
+#pragma GCC visibility pop
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -68,8 +70,8 @@ inline std::function<void()> body;
 inline std::vector<uint64_t> exchanged[2];  // one for each of two shuffles that may overlap
 
 [[noreturn]] inline void fail(const char* what) {
-  std::fprintf(stderr, "emulated CUDA: %s (block %u, %u, thread %d)\n", what, blockIdx.x, blockIdx.y,
-               current);
+  std::fprintf(stderr, "emulated CUDA: %s (block %u, %u, thread %d)\n", what, blockIdx.x,
+               blockIdx.y, current);
   std::abort();
 }
 
@@ -80,7 +82,8 @@ inline const void* scheduler_stack;
 inline size_t scheduler_size;
 inline void to_scheduler(Fiber& f) {
   void* fake = nullptr;
-  __sanitizer_start_switch_fiber(f.state == DONE ? nullptr : &fake, scheduler_stack, scheduler_size);
+  __sanitizer_start_switch_fiber(f.state == DONE ? nullptr : &fake, scheduler_stack,
+                                 scheduler_size);
   swapcontext(&f.context, &scheduler);
   __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
 }
