@@ -1,14 +1,17 @@
 # make demo, make test: each does all the set-up, then its job. Also make bench, make codegen, make lint.
-# make gpu: on a machine with a GPU, with its own Python, torch and triton; downloads nothing.
+# make gpu: on a machine with a GPU, with its own Python, torch, triton and nvcc; downloads nothing.
+# make sanitize-gpu: there, the CUDA C++ kernels under compute-sanitizer.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.1
 VENV := .venv
 BIN := $(VENV)/bin
 KERNEL_TESTS := $(addprefix tests/test_,autograd.py edge.py finite.py layouts.py kernels.py modules.py oracle.py triton.py)
+SANITIZED := "cuda and (C1000 or C7 or C9 or split or otherwise or scaling)"
+CUDA_PATHS = PATH="$$PATH:$$CUDA_HOME/bin:/usr/local/cuda/bin"; export PATH
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test bench codegen roofline gpu gpu-test gpu-bench lint clean
+.PHONY: demo test bench codegen roofline gpu gpu-build gpu-test gpu-bench sanitize-gpu lint clean
 demo: $(VENV)/ready
 	$(BIN)/python -m cbloss_fused.demo
 test: $(VENV)/ready
@@ -23,10 +26,22 @@ roofline: $(VENV)/ready
 	$(BIN)/python -m bench.roofline > bench/roofline.md
 gpu:
 	status=0; $(MAKE) gpu-test || status=1; $(MAKE) gpu-bench || status=1; exit $$status
-gpu-test:
+gpu-build:
+	$(CUDA_PATHS); $(PYTHON) setup.py -q build_ext --inplace
+gpu-test: gpu-build
 	$(PYTHON) -m pytest -o addopts= -q $(KERNEL_TESTS)
-gpu-bench:
+gpu-bench: gpu-build
 	$(PYTHON) -m bench.gpu
+# Every tensor is allocated by itself, so that what is beyond it belongs to no other. Calls of the
+# CUDA API are left out: PyTorch asks for what a driver may lack. exit(None) is a success.
+sanitize-gpu:
+	@$(CUDA_PATHS); command -v compute-sanitizer > /dev/null \
+	|| { echo "compute-sanitizer is not here: nothing was checked"; exit 0; }; \
+	set -e; $(MAKE) gpu-build; $(PYTHON) -c "from cbloss_fused import cuda; exit(cuda.missing)"; \
+	for tool in memcheck racecheck; do \
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+	--report-api-errors no $(PYTHON) -m pytest -o addopts= -q tests/test_kernels.py -k $(SANITIZED); \
+	done
 lint: $(VENV)/lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .

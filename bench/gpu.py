@@ -6,7 +6,8 @@ training, and yet find nothing cached. A flush before each would hide launches b
 Below SMALL bytes a few copies do: a call on them is all launches. A sample is a pair of events
 around many calls, queued behind a pause, so that the GPU does not wait for the first of them. A
 graph holds one call on every copy. torch.compile takes seconds a formula: see COMPILED, and no
-forward alone. `--device cpu --quick` is a dry run, without events, graphs and memory.
+forward alone. Of our own, every backend that the machine has takes part in every case.
+`--device cpu --quick` is a dry run, without events, graphs and memory.
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import cbloss_fused
-from cbloss_fused import class_balanced_loss, class_balanced_weights, reference
+import cbloss_fused.cuda
+from cbloss_fused import class_balanced_loss, class_balanced_weights, kernels, ops, reference
 
 from . import measure
 from .cases import BETA, OURS, Case, Contestant, LossFunction, Problem, counts, formulas
-from .gpu_table import EVEN, FORWARD, GRAPH, ODD, TRAIN, Row, report
+from .gpu_table import EVEN, FORWARD, GRAPH, ODD, TRAIN, Row, by_backend, report
 from .measure import Verdict, Wanted
 
 FIRST: list[tuple[int, ...]] = [ODD, EVEN, (16384, 8142)]
@@ -90,7 +91,7 @@ def main(argv: list[str]) -> int:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1) + "\n")
     path.with_suffix(".md").write_text(text)
-    wrong = sum(row["contestants"]["fused"]["outcome"] is not None for row in rows)
+    wrong = sum(any(result["outcome"] for result in by_backend(row).values()) for row in rows)
     print(f"fused is wrong or fails in {wrong} of {len(rows)} rows", file=sys.stderr)
     return 1 if wrong or not rows else 0
 
@@ -116,6 +117,7 @@ def environment(device: torch.device) -> Row:
         "triton": getattr(optional("triton"), "__version__", "none"),
         "python": platform.python_version(),
         "cbloss_fused": cbloss_fused.__version__,
+        "kernels": cbloss_fused.backends()[device.type],
     }
 
 
@@ -164,15 +166,33 @@ def copies(logits: Tensor) -> list[Tensor]:
     return [logits, *(logits.detach().clone().requires_grad_() for _ in range(count - 1))]
 
 
+def backends(device: torch.device) -> list[str]:
+    """Whose kernels take part, the default's first; "" is what a call gets without backend=."""
+    found = ["cuda"] * (cbloss_fused.cuda.device == device.type)
+    if kernels.available and (device.type == "cuda" or kernels.load().INTERPRETED):
+        found.append("triton")
+    found.sort(key=lambda name: name != ops.PREFERRED)
+    return found if found and device.type == "cuda" else ["", *found]
+
+
+def options(case: Case) -> Row:
+    return {"activation": case.activation, "gamma": case.gamma, "ignore_index": None}
+
+
+def fused(case: Case, device: torch.device, column: str = "fused", **more: Any) -> list[Contestant]:
+    """Our own, by backend: its name is the formula."""
+    loss = partial(class_balanced_loss, **options(case), **more)
+    names = backends(device)
+    return [Contestant(column, partial(loss, backend=name or None), name) for name in names]
+
+
 def contestants(case: Case, ring: list[Tensor]) -> list[Contestant]:
     """Everyone who can compute the case, fused first; the copy in turns, as the logits are."""
-    options: Row = {"activation": case.activation, "gamma": case.gamma, "ignore_index": None}
-    fused = partial(class_balanced_loss, **options)
-    eager: dict[str, LossFunction] = {"reference": partial(reference.loss, **options)}
+    eager: dict[str, LossFunction] = {"reference": partial(reference.loss, **options(case))}
     eager |= formulas(case)
-    field = [Contestant("fused", fused)]
+    field = fused(case, ring[0].device)
     if (case.activation, case.gamma) == ("softmax", 0):
-        field.append(Contestant("weighted", partial(fused, reduction="weighted_mean")))
+        field += fused(case, ring[0].device, "weighted", reduction="weighted_mean")
         field += cross_entropies(case, ring[0].is_cuda)
     focal = optional("torchvision.ops") if case.activation == "sigmoid" else None
     if focal is not None:
@@ -399,7 +419,8 @@ def measure_cases(
             try:
                 rows += measure_case(case, device, deadline)
             except Exception as error:  # of the GPU itself: what there is is still written
-                rows.append(as_row(case, TRAIN, {"fused": failed(error)._asdict()}))
+                verdict = failed(error)._asdict()
+                rows.append(as_row(case, TRAIN, {c.name: verdict for c in fused(case, device)}))
             gc.collect()
             with suppress(Exception):
                 torch.cuda.empty_cache()
@@ -428,7 +449,7 @@ def measure_case(case: Case, device: torch.device, deadline: float) -> list[Row]
 def measure_row(case: Case, title: str, checked: list[tuple[Run, Verdict]]) -> Row:
     results: Row = {run.contestant.name: verdict._asdict() for run, verdict in checked}
     right = [run for run, verdict in checked if verdict.outcome is None]
-    if results["fused"]["outcome"] is not None:
+    if not any(run.contestant.column == "fused" for run in right):
         return as_row(case, title, results)
     for run, ms in zip(right, times(right), strict=True):
         result, logits = results[run.contestant.name], run.given.logits

@@ -13,18 +13,21 @@ RIVALS = {"eager": "fused", "compile": "fused", "torchvision": "fused"}  # whom 
 RIVALS |= {"cross_entropy": "weighted", "liger": "weighted"}
 NOTES = """\
 Milliseconds are medians of a call; a ratio is the rival's time by ours, above 1 where fused is
-faster: of eager and compile the fastest formula's, named behind. Every number stands for a loss and
-gradient that agreed with the float64 reference (fused within 2e-5 of the row's largest gradient,
-the others within 1e-3; half types half a spacing more). `wrong`, `failed` and `skipped` were not
-timed, `-` does not apply or was not tried: torch.compile in a few cases only, eager under a graph
-where it does not synchronise and its memory is small.
+faster: of eager and compile the fastest formula's, named behind. cuda and triton are our backends,
+asked for by name; fused is the first of them, which a call gets that asks for none. Every number
+stands for a loss and gradient that agreed with the float64 reference (fused within 2e-5 of the
+row's largest gradient, the others within 1e-3; half types half a spacing more). `wrong`, `failed`
+and `skipped` were not timed, `-` does not apply or was not tried: torch.compile in a few cases
+only, eager under a graph where it does not synchronise and its memory is small.
 
+- triton: where cuda is there, its kernel multiplies the stored gradient in triton's backward too.
+- forward ms, graph ms, % of copy: of each of our backends, in the order of their columns.
 - cross_entropy (F.cross_entropy, of half types in float32 or as they are) and liger divide by the
   weights' sum: held to fused with reduction="weighted_mean". liger overwrites the logits.
 - torchvision: sigmoid_focal_loss on a one-hot, its rows weighted and summed.
-- % of copy: the bandwidth of 2 N x C elements in the time of fused, by that of a copy of them.
-- memory: peak beyond the logits in a call, in N x C tensors of their dtype (fused, eager).
-- host µs: what a call keeps the host, not waiting for the GPU (fused, eager).
+- % of copy: the bandwidth of 2 N x C elements in our time, by that of a copy of them.
+- memory: peak beyond the logits in a call, in N x C tensors of their dtype (our backends, eager).
+- host µs: what a call keeps the host, not waiting for the GPU (our backends, eager).
 """
 
 
@@ -45,20 +48,24 @@ def report(result: Row) -> str:
 
 def cells(row: Row, rows: list[Row]) -> dict[str, str]:
     """A line of the table."""
-    fused, copy, train = best(row, "fused"), best(row, "copy"), row["passes"] == TRAIN
+    mine, copy, train = by_backend(row), best(row, "copy"), row["passes"] == TRAIN
     line = {"shape": "x".join(map(str, row["shape"])), "dtype": row["dtype"], "loss": loss_of(row)}
-    line["fused ms"] = shown(fused)
+    line |= {f"{name} ms": shown(result) for name, result in mine.items()}
+    if {"cuda", "triton"} <= mine.keys():
+        line["triton / cuda"] = ratio(mine["triton"], mine["cuda"])
     for title, name in ((FORWARD, "forward ms"), (GRAPH, "graph ms")) if train else ():
-        line[name] = shown(best(sibling(row, rows, passes=title), "fused"))
-    for column, ours in RIVALS.items():
-        rival = best(row, column)
-        timed = f"{ratio(rival, best(row, ours))}{rival.get('formula', '')}"
+        other = by_backend(sibling(row, rows, passes=title))
+        line[name] = ", ".join(shown(other.get(backend, {})) for backend in mine)
+    for column, held_to in RIVALS.items():
+        rival, default = best(row, column), next(iter(by_backend(row, held_to).values()), {})
+        timed = f"{ratio(rival, default)}{rival.get('formula', '')}"
         line[f"{column} / fused"] = timed if "median_ms" in rival else shown(rival)
-    line["copy ms"], line["% of copy"] = shown(copy), ratio(copy, fused, 100, 0)
+    line["copy ms"] = shown(copy)
+    line["% of copy"] = ", ".join(ratio(copy, result, 100, 0) for result in mine.values())
     extras = (("host_us", "host µs"), ("peak_extra", "memory"))
     for key, name in extras if train else extras[:1]:
-        pair = [result.get(key) for result in (fused, best(row, "eager"))]
-        line[name] = ", ".join("-" if value is None else f"{value:.3g}" for value in pair)
+        each = [result.get(key) for result in (*mine.values(), best(row, "eager"))]
+        line[name] = ", ".join("-" if value is None else f"{value:.3g}" for value in each)
     return line
 
 
@@ -70,6 +77,12 @@ def sibling(row: Row, rows: list[Row], **other: Any) -> Row:
     """The row that differs in this, or {}."""
     sought = {**row, **other, "contestants": None}
     return next((r for r in rows if {**r, "contestants": None} == sought), {})
+
+
+def by_backend(row: Row, column: str = "fused") -> dict[str, Row]:
+    """Our own results by backend, the default's first; one that nobody asked for by the column."""
+    found = [(name.split(" "), each) for name, each in row.get("contestants", {}).items()]
+    return {name[-1]: each for name, each in found if name[0] == column}
 
 
 def best(row: Row, column: str) -> Row:
@@ -97,6 +110,9 @@ def ratio(numerator: Row, denominator: Row, times: int = 1, digits: int = 2) -> 
 def misaligned(rows: list[Row], title: str) -> list[str]:
     """What rows cost that are not 16-byte aligned: a line, or none."""
     odd = [row for row in rows if row["shape"] == ODD and row["passes"] == title]
-    pairs = [(row, best(sibling(row, rows, shape=EVEN), "fused")) for row in odd]
-    line = [f"{r['dtype']} {loss_of(r)}: {ratio(best(r, 'fused'), even)}" for r, even in pairs]
-    return [f"Fused at C = 8142 by C = 8192, 4096 rows: {'; '.join(line)}"] if line else []
+    line = []
+    for row in odd:
+        even, mine = by_backend(sibling(row, rows, shape=EVEN)), by_backend(row)
+        times = [f"{name} {ratio(mine[name], even.get(name, {}))}" for name in mine]
+        line.append(f"{row['dtype']} {loss_of(row)}: {', '.join(times)}")
+    return [f"Ours at C = 8142 by C = 8192, 4096 rows: {'; '.join(line)}"] if line else []

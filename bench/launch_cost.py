@@ -1,13 +1,16 @@
 """Host time of a GPU call, without a GPU: `python -m bench.launch_cost`.
 
-Triton's launcher runs unchanged on a libcuda whose launch does nothing (fakecuda.c), over CPU
-tensors: the driver's launch, the CUDA allocator and torch's look at the current stream are missing.
+Over CPU tensors, so malloc stands in for CUDA's allocator. Triton's launcher runs unchanged on a
+libcuda whose launch does nothing (fakecuda.c): the driver's launch and torch's look at the current
+stream are missing. The CUDA C++ operators are those that tests/cuda compiles for the host: the
+runtime's launch is missing too, and the choice of the device.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
+import runpy
 import subprocess
 import sys
 import tempfile
@@ -32,16 +35,38 @@ def main() -> None:
     sys.exit(run.returncode)
 
 
+def emulated() -> Path | None:
+    """The CUDA C++ operators for the host; None where there is no g++."""
+    return runpy.run_path(str(HERE.parent / "tests" / "cuda" / "build.py"))["emulated"]()
+
+
 def measure(path: str) -> None:
     import torch
+
+    from cbloss_fused import kernels
+
+    counters = [fake_driver(path)]
+    cases = calls("triton", kernels.load().scale_gradient)
+    library = emulated()
+    if library is None:
+        print("cuda: left out, there is no g++")
+    else:
+        counters.append(idle(library))
+        cases |= calls("cuda", torch.ops.cbloss_fused._scale)
+    for name, us in best(cases).items():
+        before = sum(each.value for each in counters)
+        cases[name]()
+        launches = sum(each.value for each in counters) - before
+        print(f"{name:50s}{launches:3d} launches {us:7.2f} us")
+
+
+def fake_driver(path: str) -> ctypes.c_long:
+    """Make Triton launch on the fake libcuda; its count of launches."""
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
     from triton.runtime import driver
 
-    from cbloss_fused import kernels, ops
-
     library = ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
-    launches = ctypes.c_long.in_dll(library, "launches")
 
     class Fake(CudaDriver):
         def __init__(self) -> None:
@@ -56,41 +81,58 @@ def measure(path: str) -> None:
             return GPUTarget("cuda", 90, 32)
 
     driver.set_active(Fake())
+    return ctypes.c_long.in_dll(library, "launches")
+
+
+def idle(path: Path) -> ctypes.c_long:
+    """Load the CUDA C++ operators with launches that do nothing; their count of launches."""
+    from cbloss_fused import cuda
+
+    cuda.load_from(path, "cpu")
+    library = ctypes.CDLL(str(path))
+    ctypes.c_int.in_dll(library, "emulated_idle").value = 1
+    return ctypes.c_long.in_dll(library, "emulated_launches")
+
+
+def calls(backend: str, scale: Callable[..., Any]) -> dict[str, Callable[[], Any]]:
+    """What is timed of a backend."""
+    import torch
+
+    from cbloss_fused import ops
+
     x, y = torch.randn(32, 8142, dtype=torch.bfloat16), torch.randint(0, 8142, (32,))
     w = torch.rand(8142)
     loss, rows, grad = torch.empty(()), torch.empty(32), torch.empty_like(x)
-    formula = (True, 0.5, 0.0)
+    formula, operator = (True, 0.5, 0.0), ops.losses[backend]
     plain = (x, y, None, None, None, *formula, None)
-    cases: dict[str, Callable[[], Any]] = {
-        "operator, one kernel (reduction none)": lambda: ops.losses["triton"](
-            *plain, 0, rows, grad, None
-        ),
-        "operator, two (mean)": lambda: ops.losses["triton"](*plain, 1, loss, grad, None),
-        "operator, three (mean, weight, ignore_index)": lambda: ops.losses["triton"](
-            x, y, w, None, None, *formula, -100, 1, loss, grad, None
-        ),
-        "scaling of a stored gradient": lambda: kernels.load().scale_gradient(
-            grad, loss, grad.numel()
-        ),
+    full = (x, y, w, None, None, *formula, -100)
+
+    def allocated() -> None:
+        operator(*full, 1, ops.new_loss(x, y, 1), ops.co_aligned(x), None)
+
+    named: dict[str, Callable[[], Any]] = {
+        "operator, reduction none": lambda: operator(*plain, 0, rows, grad, None),
+        "operator, mean": lambda: operator(*plain, 1, loss, grad, None),
+        "operator, mean, weight, ignore_index": lambda: operator(*full, 1, loss, grad, None),
+        "the same and its buffers": allocated,
+        "scaling of a stored gradient": lambda: scale(grad, loss, grad.numel()),
         "for scale: torch.empty_like(x)": lambda: torch.empty_like(x),
     }
-    for name, call in cases.items():
-        call()
-        before = launches.value
-        call()
-        count = launches.value - before
-        print(f"{name:50s}{count:3d} launches {_best(call):7.2f} us")
+    return {f"{backend}: {name}": call for name, call in named.items()}
 
 
-def _best(call: Callable[[], Any], calls: int = 2000, turns: int = 9) -> float:
-    """Microseconds of a call, the best of some turns."""
-    best = float("inf")
+def best(
+    cases: dict[str, Callable[[], Any]], count: int = 1000, turns: int = 20
+) -> dict[str, float]:
+    """Microseconds of each call, the best of some turns: a busy machine slows all alike."""
+    found = dict.fromkeys(cases, float("inf"))
     for _ in range(turns):
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        best = min(best, (time.perf_counter() - start) / calls * 1e6)
-    return best
+        for name, call in cases.items():
+            start = time.perf_counter()
+            for _ in range(count):
+                call()
+            found[name] = min(found[name], (time.perf_counter() - start) / count * 1e6)
+    return found
 
 
 if __name__ == "__main__":

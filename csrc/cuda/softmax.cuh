@@ -56,7 +56,7 @@ struct Part {
   }
   CB_FN void rebase(T top) {  // a larger maximum
     const T step = clamped(M) - clamped(top);
-    R *= exp(step);
+    R *= exp_exact(step);
     if (SMOOTH && n > 0) D += n * step;
     M = top;
   }
@@ -83,7 +83,7 @@ struct Part {
   CB_FN void put(T* p) const { p[0] = M, p[1] = R, p[2] = D, p[3] = n; }
   CB_FN void add_part(const T* p) {  // of a maximum that is not above M
     const T step = clamped(p[0]) - clamped(M);
-    R += p[1] * exp(step);
+    R += p[1] * exp_exact(step);
     if (SMOOTH && p[3] > 0) D += p[2] + p[3] * step, n += p[3];
   }
 };
@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(THREADS == WARP ? 4 * WARP : THREADS) softmax_
   if (!a.grad) return;
   if (WARPS == 1) __syncwarp();  // in place: all have read the target's logit
   S* g = row_of(a.grad, a.g, a.K, i);
-  const float k_warp = f.k * factor * exp(clamped(M) - clamped(part.M));
+  const float k_warp = f.k * factor * exp_exact(clamped(M) - clamped(part.M));
   uint4* p = reinterpret_cast<uint4*>(g + at.head) + thread;
   UNROLL for (int k = 0; k < ITEMS; ++k) {
     UNROLL for (int j = 0; j < N; j += 2) z[k].set(j, k_warp * e[k][j] - f.uniform,

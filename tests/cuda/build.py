@@ -11,46 +11,61 @@ from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).parent.parent.parent
+HERE, ROOT = Path(__file__).parent, Path(__file__).parent.parent.parent
+TORCH = Path(torch.__file__).parent
 DTYPES = ("float", "double", "__nv_bfloat16", "__half")
-FLAGS = (
+FLAGS = [
     *("-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"),
     *("-Wno-unknown-pragmas", "-ffp-contract=fast", "-U_FORTIFY_SOURCE", "-DUSE_CUDA"),
-    "-DTORCH_TARGET_VERSION=0x020b000000000000",
-)
-SANITIZERS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1", "-O1")
+    *("-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{HERE / 'host'}"),
+    *(f"-isystem{TORCH / path}" for path in ("include", "include/torch/csrc/api/include")),
+    *(["-mfma", "-mf16c"] if platform.machine() == "x86_64" else []),
+]
+SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 
-def emulated(sources: Path = ROOT / "csrc", sanitized: bool = False) -> Path | None:
+def emulated(sanitized: bool = False) -> Path | None:
     """The library, compiled if it is not up to date; None where there is no g++."""
-    compiler = shutil.which("g++")
-    if compiler is None:
+    if shutil.which("g++") is None:
         return None
-    folder = sources.parent / "build" / ("emulated-sanitized" if sanitized else "emulated")
-    library = folder / "_cuda_on_cpu.so"
-    newest = max(
-        p.stat().st_mtime for p in [*sources.rglob("*"), *Path(__file__).parent.rglob("*.h")]
-    )
+    folder = ROOT / "build" / ("emulated-sanitized" if sanitized else "emulated")
+    library = folder / "cuda_on_cpu.so"
+    sources = [*(ROOT / "csrc").rglob("*"), *HERE.rglob("*.h"), Path(__file__)]
+    newest = max(path.stat().st_mtime for path in sources)
     if library.exists() and library.stat().st_mtime > newest:
         return library
-    folder.mkdir(parents=True, exist_ok=True)
-    found = Path(torch.__file__).parent
-    flags = [*FLAGS, *(SANITIZERS if sanitized else ("-O2",))]
-    if platform.machine() == "x86_64":
-        flags += ["-mfma", "-mf16c"]
-    flags += [f"-I{Path(__file__).parent / 'host'}", "-isystem", str(found / "include")]
-    flags += ["-isystem", str(found / "include/torch/csrc/api/include")]
-
-    def compile_one(name: str, *more: str) -> str:
-        target = folder / f"{'-'.join((name, *more)).replace('=', '-')}.o"
-        command = [compiler, *flags, *more, "-x", "c++", "-c", str(sources / "cuda" / f"{name}.cu")]
-        subprocess.run([*command, "-o", str(target)], check=True)
-        return str(target)
-
-    jobs = [("rows", f"-DCBLOSS_DTYPE={dtype}") for dtype in DTYPES]
+    flags = [*SANITIZERS, "-g1", "-O1"] if sanitized else ["-O2"]
+    jobs = [("rows.cu", dtype) for dtype in DTYPES] + [("ops.cu", "ops")]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda job: compile_one(*job), [*jobs, ("ops",)]))
-    link = [compiler, "-shared", *(SANITIZERS if sanitized else ()), *objects]
-    link += [f"-L{found / 'lib'}", "-ltorch_cpu", "-lc10", f"-Wl,-rpath,{found / 'lib'}"]
-    subprocess.run([*link, "-o", str(library)], check=True)
+        for each in [pool.submit(compile_one, ROOT / "csrc", folder, *job, flags) for job in jobs]:
+            each.result()
+    link(library, [folder / f"{name}.o" for _, name in jobs], SANITIZERS if sanitized else [])
     return library
+
+
+def faulty(csrc: Path, dtype: str) -> Path:
+    """The library with the row kernels of one dtype from another csrc, the rest as it is."""
+    folder = csrc.parent
+    compile_one(csrc, folder, "rows.cu", dtype, ["-O0", "-w"])
+    good = ROOT / "build" / "emulated"
+    objects = [good / f"{name}.o" for name in (*DTYPES, "ops") if name != dtype]
+    library = folder / "cuda_on_cpu.so"
+    link(library, [folder / f"{dtype}.o", *objects], [])
+    return library
+
+
+def compile_one(csrc: Path, folder: Path, source: str, name: str, flags: list[str]) -> None:
+    """name: of the object; of rows.cu, the dtype."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = ["g++", *FLAGS, *flags, f"-DCBLOSS_DTYPE={name}", "-x", "c++"]
+    target = folder / f"{name}.o"
+    subprocess.run([*command, "-c", str(csrc / "cuda" / source), "-o", str(target)], check=True)
+
+
+def link(library: Path, objects: list[Path], flags: list[str]) -> None:
+    """Written beside and moved: a library that is in use stays as it is."""
+    fresh = library.with_suffix(".new")
+    command = ["g++", "-shared", *flags, *map(str, objects), f"-L{TORCH / 'lib'}"]
+    command += ["-ltorch_cpu", "-lc10", f"-Wl,-rpath,{TORCH / 'lib'}", "-o", str(fresh)]
+    subprocess.run(command, check=True)
+    fresh.replace(library)

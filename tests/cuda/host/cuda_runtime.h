@@ -127,7 +127,7 @@ inline bool release(State state, size_t from, size_t to) {
     waiting += fibers[i].state == state, done += fibers[i].state == DONE;
   }
   if (waiting == 0 || waiting + done < to - from) return false;
-  if (done && state != SYNC_BLOCK) fail("a full warp is asked for after a lane has left");
+  if (done) fail("a shuffle or barrier for all after a thread has left");
   for (size_t i = from; i < to; ++i)
     if (fibers[i].state == state) fibers[i].state = RUN;
   return true;

@@ -1,0 +1,186 @@
+"""Runs the CUDA kernels of an emulated library against float64: `python check.py LIBRARY`.
+
+A process of its own, since a kernel that is wrong may end it: every buffer lies between pages that
+nobody may touch. Thread orders, the errors of special functions, options and layouts vary from case
+to case. Ends with status 1 at the first result that is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import itertools
+import mmap
+import random
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cbloss_fused import cuda, ops, reference
+
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
+# Tiles, a warp a row, blocks of 128 and 256 threads, loops; 70,001: several blocks a row.
+CLASSES = (1, 7, 9, 128, 129, 500, 1000, 2049, 4100, 8142, 8192, 12_001, 20_003, 70_001)
+GAMMAS = (0.0, 0.5, 1.0, 2.0, 1.5)
+TOLERANCE = {  # relative: of the loss, of a gradient to the row's largest
+    torch.float64: (1e-12, 1e-12),
+    torch.float32: (2e-5, 2e-5),
+    torch.bfloat16: (2e-5, 2.0**-8 + 2e-5),
+    torch.float16: (2e-5, 2.0**-11 + 2e-5),
+}
+PAGE = mmap.PAGESIZE
+libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+
+
+class Memory:
+    """Buffers between pages without access: up to the last, or `shift` elements past the first."""
+
+    def __init__(self, at_end: bool, shift: int) -> None:
+        self.at_end, self.shift = at_end, shift
+        self.regions: list[tuple[int, int]] = []
+
+    def copy(self, values: Tensor) -> Tensor:
+        size, item = values.numel() * values.element_size(), values.element_size()
+        start = 0 if self.at_end else self.shift * item
+        pages = (size + start + PAGE - 1) // PAGE * PAGE + 2 * PAGE
+        base = libc.mmap(None, pages, mmap.PROT_READ | mmap.PROT_WRITE, 0x22, -1, 0)
+        self.regions.append((base, pages))
+        for guard in (base, base + pages - PAGE):
+            assert libc.mprotect(guard, PAGE, 0) == 0
+        first = base + (pages - PAGE - size if self.at_end else PAGE + start)
+        memory = (ctypes.c_char * max(size, 1)).from_address(first)
+        tensor = torch.frombuffer(memory, dtype=values.dtype, count=values.numel())
+        return tensor.view(values.shape).copy_(values)
+
+    def free(self) -> None:
+        for base, pages in self.regions:
+            libc.munmap(base, pages)
+
+
+class Case(NamedTuple):
+    """One call; what is not here is drawn from `seed`."""
+
+    sigmoid: bool
+    dtype: torch.dtype
+    C: int
+    gamma: float
+    eps: float
+    seed: int
+
+
+def cases(dtypes: list[str], share: int) -> Iterator[Case]:
+    """Every combination, or one of `share` of them."""
+    combinations = itertools.product((0.0, 0.1), GAMMAS, CLASSES, dtypes, (False, True))
+    for seed, (eps, gamma, C, dtype, sigmoid) in enumerate(combinations):
+        if seed % share == 0:
+            yield Case(sigmoid, DTYPES[dtype], C, gamma, eps, seed)
+
+
+def run(case: Case, library: ctypes.CDLL) -> None:
+    """Loss with gradient, loss alone and recomputed gradient; raises where one is wrong."""
+    draw, generator = random.Random(case.seed), torch.Generator().manual_seed(case.seed)
+    for name, values in (("order", (0, 1, 2, 3)), ("error", (0, 1, 2, 3))):
+        ctypes.c_int.in_dll(library, f"emulated_{name}").value = draw.choice(values)
+    processors = draw.choice((1, 132))
+    ctypes.c_int.in_dll(library, "emulated_multiprocessors").value = processors
+    N = draw.choice((3, 6)) if case.C < 20_000 else 3
+    compute = reference.compute_dtype(case.dtype)
+    spread = draw.choice((1.0, 3.0, 30.0))
+    x = torch.randn(N, case.C, generator=generator).mul(spread)
+    y = torch.randint(case.C, (N,), generator=generator)
+    y[0], y[1] = 0, case.C - 1
+    x[0] -= 15  # a sure row: all gradients are tiny
+    x[0, 0], x[1, y[1]] = 15, 4 * spread
+    if not case.sigmoid and draw.random() < 0.3:
+        x += 3e4  # alike but for the last digits
+    ignore = draw.choice((-100, None, int(y[2])))
+    if ignore == -100:
+        y[2] = -100
+    if ignore is not None:
+        x[y == ignore] = float("nan")
+    x = x.to(case.dtype)
+    weight = torch.rand(case.C, generator=generator).to(compute) + 0.5
+    sample = torch.rand(N, generator=generator).to(compute) + 0.5
+    reduction = draw.choice(range(4))
+    normalizer = torch.tensor(7, dtype=compute) if reduction == 1 and draw.random() < 0.3 else None
+    options = (
+        weight if draw.random() < 0.7 else None,
+        sample if draw.random() < 0.5 else None,
+        normalizer,
+    )
+    want, slope, _ = reference.loss_and_grad(
+        x.double(), y, *(None if v is None else v.double() for v in options),
+        activation=("softmax", "sigmoid")[case.sigmoid], gamma=case.gamma,
+        label_smoothing=case.eps, ignore_index=ignore,
+        reduction=("none", "mean", "weighted_mean", "sum")[reduction],
+    )  # fmt: skip
+
+    memory = Memory(draw.random() < 0.5, draw.choice((0, 1, 3, 5)))
+    logits, target = memory.copy(x), memory.copy(y)
+    vectors = [None if v is None else memory.copy(v) for v in options]
+    formula = (case.sigmoid, case.gamma, case.eps)
+    nan = torch.full((), float("nan"), dtype=compute)
+    loss = memory.copy(nan.expand(want.shape).contiguous())
+    in_place = draw.random() < 0.3
+    grad = memory.copy(x if in_place else torch.full_like(x, float("nan")))
+    source = grad if in_place else logits
+    operator, again = ops.losses["cuda"], ops.gradients["cuda"]
+    operator(source, target, *vectors, *formula, ignore, reduction, loss, grad, None)
+    check(case, "loss", loss, want, TOLERANCE[case.dtype][0], want.abs())
+    # With smoothing eps p and eps / C may cancel: what is left is relative to these.
+    largest = slope.abs().amax(1, keepdim=True).clamp(min=case.eps / 100)
+    check(case, "gradient", grad, slope, TOLERANCE[case.dtype][1], largest)
+
+    saved = memory.copy(nan.expand(1 if case.sigmoid else 3, N).contiguous())
+    loss.fill_(float("nan"))
+    operator(logits, target, *vectors, *formula, ignore, reduction, loss, None, saved)
+    check(case, "loss alone", loss, want, TOLERANCE[case.dtype][0], want.abs())
+    incoming = memory.copy(torch.full(want.shape, 2.0, dtype=compute))
+    source = memory.copy(x)
+    grad = source if in_place else memory.copy(torch.full_like(x, float("nan")))
+    again(source, target, saved, incoming, *formula, grad)
+    check(case, "recomputed", grad, 2 * slope, TOLERANCE[case.dtype][1], 2 * largest)
+    assert torch.equal(logits.nan_to_num(), x.nan_to_num()), f"{case}: the logits were changed"
+    memory.free()
+
+
+def check(case: Case, what: str, got: Tensor, want: Tensor, rtol: float, scale: Tensor) -> None:
+    smallest = 2.0**-24 if case.dtype == torch.float16 and got.dtype == case.dtype else 1e-37
+    wrong = (got.double() - want).abs() > rtol * scale + smallest
+    wrong |= got.isnan() != want.isnan()
+    if wrong.any():
+        where = tuple(wrong.nonzero()[0].tolist())
+        sys.exit(f"{case}: {what}{list(where)} is {got[where]:.9g}, expected {want[where]:.9g}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("library", type=Path)
+    parser.add_argument("--dtypes", nargs="*", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--share", type=int, default=1, help="one of so many cases")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    cuda.load_from(arguments.library.resolve(), "cpu")
+    library = ctypes.CDLL(str(arguments.library.resolve()))
+    count = 0
+    for case in cases(arguments.dtypes, arguments.share):
+        run(case, library)
+        count += 1
+    print(f"{count} cases")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""The CUDA C++ kernels without a GPU: emulated in every order and error, with faults planted in
+them, and as nvcc compiles them."""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import BACKENDS, EMULATOR, FAMILIES, loss_and_grad, oracle, same_bits
+from cuda import build, faults
+
+FAMILY = pytest.mark.parametrize("family", FAMILIES)
+CHECK = [sys.executable, str(Path(__file__).parent / "cuda" / "check.py")]
+
+
+@pytest.fixture
+def emulated():
+    if EMULATOR is None:
+        pytest.skip("the kernels are not emulated here")
+    with BACKENDS["cuda"].active():
+        yield BACKENDS["cuda"]
+
+
+@pytest.fixture
+def setting(monkeypatch):
+    """setting(name, value) until the test ends."""
+    return lambda name, value: monkeypatch.setattr(EMULATOR.setting(name), "value", value)
+
+
+@pytest.mark.parametrize("C", (10, 300, 1000, 8142, 20_000, 70_000), ids="C{}".format)
+@FAMILY
+def test_the_order_of_threads_changes_no_bit(emulated, setting, family, C):
+    generator = torch.Generator().manual_seed(C)
+    logits = torch.randn(3, C, generator=generator)
+    target = torch.randint(C, (3,), generator=generator)
+    for recompute in (False, True):
+        options = {"activation": family, "gamma": 0.5, "recompute": recompute}
+        want = loss_and_grad(emulated, logits, target, **options)
+        for order in (1, 2, 3):
+            setting("order", order)
+            got = loss_and_grad(emulated, logits, target, **options)
+            assert all(map(same_bits, got, want))
+        setting("order", 0)
+
+
+def rows_of_every_kind(C):
+    generator = torch.Generator().manual_seed(C)
+    logits = torch.randn(4, C, generator=generator)
+    target, rows = torch.randint(C, (4,), generator=generator), torch.arange(4)
+    for margin in (12, 20, 30, 45):
+        sure = logits.clone()
+        sure[rows, target] = margin + math.log(C)
+        yield sure, target
+    wrong = logits * 3
+    wrong[rows, target] = -40
+    flat = torch.full_like(logits, -math.log(max(C - 1, 1)))
+    for kind in (logits, wrong, flat, logits * 30, logits * 1e4, logits - 25, logits + 3e4):
+        yield kind, target
+
+
+@pytest.mark.parametrize("error", (0, 1, 2, 3), ids=("exact", "up", "down", "either"))
+@pytest.mark.parametrize("gamma", (0.0, 0.5, 1.0, 2.0, 1.5, 5.0), ids="g{}".format)
+@FAMILY
+def test_special_functions_at_their_worst(emulated, setting, family, gamma, error):
+    """The errors that the PTX ISA allows the hardware, float32: 1.5e-5; without them 6e-6."""
+    setting("error", error)
+    bound = 1.5e-5 if error else 6e-6
+    options = {"activation": family, "gamma": gamma, "reduction": "none"}
+    for C in (10, 1000, 8142, 20_000):
+        for logits, target in rows_of_every_kind(C):
+            want = oracle(logits, target, **options)
+            loss, grad = loss_and_grad(emulated, logits, target, **options)
+            smallest = 2e-38 * C  # where terms may be flushed to 0
+            assert ((loss - want[0]).abs() <= bound * want[0].abs() + smallest).all()
+            largest = want[1].abs().amax(1, keepdim=True)
+            assert ((grad - want[1]).abs() <= bound * largest + smallest).all()
+
+
+def checked(library: Path, *arguments: str, **environment: str) -> str:
+    done = subprocess.run(
+        [*CHECK, str(library), *arguments],
+        capture_output=True, text=True, env=os.environ | environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_nothing_is_touched_outside_the_buffers(emulated):
+    """Pages without access around every buffer; every layout, option, order and error."""
+    assert checked(build.emulated()) == "1120 cases\n"
+
+
+def test_under_sanitizers(emulated):
+    names = [subprocess.run(["g++", f"-print-file-name=lib{kind}san.so"], capture_output=True,
+                            text=True).stdout.strip() for kind in ("a", "ub")]  # fmt: skip
+    if not all(Path(name).is_absolute() for name in names):
+        pytest.skip("g++ has no sanitizers here")
+    environment = {"LD_PRELOAD": " ".join(names), "ASAN_OPTIONS": "detect_leaks=0"}
+    library = build.emulated(sanitized=True)
+    assert checked(library, "--share", "7", **environment) == "160 cases\n"
+
+
+@pytest.fixture(scope="module")
+def findings(tmp_path_factory):
+    """What the checks say of each planted fault."""
+    folder = tmp_path_factory.mktemp("faults")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        places = [folder / str(i) for i in range(len(faults.FAULTS))]
+        return dict(zip(faults.FAULTS, pool.map(faults.plant, faults.FAULTS, places), strict=True))
+
+
+@pytest.mark.skipif(EMULATOR is None, reason="the kernels are not emulated here")
+@pytest.mark.parametrize("fault", faults.FAULTS, ids=lambda fault: fault.name)
+def test_a_planted_fault_is_found(findings, fault):
+    assert findings[fault] is not None
