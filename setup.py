@@ -24,7 +24,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent
 TORCH_TARGET_VERSION = "0x020b000000000000"  # torch 2.11, the oldest that may load the binary
 PY_LIMITED_API = "0x030a0000"  # Python 3.10
 
@@ -145,7 +145,7 @@ def build_cuda(library: Path, folder: Path) -> None:
 
     def compile_one(source: str, define: str, name: str) -> str:
         target = folder / f"{name}.o"
-        command = [nvcc, *flags, define, "-c", source, "-o", str(target)]
+        command = [nvcc, *flags, define, "-c", str(ROOT / source), "-o", str(target)]
         print(shlex.join(command))
         subprocess.run(command, check=True)
         return str(target)
@@ -155,7 +155,7 @@ def build_cuda(library: Path, folder: Path) -> None:
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(lambda job: compile_one(*job), jobs))
     stub = folder / "libtorch_cuda.so"
-    source = "csrc/cuda/torch_cuda_stub.c"
+    source = str(ROOT / "csrc/cuda/torch_cuda_stub.c")
     subprocess.run(
         ["cc", "-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so", source, "-o", str(stub)],
         check=True,
@@ -247,16 +247,17 @@ class BuildExtension(build_ext):
 
 HEADERS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h"))
 
-setup(
-    ext_modules=[
-        Extension(
-            "cbloss_fused._C",
-            sources=["csrc/module.cpp", "csrc/cpu/ops.cpp"],
-            depends=[*HEADERS, "csrc/cpu/rows.cpp"],
-            language="c++",
-            py_limited_api=True,
-        )
-    ],
-    cmdclass={"build_ext": BuildExtension},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=[
+            Extension(
+                "cbloss_fused._C",
+                sources=["csrc/module.cpp", "csrc/cpu/ops.cpp"],
+                depends=[*HEADERS, "csrc/cpu/rows.cpp"],
+                language="c++",
+                py_limited_api=True,
+            )
+        ],
+        cmdclass={"build_ext": BuildExtension},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    )

@@ -1,8 +1,9 @@
-"""Machine code of a compiled Triton kernel, counted: no GPU, only tools that Triton brings."""
+"""Machine code of compiled kernels, counted: no GPU, only tools that Triton brings."""
 
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import tempfile
 from collections import Counter
@@ -30,6 +31,7 @@ class Code(NamedTuple):
 
     straight: Counts  # outside loops
     loops: list[Counts]  # in order
+    interior: Counts  # what a thread executes that has no edge and no target, once through a loop
     registers: int
     stack: int  # bytes a thread; 0: no spills
     shared: int  # bytes a block
@@ -37,12 +39,24 @@ class Code(NamedTuple):
 
 
 def read(kernel: Any) -> Code:
-    """Disassemble a kernel compiled for an NVIDIA GPU."""
+    """Disassemble a Triton kernel compiled for an NVIDIA GPU."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        listing = _run("-sass", file.name)
-        usage = _run("-res-usage", file.name)
+        (code,) = read_library(Path(file.name)).values()
+    return code
+
+
+def read_library(path: Path) -> dict[str, Code]:
+    """Disassemble all kernels of a library, or of what else cuobjdump reads, by their C++ names."""
+    usage = dict(re.findall(r"Function (\S+):\n\s*(.*)", _run("-res-usage", str(path))))
+    parts = _run("-sass", str(path)).split("Function : ")[1:]
+    names = [part.split(maxsplit=1)[0] for part in parts]
+    codes = [_code(part, usage[name]) for name, part in zip(names, parts, strict=True)]
+    return dict(zip(_demangled(names), codes, strict=True))
+
+
+def _code(listing: str, usage: str) -> Code:
     code = [
         (int(address, 16), text.strip())
         for address, text in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", listing, re.MULTILINE)
@@ -55,11 +69,20 @@ def read(kernel: Any) -> Code:
     return Code(
         _count(outside),
         [_count([text for _, text in code[first : last + 1]]) for first, last in loops],
+        _count(_interior(code)),
         _usage(usage, "REG"),
         _usage(usage, "STACK"),
         _usage(usage, "SHARED"),
         sum(name.startswith(("LDL", "STL")) for name in names),
     )
+
+
+def _demangled(names: list[str]) -> list[str]:
+    tool = shutil.which("c++filt")
+    if tool is None or not any(name.startswith("_Z") for name in names):
+        return names
+    text = "\n".join(names)
+    return subprocess.run([tool], input=text, capture_output=True, text=True).stdout.splitlines()
 
 
 def _run(*arguments: str) -> str:
@@ -78,11 +101,49 @@ def _loops(code: list[tuple[int, str]]) -> list[tuple[int, int]]:
     index = {address: i for i, (address, _) in enumerate(code)}
     found = []
     for i, (_, text) in enumerate(code):
-        target = re.search(r"BRA.*?(0x[0-9a-f]+)", text)
-        first = index.get(int(target[1], 16)) if target else None
+        first = index.get(_target(text) or -1)
         if first is not None and first < i:
             found.append((first, i))
     return [a for a in found if not any(b != a and b[0] <= a[0] and a[1] <= b[1] for b in found)]
+
+
+def _target(text: str) -> int | None:
+    found = re.search(r"BRA.*?(0x[0-9a-f]+)", text)
+    return int(found[1], 16) if found else None
+
+
+def _interior(code: list[tuple[int, str]]) -> list[str]:
+    """The path past what few threads do, loops once.
+
+    A branch over code is taken if that holds no vector access but small ones (an edge, the target),
+    an integer division, or neither accesses nor special functions. Of two sides the shorter is
+    taken: all vectors are there, logits are of usual size.
+    """
+    index = {address: i for i, (address, _) in enumerate(code)}
+    path, i = [], 0
+    while i < len(code):
+        text = code[i][1]
+        path.append(text)
+        if text.startswith("EXIT"):
+            break
+        to = index.get(_target(text) or -1, 0)
+        if to > i and (text.startswith("BRA") or _rare([t for _, t in code[i + 1 : to]])):
+            i = to
+        elif to > i and (other := _target(code[to - 1][1])) is not None:
+            end = index.get(other, 0)
+            i = to if code[to - 1][1].startswith("BRA") and 0 < end - to < to - i else i + 1
+        else:
+            i += 1
+    return path
+
+
+def _rare(region: list[str]) -> bool:
+    names = [_name(text) for text in region]
+    special = any(name.startswith("MUFU") for name in names)
+    small = any(name.startswith(("LDG", "STG")) for name in names)
+    if any(name.startswith("F2I") for name in names):
+        return True
+    return not any(".128" in name for name in names) and (small or not special)
 
 
 def _name(text: str) -> str:

@@ -1,0 +1,124 @@
+"""The CUDA kernels as nvcc compiles them, read and loaded without a GPU."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")  # for its cuobjdump
+
+from conftest import DEVICE, INTERPRETED
+
+import setup
+from bench import sass
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.skipif(
+    setup.find_nvcc() is None or INTERPRETED or DEVICE == "cuda" or not sass.TOOLS.exists(),
+    reason="needs nvcc, and no GPU",
+)
+
+
+@pytest.fixture(scope="module")
+def library():
+    """What setup.py builds for sm_90, every warning an error."""
+    folder = ROOT / "build" / "nvcc"
+    path = folder / "_cuda.so"
+    sources = [*(ROOT / "csrc").rglob("*"), ROOT / "setup.py"]
+    if path.exists() and path.stat().st_mtime > max(p.stat().st_mtime for p in sources):
+        return path
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+        patch.setenv("NVCC_APPEND_FLAGS", "-Werror all-warnings")
+        setup.build_cuda(path, folder)
+    return path
+
+
+@pytest.fixture(scope="module")
+def kernels(library):
+    return sass.read_library(library)
+
+
+def named(kernels, *words):
+    """The one kernel whose name and template arguments have all of the words."""
+    (found,) = [code for name, code in kernels.items() if all(word in name for word in words)]
+    return found
+
+
+LOADING = """
+import sys, torch
+torch.version.cuda = "13.0"
+import cbloss_fused
+from cbloss_fused import cuda, ops
+torch.ops.load_library(sys.argv[1])
+for name in ("loss.cuda", "gradient.cuda", "_scale"):
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"cbloss_fused::{name}", "CUDA"), name
+torch.ops.cbloss_fused._serve_cuda()
+print(torch.ops.cbloss_fused._cuda_architectures(), "|", torch.ops.cbloss_fused._cuda_unusable())
+"""
+
+
+def test_the_library_registers_its_operators(library):
+    """Beside a stand-in for libtorch_cuda; without a driver it says that it cannot run."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", LOADING, str(library)],
+        capture_output=True, text=True, cwd=ROOT,
+        env=os.environ | {"LD_LIBRARY_PATH": str(library.parent)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert re.match(r"sm_90 \| built with CUDA \d+, .*driver", done.stdout)
+
+
+HALF_AND_FLOAT = ("__nv_bfloat16", "__half", "float")
+
+
+def test_no_kernel_spills(kernels):
+    """float64 may: it is there to be right."""
+    for name, code in kernels.items():
+        if "double" not in name:
+            assert (code.stack, code.local) == (0, 0), name
+    assert len(kernels) > 100
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_FLOAT)
+def test_one_access_of_16_bytes_a_vector(kernels, dtype):
+    """In and out, once; the edges and the target's column beside."""
+    size = 4 if dtype == "float" else 2
+    for name, code in kernels.items():
+        found = re.search(r"(softmax|sigmoid)_rows<(\w+), .*?(\d+), (\d+)(, true)?>", name)
+        if found is None or found[2] != dtype:
+            continue
+        items = int(found[4])
+        assert (code.interior.loads, code.interior.stores) == (items, items), name
+        assert code.interior.loads_small <= 6, name  # target, weight, z_y, its edge, ...
+        assert code.interior.stores_small <= 3, name
+        assert items * 16 / size in (16, 32, 64)
+
+
+BOUNDS = {  # bfloat16, C = 8142: instructions and special functions an element
+    "softmax_rows<__nv_bfloat16, false, 128, 8>": (12.5, 1.3),
+    "sigmoid_rows<__nv_bfloat16, (cbloss::Gamma)0, false, 128, 8, true>": (15, 2.2),
+    "sigmoid_rows<__nv_bfloat16, (cbloss::Gamma)1, false, 128, 8, true>": (26, 2.1),
+    "sigmoid_rows<__nv_bfloat16, (cbloss::Gamma)2, false, 128, 8, true>": (27, 2.1),
+    "sigmoid_rows<__nv_bfloat16, (cbloss::Gamma)3, false, 128, 8, true>": (28, 2.1),
+    "sigmoid_rows<__nv_bfloat16, (cbloss::Gamma)4, false, 128, 8, true>": (32, 3.1),
+}
+
+
+@pytest.mark.parametrize("name", BOUNDS)
+def test_instructions_an_element(kernels, name):
+    counts, (instructions, special) = named(kernels, name).interior, BOUNDS[name]
+    assert counts.all <= 64 * instructions
+    assert counts.special <= 64 * special
+
+
+def test_long_rows_are_read_twice_and_written_once(kernels):
+    code = named(kernels, "softmax_long<__nv_bfloat16, false, 1024>")
+    assert (code.interior.loads, code.interior.stores) == (8, 4)
+    code = named(kernels, "softmax_apply<__nv_bfloat16, false, true, 256>")
+    assert (code.interior.loads, code.interior.stores) == (4, 4)
