@@ -22,6 +22,7 @@ bench: $(VENV)/ready $(VENV)/bench
 codegen: $(VENV)/ready $(VENV)/bench
 	$(BIN)/python -m bench.codegen
 	$(BIN)/python -m bench.launch_cost
+	! command -v nvcc > /dev/null || $(BIN)/python -m bench.nvcc
 roofline: $(VENV)/ready
 	$(BIN)/python -m bench.roofline > bench/roofline.md
 gpu:
@@ -48,7 +49,7 @@ lint: $(VENV)/lint
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc bench tests -name '*.cpp' -o -name '*.h' -o -name '*.c' -o -name '*.cu' -o -name '*.cuh')
 clean:
-	rm -rf $(VENV) build dist *.egg-info cbloss_fused/_C*.so
+	rm -rf $(VENV) build dist *.egg-info cbloss_fused/_C*.so cbloss_fused/_cuda.so
 
 # The environment, torch, then the extension, built against that torch and in place.
 $(VENV)/torch:

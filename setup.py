@@ -146,7 +146,7 @@ def build_cuda(library: Path, folder: Path) -> None:
     def compile_one(source: str, define: str, name: str) -> str:
         target = folder / f"{name}.o"
         command = [nvcc, *flags, define, "-c", str(ROOT / source), "-o", str(target)]
-        print(shlex.join(command))
+        print(shlex.join(command), file=sys.stderr)
         subprocess.run(command, check=True)
         return str(target)
 
@@ -164,7 +164,7 @@ def build_cuda(library: Path, folder: Path) -> None:
     command = [nvcc, "-shared", "-cudart", "static", *objects, "-o", str(library)]
     command += [f"-L{torch / 'lib'}", f"-L{folder}", "-Xlinker", "--no-as-needed"]
     command += ["-ltorch_cpu", "-ltorch_cuda", "-lc10", "-Xlinker", "-rpath,$ORIGIN/../torch/lib"]
-    print(shlex.join(command))
+    print(shlex.join(command), file=sys.stderr)
     subprocess.run(command, check=True)
 
 

@@ -15,7 +15,7 @@ pytest.importorskip("triton")  # for its cuobjdump
 from conftest import DEVICE, INTERPRETED
 
 import setup
-from bench import sass
+from bench import nvcc, sass
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(
@@ -26,17 +26,8 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def library():
-    """What setup.py builds for sm_90, every warning an error."""
-    folder = ROOT / "build" / "nvcc"
-    path = folder / "_cuda.so"
-    sources = [*(ROOT / "csrc").rglob("*"), ROOT / "setup.py"]
-    if path.exists() and path.stat().st_mtime > max(p.stat().st_mtime for p in sources):
-        return path
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
-        patch.setenv("NVCC_APPEND_FLAGS", "-Werror all-warnings")
-        setup.build_cuda(path, folder)
-    return path
+    """What setup.py builds for sm_90."""
+    return nvcc.library("9.0")
 
 
 @pytest.fixture(scope="module")

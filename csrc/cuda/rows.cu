@@ -14,9 +14,9 @@ using T = Compute<S>;
 constexpr int N = Vec<S>::N;
 constexpr bool F64 = std::is_same_v<S, double>;  // by loops alone: not worth the registers' kernels
 constexpr int FEW_CLASSES = 128;                 // up to here a thread has a whole row
-constexpr int SMALL = 16, LARGE = 64;            // elements of a row that a thread holds
-constexpr int HELD = 256 * LARGE;                // elements of a row that registers hold
-constexpr int SHARE = 4096, MOST_PARTS = 32;     // rows of a prologue's block; most of these
+constexpr int SMALL = 16, MEDIUM = 32, LARGE = 64;  // elements of a row that a thread holds
+constexpr int HELD = 256 * LARGE;                   // elements of a row that registers hold
+constexpr int SHARE = 4096, MOST_PARTS = 32;        // rows of a prologue's block; most of these
 
 int ceil_div(int64_t a, int64_t b) { return int((a + b - 1) / b); }
 
@@ -90,8 +90,9 @@ cudaError_t softmax(Rows<S> a, const Plan& plan, bool per_row, const Device& dev
   if constexpr (!F64)
     if (plan.aligned && a.C <= HELD) {
       if (a.C <= WARP * SMALL) return held<SMOOTH, WARP, SMALL>(a, device);
-      if (a.C <= 128 * SMALL) return held<SMOOTH, 128, SMALL>(a, device);
-      if (a.C <= 64 * LARGE) return held<SMOOTH, 128, LARGE / 2>(a, device);
+      if (a.C <= WARP * MEDIUM) return held<SMOOTH, WARP, MEDIUM>(a, device);
+      if (a.C <= WARP * LARGE) return held<SMOOTH, WARP, LARGE>(a, device);
+      if (a.C <= 128 * MEDIUM) return held<SMOOTH, 128, MEDIUM>(a, device);
       if (a.C <= 128 * LARGE) return held<SMOOTH, 128, LARGE>(a, device);
       return held<SMOOTH, 256, LARGE>(a, device);
     }
@@ -113,9 +114,9 @@ cudaError_t sigmoid(const Rows<S>& a, const Plan& plan, bool per_row, const Devi
                   per_row);
   constexpr int LONG = 128;
   if constexpr (!F64) {
-    if (plan.aligned && a.C <= 128 * 8)
+    if (plan.aligned && a.C <= WARP * LARGE)
       return launch_rows<WARP>(sigmoid_rows<S, G, SMOOTH, WARP, SMALL / N, true>, a, 1, device);
-    if (plan.aligned && a.C <= 2 * LONG * SMALL)
+    if (plan.aligned && a.C <= LONG * MEDIUM)
       return launch_rows<LONG>(sigmoid_rows<S, G, SMOOTH, LONG, SMALL / N, true>, a, 1, device);
     if (plan.aligned)
       return launch_rows<LONG>(sigmoid_rows<S, G, SMOOTH, LONG, LARGE / N, true>, a, plan.splits,

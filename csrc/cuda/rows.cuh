@@ -175,7 +175,7 @@ CB_FN void load_tile(Vec<S> (&z)[ITEMS], const S* first, int v, int left) {
 }
 template <class S>
 CB_FN void store(uint4* p, const Vec<S>& z, bool aligned = true) {
-  if (aligned) __stcs(p, z.words);  // plain, nvcc splits it into four
+  if (aligned) *p = z.words;
   else UNROLL for (int j = 0; j < Vec<S>::N; ++j) reinterpret_cast<S*>(p)[j] = S(z[j]);
 }
 

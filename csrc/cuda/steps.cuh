@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(BLOCK)
   for (int64_t v = thread; v < whole; v += int64_t(gridDim.x) * BLOCK) {
     Vec<S> z{vectors[v]};
     UNROLL for (int j = 0; j < N; j += 2) z.set(j, z[j] * f, z[j + 1] * f);
-    __stcs(vectors + v, z.words);
+    vectors[v] = z.words;
   }
   if (thread < head) g[thread] = S(T(g[thread]) * f);
   if (thread < tail) g[head + whole * N + thread] = S(T(g[head + whole * N + thread]) * f);

@@ -219,10 +219,6 @@ V __shfl_xor_sync(unsigned, V value, int mask) {
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
-inline void __stcs(uint4* p, uint4 value) {
-  if (reinterpret_cast<uintptr_t>(p) % 16) emulator::fail("a vector that is not aligned");
-  *p = value;
-}
 template <class V>
 V min(V a, V b) {
   return b < a ? b : a;
