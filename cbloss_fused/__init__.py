@@ -1,12 +1,12 @@
 """Class-balanced softmax, sigmoid and focal losses for PyTorch, loss and gradient in one pass."""
 
+from .counts import class_counts
 from .functional import check_target, class_balanced_loss
 from .modules import ClassBalancedLoss
 from .ops import backends
 from .weights import (
     beta_from_prototypes,
     class_balanced_weights,
-    class_counts,
     effective_number,
     init_head_bias_,
 )

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .functional import class_balanced_loss
 from .spec import check_options
-from .weights import Vector, class_balanced_weights
+from .values import Vector
+from .weights import class_balanced_weights
 
 
 class ClassBalancedLoss(torch.nn.Module):

@@ -4,22 +4,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, Protocol, TypeAlias, TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
+from .values import Vector, device, reals, require
 
-class Array(Protocol):
-    """What NumPy, pandas and JAX arrays have in common; NumPy itself is not needed."""
-
-    def __array__(self) -> Any: ...
-
-
-Vector: TypeAlias = Tensor | Array | Sequence[float]
-T = TypeVar("T")
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -42,7 +33,7 @@ def effective_number(counts: Vector, beta: float | Vector) -> Tensor:
     tensor([ 0.0000,  1.0000,  6.5132, 10.0000], dtype=torch.float64)
     """
     n = _counts(counts)
-    return _effective_number(n, _beta(beta, len(n))).to(_device(counts))
+    return _effective_number(n, _beta(beta, len(n))).to(device(counts))
 
 
 def beta_from_prototypes(N: float | Vector) -> float | Tensor:
@@ -60,10 +51,10 @@ def beta_from_prototypes(N: float | Vector) -> float | Tensor:
     >>> beta_from_prototypes(1000)
     0.999
     """
-    n = _reals(N, "N")
-    _require((n >= 1) & n.isfinite(), n, "N", "a finite N >= 1")
+    n = reals(N, "N")
+    require((n >= 1) & n.isfinite(), n, "N", "a finite N >= 1")
     beta = (n - 1) / n
-    return beta.to(_device(N)) if isinstance(N, Tensor) or beta.dim() else float(beta)
+    return beta.to(device(N)) if isinstance(N, Tensor) or beta.dim() else float(beta)
 
 
 def class_balanced_weights(
@@ -104,46 +95,7 @@ def class_balanced_weights(
     inverse = E.min() / E  # in (0, 1], where 1 / E may be infinite
     weights = torch.zeros_like(n)
     weights[present] = inverse * (len(inverse) / inverse.sum())
-    return weights.float().to(_device(counts))
-
-
-def class_counts(
-    labels_or_dataset: Tensor | Array | Sequence[int] | Dataset[Any] | DataLoader[Any],
-    num_classes: int | None = None,
-) -> Tensor:
-    """Count the samples of each class.
-
-    A dataset with `.targets` or `.labels` is not iterated (its `target_transform` is applied), nor
-    is a `Subset` of one. Of any other, and of a DataLoader, every item or batch is loaded, with a
-    progress bar if tqdm is installed; its label is element 1, or "label", "labels" or "target".
-
-    Args:
-        labels_or_dataset: class indices (not one-hot) of any integer type and any shape, a
-            map-style dataset, or a DataLoader (counted as it samples, a last batch dropped too).
-        num_classes: C; the largest label + 1 if None.
-    Returns:
-        (C,) int64, on the device of the labels if they are a tensor.
-    Raises:
-        ValueError: a label outside [0, C) (filter ignored ones out before), or none to tell C by.
-        TypeError: labels that are not integers, or no labels to be found.
-
-    >>> class_counts([0, 2, 2, 1, 2], num_classes=4)
-    tensor([1, 1, 3, 0])
-    """
-    if num_classes is not None and num_classes < 1:
-        raise ValueError(f"num_classes = {num_classes}: expected at least 1, or None")
-    below = math.inf if num_classes is None else num_classes
-    expected = "a label >= 0" if num_classes is None else f"0 <= label < {num_classes}"
-    counts = torch.zeros(num_classes or 0, dtype=torch.int64, device="cpu")
-    seen = 0
-    for labels in _label_chunks(labels_or_dataset):
-        _require((labels >= 0) & (labels < below), labels, "labels", expected, start=seen)
-        old, counts = counts, torch.bincount(labels, minlength=len(counts))
-        counts[: len(old)] += old
-        seen += len(labels)
-    if len(counts) == 0:
-        raise ValueError("there are no labels: expected at least one, or num_classes")
-    return counts.to(_device(labels_or_dataset))
+    return weights.float().to(device(counts))
 
 
 def init_head_bias_(linear: M) -> M:
@@ -217,105 +169,16 @@ def _warn_if_collapsed(E: Tensor, n: Tensor, beta: Tensor) -> None:
 
 
 def _counts(counts: Vector) -> Tensor:
-    n = _reals(counts, "counts")
+    n = reals(counts, "counts")
     if n.dim() != 1 or len(n) == 0:
         raise ValueError(f"counts has shape {tuple(n.shape)}: expected (C,) with C >= 1")
-    _require((n >= 0) & n.isfinite(), n, "counts", "a finite count >= 0")
+    require((n >= 0) & n.isfinite(), n, "counts", "a finite count >= 0")
     return n
 
 
 def _beta(beta: float | Vector, C: int) -> Tensor:
-    b = _reals(beta, "beta")
+    b = reals(beta, "beta")
     if b.dim() > 0 and b.shape != (C,):
         raise ValueError(f"beta has shape {tuple(b.shape)}: expected a number, or one each ({C},)")
-    _require((b >= 0) & (b <= 1), b, "beta", "0 <= beta <= 1")
+    require((b >= 0) & (b <= 1), b, "beta", "0 <= beta <= 1")
     return b
-
-
-def _require(ok: Tensor, values: Tensor, name: str, expected: str, start: int = 0) -> None:
-    """Raise for the first value that is not ok; start is the index of values[0]."""
-    bad = (~ok).nonzero()
-    if len(bad):
-        first = tuple(bad[0].tolist())
-        index = "".join(f"[{start + i}]" for i in first)
-        many = f" ({len(bad)} of {start + len(values)} are wrong)" if first else ""
-        raise ValueError(f"{name}{index} = {values[first].item()}: expected {expected}{many}")
-
-
-def _reals(values: float | Vector, name: str) -> Tensor:
-    t = _tensor(values, f"{name} must be real numbers", torch.float64)
-    if t.is_complex():
-        raise TypeError(f"{name} must be real numbers, got {t.dtype}")
-    return t.double()
-
-
-def _integers(values: Any) -> Tensor:
-    t = _tensor(values, "labels must be integers, a tensor, an array or a sequence")
-    if t.numel() and (t.is_floating_point() or t.is_complex() or t.dtype == torch.bool):
-        raise TypeError(f"labels must be integers (class indices), got {t.dtype}")
-    return t.long().flatten()
-
-
-def _tensor(values: Any, what: str, dtype: torch.dtype | None = None) -> Tensor:
-    """values on the CPU; dtype is for Python numbers, tensors and arrays keep theirs."""
-    if isinstance(values, Tensor):
-        return values.detach().cpu()
-    try:
-        if hasattr(values, "__array__"):  # copied: it may be read-only, or reversed
-            return torch.as_tensor(values.__array__().copy(), device="cpu")
-        return torch.as_tensor(values, dtype=dtype, device="cpu")
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise TypeError(f"{what}, got {type(values).__name__}: {error}") from error
-
-
-def _device(values: Any) -> torch.device:
-    return values.device if isinstance(values, Tensor) else torch.get_default_device()
-
-
-def _label_chunks(source: Any) -> Iterator[Tensor]:
-    if isinstance(source, DataLoader):
-        yield from (_integers(_label_of(batch)) for batch in _progress(source))
-    elif isinstance(source, Tensor | Sequence) or hasattr(source, "__array__"):
-        yield _integers(source)
-    elif (labels := _stored_labels(source)) is not None:
-        yield labels
-    elif not hasattr(source, "__len__") or isinstance(source, IterableDataset | Mapping):
-        raise TypeError(
-            f"cannot count the labels of a {type(source).__name__}: expected integer labels, "
-            "a map-style dataset with a length, or a DataLoader"
-        )
-    else:
-        yield from (_integers(_label_of(source[i])) for i in _progress(range(len(source))))
-
-
-def _stored_labels(dataset: Any) -> Tensor | None:
-    if isinstance(dataset, Subset):
-        labels = _stored_labels(dataset.dataset)
-        return None if labels is None else labels[_integers(dataset.indices)]
-    for name in ("targets", "labels"):
-        if (stored := getattr(dataset, name, None)) is not None:
-            transform = getattr(dataset, "target_transform", None)
-            labels = _integers(stored)
-            return labels if transform is None else _integers(list(map(transform, labels.tolist())))
-    return None
-
-
-def _label_of(item: Any) -> Any:
-    if isinstance(item, tuple | list) and len(item) > 1:
-        return item[1]
-    for key in ("label", "labels", "target"):
-        if isinstance(item, Mapping) and key in item:
-            return item[key]
-    raise TypeError(
-        f"no label in a {type(item).__name__}: expected (input, label, …), or a mapping with "
-        '"label", "labels" or "target"'
-    )
-
-
-def _progress(items: Iterable[T]) -> Iterable[T]:
-    try:
-        from tqdm import tqdm  # type: ignore[import-untyped, unused-ignore]
-    except ImportError:  # an extra: without it the labels are counted silently
-        return items
-    bar: Iterable[T] = tqdm(items, desc="counting labels", leave=False)
-    return bar

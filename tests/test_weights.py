@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
-from cbloss_fused.weights import (
+from cbloss_fused import (
     beta_from_prototypes,
     class_balanced_weights,
     class_counts,
