@@ -2,7 +2,7 @@
 
 from .counts import class_counts
 from .functional import check_target, class_balanced_loss
-from .modules import ClassBalancedLoss
+from .modules import ClassBalancedLoss, DeferredReweighting
 from .ops import backends
 from .weights import (
     beta_from_prototypes,
@@ -13,6 +13,7 @@ from .weights import (
 
 __all__ = [
     "ClassBalancedLoss",
+    "DeferredReweighting",
     "backends",
     "beta_from_prototypes",
     "check_target",

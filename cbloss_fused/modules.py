@@ -1,17 +1,20 @@
-"""The nn.Modules."""
+"""The nn.Modules and the schedule of their weights."""
 
 from __future__ import annotations
 
 import inspect
-from typing import Literal
+import warnings
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
+from .counts import class_counts
 from .functional import class_balanced_loss
 from .spec import check_options
-from .values import Vector
-from .weights import class_balanced_weights
+from .values import Array, Vector, reals
+from .weights import beta_from_prototypes, class_balanced_weights
 
 
 class ClassBalancedLoss(torch.nn.Module):
@@ -25,7 +28,9 @@ class ClassBalancedLoss(torch.nn.Module):
             backend, as in `class_balanced_loss`.
 
     Shape: input (C,), (N, C) or (N, C, d1, ..., dk); target (), (N,) or (N, d1, ..., dk).
-    Attributes: weight, a (C,) float32 buffer: moves with .to(), saved in state_dict.
+    Attributes: weight, a (C,) float32 buffer: moves with .to(), saved in state_dict; counts and
+        beta, float64 on the CPU, which are saved with it. `set_beta` and `update_counts` change the
+        weights in place: a compiled model sees it and is not compiled again.
     Raises: ValueError or TypeError for bad counts, beta or options, here and not in forward.
     Source: Cui et al., CVPR 2019 (arXiv 1901.05555).
 
@@ -54,7 +59,7 @@ class ClassBalancedLoss(torch.nn.Module):
         super().__init__()
         check_options(activation, gamma, label_smoothing, ignore_index, reduction, inplace, backend)
         self.register_buffer("weight", class_balanced_weights(counts, beta, empty=empty))
-        self.beta = beta
+        self.counts, self.beta, self.empty = reals(counts, "counts"), reals(beta, "beta"), empty
         self.activation = activation
         self.gamma = gamma
         self.label_smoothing = label_smoothing
@@ -88,12 +93,138 @@ class ClassBalancedLoss(torch.nn.Module):
             backend=self.backend,
         )
 
+    @classmethod
+    def from_labels(
+        cls,
+        labels: Tensor | Array | list[int],
+        num_classes: int | None = None,
+        beta: float | Vector = 0.999,
+        **options: Any,
+    ) -> ClassBalancedLoss:
+        """The loss for the counts of these class indices, see `class_counts`.
+
+        >>> ClassBalancedLoss.from_labels([0, 0, 1, 2], beta=0.9).counts
+        tensor([2., 1., 1.], dtype=torch.float64)
+        """
+        return cls(class_counts(labels, num_classes), beta, **options)
+
+    @classmethod
+    def from_dataset(
+        cls,
+        dataset: Dataset[Any] | DataLoader[Any],
+        num_classes: int | None = None,
+        beta: float | Vector = 0.999,
+        **options: Any,
+    ) -> ClassBalancedLoss:
+        """The loss for the counts of a dataset or of what a loader samples, see `class_counts`."""
+        return cls(class_counts(dataset, num_classes), beta, **options)
+
+    def set_beta(self, beta: float | Vector) -> None:
+        """Weights of another beta, in place. Raises and warns as `class_balanced_weights`."""
+        self._reweight(self.counts, reals(beta, "beta"))
+
+    def update_counts(self, new: Vector) -> None:
+        """Count (C,) further samples of each class, as they stream in; the weights follow in place.
+
+        Raises: ValueError for another number of classes, or as `class_balanced_weights`.
+
+        >>> loss_fn = ClassBalancedLoss([8, 1], beta=0.9)
+        >>> loss_fn.update_counts(class_counts([1, 1, 0], num_classes=2))
+        >>> loss_fn.counts
+        tensor([9., 3.], dtype=torch.float64)
+        """
+        more = reals(new, "new")
+        if more.shape != self.counts.shape:
+            raise ValueError(
+                f"new must have shape {tuple(self.counts.shape)}, got {tuple(more.shape)}"
+            )
+        if not (more >= 0).all():
+            raise ValueError(f"new must be >= 0, got {more.min().item()}")
+        self._reweight(self.counts + more, self.beta)
+
+    def _reweight(self, counts: Tensor, beta: Tensor) -> None:
+        self.weight.copy_(class_balanced_weights(counts, beta, empty=self.empty))
+        self.counts, self.beta = counts, beta
+
+    def get_extra_state(self) -> dict[str, Tensor]:
+        """What the weights were made of, for `state_dict`."""
+        return {"counts": self.counts, "beta": self.beta}
+
+    def set_extra_state(self, state: dict[str, Tensor]) -> None:
+        """As it was saved; the weights themselves are a buffer, which is loaded bit for bit."""
+        self.counts, self.beta = state["counts"].double().cpu(), state["beta"].double().cpu()
+
     def extra_repr(self) -> str:
         """num_classes and beta, then whatever is not the default."""
-        beta = f"beta={self.beta}" if isinstance(self.beta, float | int) else "beta per class"
+        beta = f"beta={self.beta.item()}" if self.beta.dim() == 0 else "beta per class"
         changed = [
             f"{name}={getattr(self, name)!r}"
             for name, option in inspect.signature(class_balanced_loss).parameters.items()
             if hasattr(self, name) and name != "weight" and getattr(self, name) != option.default
         ]
         return ", ".join([f"num_classes={len(self.weight)}", beta, *changed])
+
+
+class DeferredReweighting:
+    """Weights of 1 for the first epochs, then the loss's own: deferred re-weighting (DRW).
+
+    `step()` after every epoch, as torch's schedulers; it changes the loss's weights in place.
+
+    Args:
+        loss_fn: the loss, whose counts and beta are those to defer.
+        start_epoch: the first epoch, counted from 0, that is re-weighted.
+        anneal_epochs: how many epochs beta takes to its own value. N = 1/(1 - beta) grows from 1,
+            where all weights are equal, by the same factor each epoch; 0: at once.
+
+    Raises: ValueError for a negative epoch, or anneal_epochs where beta is 1 (N is infinite).
+    Source: Cao et al., Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss,
+        NeurIPS 2019 (arXiv 1906.07413), algorithm 1.
+
+    >>> loss_fn = ClassBalancedLoss([90, 10], beta=0.9)
+    >>> schedule = DeferredReweighting(loss_fn, start_epoch=1)
+    >>> loss_fn.weight
+    tensor([1., 1.])
+    >>> schedule.step()
+    >>> loss_fn.weight
+    tensor([0.7889, 1.2111])
+    """
+
+    def __init__(
+        self, loss_fn: ClassBalancedLoss, start_epoch: int, anneal_epochs: int = 0
+    ) -> None:
+        for name, value in (("start_epoch", start_epoch), ("anneal_epochs", anneal_epochs)):
+            if not isinstance(value, int) or value < 0:
+                raise ValueError(f"{name} must be an int >= 0, got {value!r}")
+        if anneal_epochs and bool((loss_fn.beta == 1).any()):
+            raise ValueError("anneal_epochs needs beta < 1: N = 1/(1 - beta) is infinite")
+        self.loss_fn, self.start_epoch, self.anneal_epochs = loss_fn, start_epoch, anneal_epochs
+        self.epoch = 0
+        self._apply()
+
+    def step(self) -> None:
+        """An epoch has ended."""
+        self.epoch += 1
+        self._apply()
+
+    def _apply(self) -> None:
+        loss_fn, past = self.loss_fn, self.epoch - self.start_epoch + 1
+        if past <= 0:
+            loss_fn.weight.fill_(1)
+            return
+        beta = loss_fn.beta
+        if past <= self.anneal_epochs:
+            share = past / (self.anneal_epochs + 1)
+            beta = reals(beta_from_prototypes((1 - beta) ** -share), "beta")
+        with warnings.catch_warnings():  # of a beta that moves no weight yet: it grows
+            warnings.simplefilter("ignore")
+            weight = class_balanced_weights(loss_fn.counts, beta, empty=loss_fn.empty)
+        loss_fn.weight.copy_(weight)
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch; the weights are in the loss's own."""
+        return {"epoch": self.epoch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Resume at a saved epoch: the weights are set again."""
+        self.epoch = state["epoch"]
+        self._apply()

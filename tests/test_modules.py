@@ -10,9 +10,15 @@ import pickle
 import numpy as np
 import pytest
 import torch
+import torch._dynamo.testing
 from conftest import DEVICE, FAMILIES, REDUCTIONS
 
-from cbloss_fused import ClassBalancedLoss, class_balanced_loss, class_balanced_weights
+from cbloss_fused import (
+    ClassBalancedLoss,
+    DeferredReweighting,
+    class_balanced_loss,
+    class_balanced_weights,
+)
 
 COUNTS = [100, 10, 1, 40]
 LOGITS = torch.linspace(-3, 3, 24).reshape(6, 4).sin() * 4
@@ -81,7 +87,7 @@ def test_weights(form):
 @GIVEN
 def test_state_dict_round_trip(options):
     loss_fn = ClassBalancedLoss(COUNTS, 0.9, **options)
-    assert list(loss_fn.state_dict()) == ["weight"]
+    assert list(loss_fn.state_dict()) == ["weight", "_extra_state"]
     buffer = io.BytesIO()
     torch.save(loss_fn.state_dict(), buffer)
     buffer.seek(0)
@@ -163,3 +169,115 @@ BAD = {
 def test_bad_options_raise_when_it_is_made(changes, error, text):
     with pytest.raises(error, match=text):
         ClassBalancedLoss(**{"counts": COUNTS} | changes)
+
+
+# Weights that change ------------------------------------------------------------------------------
+
+
+def test_set_beta_and_update_counts_change_the_buffer_in_place():
+    loss_fn = ClassBalancedLoss(COUNTS, 0.9)
+    weight = loss_fn.weight
+    loss_fn.set_beta(0.99)
+    assert torch.equal(weight, class_balanced_weights(COUNTS, 0.99))
+    loss_fn.update_counts([0, 5, 5, 0])
+    loss_fn.update_counts(torch.tensor([1, 0, 0, 0]))
+    assert torch.equal(weight, class_balanced_weights([101, 15, 6, 40], 0.99))
+    loss_fn.set_beta(torch.tensor([0.9, 0.99, 0.5, 0.0]))
+    assert torch.equal(weight, class_balanced_weights([101, 15, 6, 40], loss_fn.beta))
+    assert loss_fn.weight is weight
+
+
+@pytest.mark.parametrize("change", ("set_beta(1.5)", "update_counts([1, 2])",
+                                    "update_counts([1, -1, 0, 0])"))  # fmt: skip
+def test_a_change_that_is_wrong_changes_nothing(change):
+    loss_fn = ClassBalancedLoss(COUNTS, 0.9)
+    before = copy.deepcopy(loss_fn.state_dict())
+    with pytest.raises(ValueError):
+        eval(f"loss_fn.{change}")
+    after = loss_fn.state_dict()
+    assert torch.equal(after["weight"], before["weight"])
+    assert torch.equal(after["_extra_state"]["counts"], before["_extra_state"]["counts"])
+
+
+def test_what_changed_is_saved_and_goes_on():
+    loss_fn, other = ClassBalancedLoss(COUNTS, 0.9), ClassBalancedLoss([1, 1, 1, 1], 0.5)
+    loss_fn.set_beta(0.99)
+    loss_fn.update_counts([0, 5, 5, 0])
+    other.load_state_dict(loss_fn.state_dict())
+    for each in (loss_fn, other):
+        each.update_counts([7, 0, 0, 1])
+    assert torch.equal(loss_fn.weight, other.weight)
+
+
+def test_from_labels_and_from_dataset():
+    labels = torch.tensor([0, 0, 1, 2, 2, 2])
+    want = class_balanced_weights([2, 1, 3], 0.9)
+    dataset = torch.utils.data.TensorDataset(torch.zeros(6, 2), labels)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=4)
+    assert torch.equal(ClassBalancedLoss.from_labels(labels, beta=0.9).weight, want)
+    for source in (dataset, loader):
+        loss_fn = ClassBalancedLoss.from_dataset(source, 3, 0.9, gamma=2.0)
+        assert torch.equal(loss_fn.weight, want)
+        assert loss_fn.gamma == 2
+    with pytest.raises(ValueError, match="no samples"):
+        ClassBalancedLoss.from_labels(labels, num_classes=4)
+
+
+@pytest.mark.parametrize("anneal", (0, 3))
+def test_deferred_reweighting(anneal):
+    """Ones, then as many steps as asked for towards the loss's own weights, then these."""
+    loss_fn = ClassBalancedLoss(COUNTS, 0.99)
+    own, weight = loss_fn.weight.clone(), loss_fn.weight
+    schedule = DeferredReweighting(loss_fn, start_epoch=2, anneal_epochs=anneal)
+    seen = []
+    for _ in range(3 + anneal):
+        seen.append(weight.clone())
+        schedule.step()
+    assert all((w == 1).all() for w in seen[:2])
+    assert torch.equal(seen[2 + anneal], own)
+    assert torch.equal(weight, own)
+    between = torch.stack(seen[1 : 3 + anneal])
+    assert (between[1:, 2] > between[:-1, 2]).all()  # the rarest class gains at every step
+    for step, got in enumerate(seen[2 : 2 + anneal], 1):
+        beta = 1 - 1 / 100.0 ** (step / (anneal + 1))
+        torch.testing.assert_close(got, class_balanced_weights(COUNTS, beta))
+
+
+def test_deferred_reweighting_resumes_where_it_was():
+    def made():
+        loss_fn = ClassBalancedLoss(COUNTS, 0.99)
+        return loss_fn, DeferredReweighting(loss_fn, 1, anneal_epochs=2)
+
+    (loss_fn, schedule), (other, resumed) = made(), made()
+    for epoch in range(5):
+        resumed.load_state_dict(schedule.state_dict())
+        assert torch.equal(other.weight, loss_fn.weight), epoch
+        schedule.step()
+        resumed.step()
+        assert torch.equal(other.weight, loss_fn.weight), epoch
+
+
+@pytest.mark.parametrize("options", ({"start_epoch": -1}, {"start_epoch": 1.5},
+                                     {"start_epoch": 1, "anneal_epochs": -2}))  # fmt: skip
+def test_deferred_reweighting_refuses(options):
+    with pytest.raises(ValueError, match="must be an int >= 0"):
+        DeferredReweighting(ClassBalancedLoss(COUNTS), **options)
+    with pytest.raises(ValueError, match="beta < 1"):
+        DeferredReweighting(ClassBalancedLoss(COUNTS, 1.0), 0, anneal_epochs=2)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_changing_weights_recompiles_nothing():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    loss_fn = ClassBalancedLoss(COUNTS, 0.99)
+    schedule = DeferredReweighting(loss_fn, start_epoch=1, anneal_epochs=1)
+    compiled = torch.compile(loss_fn, fullgraph=True, backend=counter)
+    for _ in range(4):
+        leaf = LOGITS.clone().requires_grad_()
+        loss = compiled(leaf, TARGET)
+        torch.testing.assert_close(loss, class_balanced_loss(LOGITS, TARGET, loss_fn.weight))
+        schedule.step()
+    loss_fn.set_beta(0.5)
+    compiled(LOGITS.clone().requires_grad_(), TARGET)
+    assert counter.frame_count == 1
