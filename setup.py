@@ -112,15 +112,28 @@ def missing_cuda() -> str | None:
     return None
 
 
+def gpus_here() -> list[str]:
+    """Compute capabilities of this machine's GPUs, "7.5" for one."""
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    if shutil.which(query[0]) is None:
+        return []
+    found = subprocess.run(query, capture_output=True, text=True).stdout
+    return re.findall(r"^\d+\.\d+$", found, re.MULTILINE)
+
+
 def architectures(nvcc: str) -> list[str]:
-    """nvcc's flags for TORCH_CUDA_ARCH_LIST, "8.0;9.0a;10.0+PTX"; by default ours that it knows."""
+    """nvcc's flags for TORCH_CUDA_ARCH_LIST, "8.0;9.0a;10.0+PTX"; by default ours and this GPU's,
+    as far as nvcc knows them."""
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True)
+    names = re.split(r"[; ]+", (asked or ARCHITECTURES).strip("; "))
+    if asked is None:
+        names = [gpu for gpu in sorted(set(gpus_here())) if gpu not in ARCHITECTURES] + names
     flags = []
-    for each in re.split(r"[; ]+", (asked or ARCHITECTURES).strip("; ")):
+    for each in names:
         found = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", each)
         if found is None:
-            raise SystemExit(
+            raise ValueError(
                 f"TORCH_CUDA_ARCH_LIST must hold numbers such as 9.0 or 10.0+PTX, got {each!r}"
             )
         major, minor, kind, ptx = found.groups()
@@ -154,12 +167,10 @@ def build_cuda(library: Path, folder: Path) -> None:
     jobs.append(("csrc/cuda/ops.cu", f'-DCBLOSS_ARCHITECTURES="{names}"', "ops"))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(lambda job: compile_one(*job), jobs))
-    stub = folder / "libtorch_cuda.so"
-    source = str(ROOT / "csrc/cuda/torch_cuda_stub.c")
-    subprocess.run(
-        ["cc", "-shared", "-fPIC", "-Wl,-soname,libtorch_cuda.so", source, "-o", str(stub)],
-        check=True,
-    )
+    if not (torch / "lib" / "libtorch_cuda.so").exists():
+        stub = ["-Xlinker", "-soname,libtorch_cuda.so", "-o", str(folder / "libtorch_cuda.so")]
+        source = str(ROOT / "csrc/cuda/torch_cuda_stub.c")
+        subprocess.run([nvcc, "-shared", "-Xcompiler", "-fPIC", source, *stub], check=True)
     library.parent.mkdir(parents=True, exist_ok=True)
     command = [nvcc, "-shared", "-cudart", "static", *objects, "-o", str(library)]
     command += [f"-L{torch / 'lib'}", f"-L{folder}", "-Xlinker", "--no-as-needed"]
@@ -182,15 +193,13 @@ class BuildExtension(build_ext):
             super().run()
         reason = missing_cuda()
         library, folder = package / "_cuda.so", Path(self.build_temp) / "cuda"
-        if reason is None and self.stale(library):
+        if reason is None and self.stale(library, folder):
             try:
                 build_cuda(library, folder)
-            except subprocess.CalledProcessError as error:
+            except (subprocess.CalledProcessError, OSError, ValueError) as error:
                 if ASKED == "1":
                     raise
-                reason = (
-                    f"nvcc failed with status {error.returncode}; CBLOSS_CUDA=1 makes that an error"
-                )
+                reason = f"the build failed ({error}); CBLOSS_CUDA=1 makes that an error"
         if reason is not None:
             library.unlink(missing_ok=True)
         self.note(package / "_cuda_note.txt", reason)
@@ -202,10 +211,16 @@ class BuildExtension(build_ext):
             path.write_text(reason + "\n")
             print(f"cbloss_fused: left out: {reason}", file=sys.stderr)
 
-    def stale(self, library: Path) -> bool:
+    def stale(self, library: Path, folder: Path) -> bool:
+        """Whether sources, or the architectures that are asked for, have changed since."""
+        asked, stamp = os.environ.get("TORCH_CUDA_ARCH_LIST", ""), folder / "architectures"
+        before = stamp.read_text() if stamp.exists() else None
+        folder.mkdir(parents=True, exist_ok=True)
+        stamp.write_text(asked)
         sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
-        newest = max(path.stat().st_mtime for path in sources)
-        return bool(self.force) or not library.exists() or library.stat().st_mtime < newest
+        newest = max(path.stat().st_mtime for path in [*sources, ROOT / "setup.py"])
+        current = library.exists() and library.stat().st_mtime > newest and asked == before
+        return bool(self.force) or not current
 
     def build_extension(self, ext: Extension) -> None:
         torch = find_torch()

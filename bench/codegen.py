@@ -88,7 +88,7 @@ def launches(
     target = torch.empty(shape[:1] + shape[2:], dtype=torch.int64, device="meta")
     loss = ops.new_loss(logits, target, 1)
     w = loss.new_empty(shape[1]) if weight else None
-    formula = (activation == "sigmoid", gamma, label_smoothing)
+    formula = (activation == "sigmoid", gamma, label_smoothing, 0.0)
     gradient: Tensor | None = torch.empty_like(logits) if grad else None
     with recorded() as found:
         if recompute:

@@ -103,7 +103,7 @@ def calls(backend: str, scale: Callable[..., Any]) -> dict[str, Callable[[], Any
     x, y = torch.randn(32, 8142, dtype=torch.bfloat16), torch.randint(0, 8142, (32,))
     w = torch.rand(8142)
     loss, rows, grad = torch.empty(()), torch.empty(32), torch.empty_like(x)
-    formula, operator = (True, 0.5, 0.0), ops.losses[backend]
+    formula, operator = (True, 0.5, 0.0, 0.0), ops.losses[backend]
     plain = (x, y, None, None, None, *formula, None)
     full = (x, y, w, None, None, *formula, -100)
 

@@ -27,7 +27,7 @@ class StoredGradient(torch.autograd.Function):
         inplace = spec.inplace
         grad = logits.detach() if inplace else ops.new_grad(logits)
         loss = ops.new_loss(logits, rows[0], spec.reduction)
-        ops.losses[spec.backend](logits, *rows, *spec[:5], loss, grad, None)
+        ops.losses[spec.backend](logits, *rows, *spec[:6], loss, grad, None)
         if inplace:  # whoever saved the logits raises in its backward
             torch.autograd.graph.increment_version(logits)
         ctx.save_for_backward(grad)
@@ -61,7 +61,7 @@ class RecomputedGradient(torch.autograd.Function):
         target = rows[0]
         saved = ops.new_saved(logits, target, spec.sigmoid)
         loss = ops.new_loss(logits, target, spec.reduction)
-        ops.losses[spec.backend](logits, *rows, *spec[:5], loss, None, saved)
+        ops.losses[spec.backend](logits, *rows, *spec[:6], loss, None, saved)
         ctx.save_for_backward(logits, target, saved)
         ctx.spec = spec
         return loss
@@ -73,7 +73,7 @@ class RecomputedGradient(torch.autograd.Function):
         logits, target, saved = ctx.saved_tensors
         grad = logits.detach() if ctx.spec.inplace else ops.new_grad(logits)
         run = ops.gradients[ctx.spec.backend]
-        run(logits, target, saved, grad_loss.contiguous(), *ctx.spec[:3], grad)
+        run(logits, target, saved, grad_loss.contiguous(), *ctx.spec[:4], grad)
         if ctx.spec.inplace:
             torch.autograd.graph.increment_version(logits)
         return grad, None, None

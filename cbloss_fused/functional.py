@@ -19,6 +19,7 @@ def class_balanced_loss(
     activation: str = "softmax",
     gamma: float = 0.0,
     label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
     sample_weight: Tensor | None = None,
     ignore_index: int | None = -100,
     reduction: str = "mean",
@@ -32,7 +33,7 @@ def class_balanced_loss(
     Each row's loss is multiplied by r = weight[target] * sample_weight: the whole row, in the
     sigmoid family too. With p = softmax(input) at the target, p_t = sigmoid(±input) at every class:
 
-        softmax: r ((1-ε) (1-p)^γ (-log p) + ε/C Σ_j -log p_j)
+        softmax: r ((1-ε) (1-p)^γ (-log p) + ε/C Σ_j -log p_j + ζ (log Σ_j e^{z_j})²)
         sigmoid: r Σ_j (1-p_t)^γ (-log p_t)
 
     Args:
@@ -47,6 +48,8 @@ def class_balanced_loss(
             0.5, 1 or 2.
         label_smoothing: ε in [0, 1): the target becomes (1-ε) one-hot + ε/C. The row's weight
             multiplies the smoothing term; in F.cross_entropy class j's does.
+        z_loss: ζ >= 0, softmax only: keeps the logits' log-sum-exp near 0; 1e-4 is common. Its
+            square overflows where |z| is above 1e19.
         sample_weight: shape of target, finite and >= 0.
         ignore_index: rows with this target have no influence, whatever they hold; None: no row.
         reduction: "none", "sum", "mean" (over the rows that are not ignored, as in the paper) or
@@ -89,7 +92,7 @@ def class_balanced_loss(
     tensor(2.6000, grad_fn=<StoredGradientBackward>)
     """
     spec.check_options(
-        activation, gamma, label_smoothing, ignore_index, reduction, inplace, backend
+        activation, gamma, label_smoothing, z_loss, ignore_index, reduction, inplace, backend
     )
     spec.check_tensors(input, target, weight, sample_weight)
     divisor = None
@@ -105,6 +108,7 @@ def class_balanced_loss(
             activation=activation,
             gamma=gamma,
             label_smoothing=label_smoothing,
+            z_loss=z_loss,
             ignore_index=ignore_index,
             reduction=reduction,
         )
@@ -121,12 +125,12 @@ def class_balanced_loss(
         sample_weight = spec.as_vector(sample_weight, input)
     rows = (target, weight, sample_weight, divisor)
     options = spec.Spec(
-        activation == "sigmoid", float(gamma), float(label_smoothing), ignore_index,
+        activation == "sigmoid", float(gamma), float(label_smoothing), float(z_loss), ignore_index,
         spec.REDUCTIONS.index(reduction), inplace, backend,
     )  # fmt: skip
     if not input.requires_grad or not torch.is_grad_enabled():
         loss = ops.new_loss(input, target, options.reduction)
-        ops.losses[backend](input, *rows, *options[:5], loss, None, None)
+        ops.losses[backend](input, *rows, *options[:6], loss, None, None)
         return loss
     if recompute or reduction == "none" or (recompute is None and input.dtype is torch.float16):
         return recomputed_gradient(input, rows, options)

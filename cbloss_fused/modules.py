@@ -24,8 +24,8 @@ class ClassBalancedLoss(torch.nn.Module):
         counts: (C,) samples of each class in the training set; a tensor, an array or a sequence.
         beta: in [0, 1]; 0 weighs all classes alike, 1 by inverse frequency.
         empty: what a class without samples gets, see `class_balanced_weights`.
-        options: activation, gamma, label_smoothing, ignore_index, reduction, inplace, recompute,
-            backend, as in `class_balanced_loss`.
+        options: activation, gamma, label_smoothing, z_loss, ignore_index, reduction, inplace,
+            recompute, backend, as in `class_balanced_loss`.
 
     Shape: input (C,), (N, C) or (N, C, d1, ..., dk); target (), (N,) or (N, d1, ..., dk).
     Attributes: weight, a (C,) float32 buffer: moves with .to(), saved in state_dict; counts and
@@ -50,6 +50,7 @@ class ClassBalancedLoss(torch.nn.Module):
         activation: str = "softmax",
         gamma: float = 0.0,
         label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
         ignore_index: int | None = -100,
         reduction: str = "mean",
         inplace: bool = False,
@@ -57,12 +58,15 @@ class ClassBalancedLoss(torch.nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        check_options(activation, gamma, label_smoothing, ignore_index, reduction, inplace, backend)
+        check_options(
+            activation, gamma, label_smoothing, z_loss, ignore_index, reduction, inplace, backend
+        )
         self.register_buffer("weight", class_balanced_weights(counts, beta, empty=empty))
         self.counts, self.beta, self.empty = reals(counts, "counts"), reals(beta, "beta"), empty
         self.activation = activation
         self.gamma = gamma
         self.label_smoothing = label_smoothing
+        self.z_loss = z_loss
         self.ignore_index = ignore_index
         self.reduction = reduction
         self.inplace = inplace
@@ -84,6 +88,7 @@ class ClassBalancedLoss(torch.nn.Module):
             activation=self.activation,
             gamma=self.gamma,
             label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
             sample_weight=sample_weight,
             ignore_index=self.ignore_index,
             reduction=self.reduction,

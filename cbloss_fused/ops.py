@@ -26,12 +26,12 @@ from .spec import ACTIVATIONS, REDUCTIONS, check_values
 
 _LOSS = (
     "(Tensor logits, Tensor target, Tensor? weight, Tensor? sample_weight, Tensor? normalizer, "
-    "bool sigmoid, float gamma, float label_smoothing, int? ignore_index, int reduction, "
-    "Tensor(a!) loss, Tensor(b!)? grad, Tensor(c!)? saved) -> ()"
+    "bool sigmoid, float gamma, float label_smoothing, float z_loss, "
+    "int? ignore_index, int reduction, Tensor(a!) loss, Tensor(b!)? grad, Tensor(c!)? saved) -> ()"
 )
 _GRADIENT = (
     "(Tensor logits, Tensor target, Tensor saved, Tensor grad_loss, "
-    "bool sigmoid, float gamma, float label_smoothing, Tensor(a!) grad) -> ()"
+    "bool sigmoid, float gamma, float label_smoothing, float z_loss, Tensor(a!) grad) -> ()"
 )
 _library = torch.library.Library("cbloss_fused", "DEF")
 for _overload in ("", ".triton", ".cuda"):  # the device's own choice; a backend that was asked for
@@ -150,6 +150,7 @@ def _loss(
     sigmoid: bool,
     gamma: float,
     label_smoothing: float,
+    z_loss: float,
     ignore_index: int | None,
     reduction: int,
     loss: Tensor,
@@ -169,6 +170,7 @@ def _loss(
         activation=ACTIVATIONS[sigmoid],
         gamma=gamma,
         label_smoothing=label_smoothing,
+        z_loss=z_loss,
         ignore_index=ignore_index,
         reduction=REDUCTIONS[reduction],
     )
@@ -187,6 +189,7 @@ def _gradient(
     sigmoid: bool,
     gamma: float,
     label_smoothing: float,
+    z_loss: float,
     grad: Tensor,
 ) -> None:
     y = _rows_of(logits, target)
@@ -199,6 +202,7 @@ def _gradient(
             activation=ACTIVATIONS[sigmoid],
             gamma=gamma,
             label_smoothing=label_smoothing,
+            z_loss=z_loss,
         )
     )
 

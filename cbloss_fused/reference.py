@@ -31,6 +31,7 @@ def loss(
     activation: str = "softmax",
     gamma: float = 0.0,
     label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
     ignore_index: int | None = -100,
     reduction: str = "mean",
 ) -> Tensor:
@@ -39,16 +40,18 @@ def loss(
     y, keep, valid = _classes(target, z.shape[1], ignore_index)
     if keep is not None:  # selected away, never multiplied by 0
         z = torch.where(keep.unsqueeze(1), z, 0.0)
-    row_loss = _softmax_loss if activation == "softmax" else _sigmoid_loss
-    L = row_loss(z, y.unsqueeze(1), gamma, label_smoothing)
+    if activation == "softmax":
+        L = _softmax_loss(z, y.unsqueeze(1), gamma, label_smoothing, z_loss)
+    else:
+        L = _sigmoid_loss(z, y.unsqueeze(1), gamma, label_smoothing)
     if valid is not None:
         L = torch.where(valid, L, nan)
     r = _row_weights(y, weight, sample_weight, L.dtype)
     return _reduce(L if r is None else _weighted(r, L), r, keep, reduction, normalizer)
 
 
-def _softmax_loss(z: Tensor, y: Tensor, gamma: float, eps: float) -> Tensor:
-    """(1-eps) q^gamma (-log p) + eps/C sum_j (lse - z_j).
+def _softmax_loss(z: Tensor, y: Tensor, gamma: float, eps: float, zeta: float) -> Tensor:
+    """(1-eps) q^gamma (-log p) + eps/C sum_j (lse - z_j) + zeta lse^2.
 
     With v = log sum_{j != y} e^{z_j} - z_y: p = sigma(-v), q = 1 - p = sigma(v),
     -log p = softplus(v).
@@ -60,12 +63,16 @@ def _softmax_loss(z: Tensor, y: Tensor, gamma: float, eps: float) -> Tensor:
     L = -F.logsigmoid(-v)
     if gamma:
         L = torch.exp(gamma * F.logsigmoid(v)) * L
+    if zeta:
+        L = L * (1 - eps) + zeta * torch.logsumexp(z, 1) ** 2
+    elif eps:
+        L = L * (1 - eps)
     if not eps:
         return L
     M = _finite(z.amax(1, keepdim=True).detach())
     from_top = z - M
     spread = z.shape[1] * torch.logsumexp(from_top, 1) - from_top.sum(1)
-    return (1 - eps) * L + eps / z.shape[1] * spread
+    return L + eps / z.shape[1] * spread
 
 
 def _sigmoid_loss(z: Tensor, y: Tensor, gamma: float, eps: float) -> Tensor:
@@ -86,11 +93,19 @@ def _sigmoid_loss(z: Tensor, y: Tensor, gamma: float, eps: float) -> Tensor:
 
 
 def softmax_row(
-    d: Tensor, R: Tensor, r: Tensor, gamma: float, eps: float, D: Tensor | float, C: int
+    d: Tensor,
+    R: Tensor,
+    r: Tensor,
+    gamma: float,
+    eps: float,
+    D: Tensor | float,
+    C: int,
+    zeta: float,
+    M: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, k, g_y, uniform) of a row.
 
-    From d = z_y - M, R = sum_{j != y} e^{z_j - M}, D = sum_j (z_j - M):
+    From M, d = z_y - M, R = sum_{j != y} e^{z_j - M}, D = sum_j (z_j - M):
     d loss/d z_j = k e^{z_j - M} - uniform for j != y, g_y for j = y.
     """
     e_y = d.exp()
@@ -107,6 +122,10 @@ def softmax_row(
         uniform = r * (eps / C)
         loss = loss + _weighted(r, eps / C * (C * torch.where(sure, nll + d, S.log()) - D))
         k, g_y = k + r * eps / S, g_y + r * eps * p - uniform
+    if zeta:
+        lse = M + S.log()
+        loss = loss + _weighted(r, zeta * lse**2)
+        k, g_y = k + r * (2 * zeta) * lse / S, g_y + r * (2 * zeta) * lse * p
     return loss, k, g_y, uniform
 
 
@@ -129,6 +148,7 @@ def loss_and_grad(
     activation: str = "softmax",
     gamma: float = 0.0,
     label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
     ignore_index: int | None = -100,
     reduction: str = "mean",
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -144,12 +164,12 @@ def loss_and_grad(
     scale = r
     if reduction not in ("none", "sum"):
         denominator = _denominator(r, keep, reduction, normalizer)
-        scale = torch.where(denominator > 0, r / denominator, r)
+        scale = torch.where(denominator != 0, r / denominator, r)
     if keep is not None:
         scale = torch.where(keep, scale, -1.0)
     if valid is not None:
         scale = torch.where(valid, scale, nan)
-    L, grad = _rows(logits, y, scale, scale < 0, activation, gamma, label_smoothing)
+    L, grad = _rows(logits, y, scale, scale < 0, activation, gamma, label_smoothing, z_loss)
     return L if reduction == "none" else L.sum(), grad, scale
 
 
@@ -162,12 +182,13 @@ def gradient(
     activation: str,
     gamma: float,
     label_smoothing: float,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """The gradient once more, for an incoming grad_loss: 0-d, or one a row."""
     ignored = scale < 0
     y = torch.where(ignored, 0, target)
     r = torch.where(ignored, 0.0, scale * grad_loss)
-    return _rows(logits, y, r, ignored, activation, gamma, label_smoothing)[1]
+    return _rows(logits, y, r, ignored, activation, gamma, label_smoothing, z_loss)[1]
 
 
 def _rows(
@@ -178,6 +199,7 @@ def _rows(
     activation: str,
     gamma: float,
     eps: float,
+    zeta: float,
 ) -> tuple[Tensor, Tensor]:
     """Losses (N, ...) and gradient of every row."""
     C = logits.shape[1]
@@ -191,7 +213,7 @@ def _rows(
         e = (others - M).exp()
         D = (z - M).sum(1, keepdim=True) if eps else 0.0
         d, R = z.gather(1, y) - M, e.sum(1, keepdim=True)
-        L, k, g_y, uniform = softmax_row(d, R, r, gamma, eps, D, C)
+        L, k, g_y, uniform = softmax_row(d, R, r, gamma, eps, D, C, zeta, M)
         grad = (k * e - uniform).scatter(1, y, g_y)
     else:
         L, grad = sigmoid_element(z, gamma)
@@ -301,4 +323,4 @@ def _reduce(
     if reduction == "sum":
         return L.sum()
     denominator = _denominator(torch.ones_like(L) if r is None else r, keep, reduction, normalizer)
-    return L.sum() / torch.where(denominator > 0, denominator, 1.0)  # nothing to average: 0
+    return L.sum() / torch.where(denominator != 0, denominator, 1.0)  # nothing to average: 0

@@ -31,6 +31,7 @@ class Spec(NamedTuple):
     sigmoid: bool
     gamma: float
     label_smoothing: float
+    z_loss: float
     ignore_index: int | None
     reduction: int
     inplace: bool
@@ -41,6 +42,7 @@ def check_options(
     activation: str,
     gamma: float,
     label_smoothing: float,
+    z_loss: float,
     ignore_index: int | None,
     reduction: str,
     inplace: bool,
@@ -58,10 +60,15 @@ def check_options(
             raise ValueError(f"gamma must be finite and >= 0, got {gamma}")
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+        if not 0 <= z_loss < inf:
+            raise ValueError(f"z_loss must be finite and >= 0, got {z_loss}")
     except TypeError:
         raise TypeError(
-            f"gamma and label_smoothing must be numbers, got {gamma!r} and {label_smoothing!r}"
+            "gamma, label_smoothing and z_loss must be numbers, got "
+            f"{gamma!r}, {label_smoothing!r} and {z_loss!r}"
         ) from None
+    if z_loss and activation != "softmax":
+        raise ValueError("z_loss holds softmax's log-sum-exp near 0: activation='sigmoid' has none")
     if ignore_index is not None and not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int or None, got {ignore_index!r}")
     if inplace and backend == "reference":

@@ -38,16 +38,17 @@ CB_FN T weighted(T r, T loss) {
   return r * (((r == zero) & (loss > largest)) ? largest : loss);
 }
 
-// Softmax family, one row, from d = z_y - M, R = sum over j != y of e^{z_j - M} and, for label
+// Softmax family, one row, from M, d = z_y - M, R = sum over j != y of e^{z_j - M} and, for label
 // smoothing, D = sum over all j of (z_j - M).
-//   loss = r [(1-eps) q^gamma (-log p) + eps/C sum_j (lse - z_j)],  q = 1 - p = R / S
+//   loss = r [(1-eps) q^gamma (-log p) + eps/C sum_j (lse - z_j) + zeta lse^2],  q = 1 - p = R / S
 //   d loss / d z_j = k e^{z_j - M} - uniform  (j != y),  g_y (j = y)
 template <class T>
 struct SoftmaxRow {
   T loss, k, g_y, uniform;
 };
 template <class T, class Scalar>
-CB_FN SoftmaxRow<T> softmax_row(T d, T R, T r, Scalar gamma, Scalar eps, T D, Scalar C) {
+CB_FN SoftmaxRow<T> softmax_row(T d, T R, T r, Scalar gamma, Scalar eps, T D, Scalar C, Scalar zeta,
+                                T M) {
   const T one = constant<T>(1), half = constant<T>(0.5f), largest = largest_finite<T>();
   const T e_y = exp(d), S = R + e_y, inv = divide(one, S), p = e_y * inv, q = R * inv;
   const auto sure = q <= half;  // then -log p comes from q: exact as p -> 1
@@ -64,6 +65,13 @@ CB_FN SoftmaxRow<T> softmax_row(T d, T R, T r, Scalar gamma, Scalar eps, T D, Sc
     row.k += r * eps * inv;
     row.uniform = r * (eps / C);
     row.g_y += r * eps * p - row.uniform;
+  }
+  if (zeta != 0) {
+    const T lse = M + log_S, steep = r * (2 * zeta) * min(largest, lse);
+    const T slope = min(largest, max(-largest, steep));  // finite: p may be 0
+    row.loss += weighted(r, zeta * lse * lse);
+    row.k += slope * inv;
+    row.g_y += slope * p;
   }
   return row;
 }

@@ -244,7 +244,7 @@ def operator_arguments(
     vectors: tuple[Tensor | None, ...] = (None, None, None),
 ) -> tuple[tuple[object, ...], Tensor, tuple[object, ...]]:
     """Arguments of the operator loss before its buffers, a loss buffer, the formula's numbers."""
-    formula = (family == "sigmoid", gamma, label_smoothing)
+    formula = (family == "sigmoid", gamma, label_smoothing, 0.0)
     number = REDUCTIONS.index(reduction)
     arguments = (logits, target, *vectors, *formula, IGNORED, number)
     return arguments, ops.new_loss(logits, target, number), formula

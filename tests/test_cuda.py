@@ -15,6 +15,8 @@ import torch
 from conftest import BACKENDS, EMULATOR, FAMILIES, loss_and_grad, oracle, same_bits
 from cuda import build, faults
 
+from cbloss_fused import ops
+
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
 CHECK = [sys.executable, str(Path(__file__).parent / "cuda" / "check.py")]
 
@@ -103,7 +105,18 @@ def test_under_sanitizers(emulated):
         pytest.skip("g++ has no sanitizers here")
     environment = {"LD_PRELOAD": " ".join(names), "ASAN_OPTIONS": "detect_leaks=0"}
     library = build.emulated(sanitized=True)
-    assert checked(library, "--share", "7", **environment) == "160 cases\n"
+    assert checked(library, "--share", "11", **environment) == "102 cases\n"
+
+
+def test_the_operator_refuses_what_would_leave_its_buffers(emulated):
+    with pytest.raises(ValueError, match="within grad's storage"):
+        torch.ops.cbloss_fused._scale(torch.ones(8), torch.tensor(2.0), 9)
+    x, y = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
+    arguments = (x, y, None, None, None, False, 0.0, 0.0, 0.0, None, 1)
+    with pytest.raises(ValueError, match="loss must be 1 contiguous"):
+        ops.losses["cuda"](*arguments, torch.zeros(2), None, None)
+    with pytest.raises(ValueError, match="grad must have the shape"):
+        ops.losses["cuda"](*arguments, torch.zeros(()), torch.zeros(2, 2), None)
 
 
 @pytest.fixture(scope="module")

@@ -111,7 +111,7 @@ def test_a_target_that_is_no_class_makes_its_row_nan(gpu, family, C, wrong):
 @FAMILY
 def test_an_infinite_logit_is_a_limit(gpu, family):
     """Alone it takes all of p, two are NaN; registers, loops and tiles alike."""
-    for C, layout in ((10, "C"), (300, "C"), (20_000, "C"), (300, "N"), (10, "N")):
+    for C, layout in (*((C, "C") for C in (10, 300, 3000, 9000, 20_000)), (300, "N"), (10, "N")):
         for rival in (2, 5):  # the target, another class
             logits, target = torch.zeros(2, C), torch.tensor([2, 2])
             if layout == "N":  # samples side by side
@@ -132,6 +132,36 @@ def test_an_infinite_logit_is_a_limit(gpu, family):
             else:
                 assert (loss[0] < C) if rival == 2 else (loss[0] == float("inf"))
                 assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=name_of)
+@pytest.mark.parametrize("C", (10, 300, 1500, 3000, 9000, 20_000, 70_000), ids="C{}".format)
+@FAMILY
+def test_one_nan_is_seen_by_the_whole_row(gpu, family, C, dtype):
+    for place in (0, C // 2, C - 1):
+        logits, target = problem(3, C, dtype, offset=1)
+        logits[1, place] = float("nan")
+        options = {"activation": family, "gamma": 0.5, "reduction": "none"}
+        loss, grad = loss_and_grad(gpu, logits, target, **options)
+        assert loss.isnan().tolist() == [False, True, False]
+        assert grad[1].isnan().all() if family == "softmax" else grad[1, place].isnan()
+        assert grad[[0, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("shape", ((2, 300, 3), (2, 3000, 2), (1, 9000, 2)), ids=str)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=name_of)
+@FAMILY
+def test_classes_side_by_side_around_inner_positions(gpu, family, dtype, shape):
+    N, C, K = shape
+    logits, target = problem(N * K, C, dtype, offset=3)
+    inner, rows = logits.view(N, K, C).transpose(1, 2), target.view(N, K)
+    check(gpu, inner, rows, activation=family, gamma=2.0)
+
+
+@FAMILY
+def test_ever_larger_logits_are_summed_as_well_as_others(gpu, family):
+    logits = torch.linspace(0, 1, 30_000).unsqueeze(1).expand(-1, 2).contiguous().t()
+    check(gpu, logits, torch.tensor([0, 29_999]), activation=family, gamma=0.5)
 
 
 @pytest.mark.parametrize("offset", (0, 1, 5))

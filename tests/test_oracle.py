@@ -71,6 +71,24 @@ def test_oracle(backend, family, dtype, gamma, C, eps):
         assert_grad(grad, want[1], dtype, recompute=recompute)
 
 
+@SMOOTHING
+@pytest.mark.parametrize("C", (1, 2, 10, 65, 131, 1000, 8142, 20_000), ids="C{}".format)
+@pytest.mark.parametrize("gamma", (0.0, 0.5), ids="g{}".format)
+@DTYPE
+def test_z_loss(backend, dtype, gamma, C, eps):
+    logits, target, weight, sample_weight = sample(C, dtype)
+    logits = logits + 3  # the log-sum-exp is far from 0
+    options = {"gamma": gamma, "label_smoothing": eps, "z_loss": 0.01, "reduction": "none"}
+    want = oracle(logits, target, weight, sample_weight=sample_weight, **options)
+    for recompute in (False, True):
+        loss, grad = loss_and_grad(
+            backend, logits, target, weight, sample_weight=sample_weight,
+            **options | {"reduction": "sum" if recompute else "none"}, recompute=recompute,
+        )  # fmt: skip
+        assert_loss(loss, want[0].sum() if recompute else want[0], dtype)
+        assert_grad(grad, want[1], dtype)
+
+
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("C", (10, 1000), ids="C{}".format)
 @pytest.mark.parametrize("gamma", (0.0, 0.5), ids="g{}".format)

@@ -36,6 +36,7 @@ def problems(draw):
         "activation": draw(st.sampled_from(FAMILIES)),
         "gamma": gamma,
         "label_smoothing": draw(st.sampled_from((0.0, 0.1, 0.9))),
+        "z_loss": draw(st.sampled_from((0.0, 0.01))),
         "ignore_index": ignore_index,
         "reduction": reduction,
     }
@@ -52,7 +53,7 @@ def test_explicit_gradient_is_autograd_of_the_loss(problem):
     assert_loss(loss, want.detach(), torch.float64, logits.shape[1])
     assert_grad(grad, g, torch.float64)
 
-    formula = {key: options[key] for key in ("activation", "gamma", "label_smoothing")}
+    formula = {key: options[key] for key in ("activation", "gamma", "label_smoothing", "z_loss")}
     incoming = torch.tensor(-2.5, dtype=torch.float64)
     again = reference.gradient(logits, rest[0], scale, incoming, **formula)
     assert_grad(again, -2.5 * g, torch.float64)

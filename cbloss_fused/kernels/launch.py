@@ -29,6 +29,7 @@ def loss(
     sigmoid: bool,
     gamma: float,
     label_smoothing: float,
+    z_loss: float,
     ignore_index: int | None,
     reduction: int,
     loss: Tensor,
@@ -53,6 +54,7 @@ def loss(
         sigmoid,
         gamma,
         label_smoothing,
+        z_loss,
         device_of(logits),
         logits.device.index,
         weight=weight is not None,
@@ -82,6 +84,7 @@ def gradient(
     sigmoid: bool,
     gamma: float,
     label_smoothing: float,
+    z_loss: float,
     grad: Tensor,
 ) -> bool:
     """The operator cbloss_fused::gradient, see ops.py; False: as above."""
@@ -98,6 +101,7 @@ def gradient(
         sigmoid,
         gamma,
         label_smoothing,
+        z_loss,
         device_of(logits),
         logits.device.index,
         backward=True,

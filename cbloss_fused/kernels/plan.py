@@ -49,6 +49,7 @@ class Call(NamedTuple):
     sigmoid: bool
     gamma: float
     eps: float
+    zeta: float
     device: Device
     ordinal: int | None  # which device: a step keeps its kernel there
     backward: bool = False
@@ -289,16 +290,19 @@ def _tiles(call: Call, r: RowScales | None) -> Step:
     else:
         pointers = (*_sources(call, r), None, *_outputs(call, N * K, N * K))
         denominator, fold = r.denominator, r.fold
-    numbers = (N * K, C, K, *x, *g, call.gamma, call.eps, denominator)
-    options = (call.eps != 0, fold, call.vector, call.reduction == NONE)
+    sizes = (N * K, C, K, *x, *g, call.gamma, call.eps)
+    options = (fold, call.vector, call.reduction == NONE)
     layout = (x_unit, g_unit, inner)
     T = _compute_type(call)
     if call.sigmoid:
         kernel = tile_kernels.sigmoid_tiles
-        constants: tuple[Any, ...] = (rows, classes, T, _gamma_kind(call.gamma), *layout, *options)
+        numbers: tuple[float, ...] = (*sizes, denominator)
+        constants: tuple[Any, ...] = (rows, classes, T, _gamma_kind(call.gamma), *layout)
+        constants += (call.eps != 0, *options)
     else:
         kernel = tile_kernels.softmax_tiles
-        constants = (rows, classes, T, *layout, one, *options)
+        numbers = (*sizes, call.zeta, denominator)
+        constants = (rows, classes, T, *layout, one, call.eps != 0, call.zeta != 0, *options)
     return Step(kernel, (programs,), pointers, numbers, constants, 4)
 
 
@@ -329,9 +333,9 @@ def _softmax_rows(call: Call, r: RowScales) -> tuple[list[Step], int]:
     rows, C, K, x_n, x_k = sizes[:5]
     VEC = 16 // call.dtype.itemsize
     pointers = (*_sources(call, r), *_outputs(call, rows, rows))
-    numbers = (*sizes, call.gamma, call.eps, r.denominator)
-    smooth = call.eps != 0
-    constants = (layout.V, VEC, _compute_type(call), K > 1, call.aligned, smooth, r.fold)
+    numbers = (*sizes, call.gamma, call.eps, call.zeta, r.denominator)
+    smooth, z = call.eps != 0, call.zeta != 0
+    constants = (layout.V, VEC, _compute_type(call), K > 1, call.aligned, smooth, z, r.fold)
     if layout.splits == 1:
         kernel = softmax_kernels.softmax_rows if layout.one else softmax_kernels.softmax_long
         return [Step(kernel, (rows,), pointers, numbers, constants, layout.warps)], 0
@@ -367,12 +371,13 @@ def _gradient(call: Call) -> Step:
     if call.in_place:  # all read the target's logit, which the first overwrites
         splits, span = 1, span * splits
     VEC, inner, smooth = 16 // call.dtype.itemsize, numbers[2] > 1, call.eps != 0
+    options = (call.aligned, smooth, call.zeta != 0, call.vector)
     return Step(
         softmax_kernels.softmax_gradient,
         (numbers[0], splits),
         ("logits", "target", "grad", "saved", "grad_loss"),
-        (*numbers, call.gamma, call.eps, span),
-        (layout.V, VEC, _compute_type(call), inner, call.aligned, smooth, call.vector),
+        (*numbers, call.gamma, call.eps, call.zeta, span),
+        (layout.V, VEC, _compute_type(call), inner, *options),
         layout.warps,
     )
 

@@ -14,7 +14,9 @@ import triton.language as tl
 POINTERS = (
     "logits target weight sample_weight normalizer grad_loss loss grad saved scale losses parts"
 )
-NUMBERS = "rows C K x_n x_c x_k g_n g_c g_k gamma eps denominator ignored splits span count numel"
+NUMBERS = (
+    "rows C K x_n x_c x_k g_n g_c g_k gamma eps zeta denominator ignored splits span count numel"
+)
 kernel = triton.jit(do_not_specialize=[*POINTERS.split(), *NUMBERS.split()])
 i32, i64, f64 = tl.int32, tl.int64, tl.float64  # of a kernel's numbers
 
@@ -151,7 +153,7 @@ def row_inputs(
             denominator = tl.sum(tl.load(scale + tl.arange(0, PARTIALS)), 0)
         elif normalizer is not None:
             denominator = tl.load(normalizer)
-        r = tl.where(denominator > 0, r / denominator, r)  # nothing to average: 0 stays 0
+        r = tl.where(denominator != 0, r / denominator, r)  # nothing to average: 0 stays 0
     r = tl.where(keep, tl.where(valid, r, float("nan")), 0.0)
     return tl.where(valid, y, 0).to(tl.int32), r, keep, keep & valid & there
 

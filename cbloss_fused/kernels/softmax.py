@@ -32,8 +32,8 @@ PART = tl.constexpr(5)  # numbers that a program leaves of its part of a row
 
 
 @triton.jit
-def softmax_row(d, R, r, gamma, eps, D, C, SMOOTH: tl.constexpr):
-    """(loss, k, g_y, uniform) from d = z_y - M, R and, for smoothing, D = sum_j (z_j - M)."""
+def softmax_row(d, R, r, gamma, eps, D, C, zeta, M, SMOOTH: tl.constexpr, Z: tl.constexpr):
+    """(loss, k, g_y, uniform) from M, d = z_y - M, R and, for smoothing, D = sum_j (z_j - M)."""
     e_y = exp(d)
     S = R + e_y
     p = e_y / S
@@ -56,6 +56,12 @@ def softmax_row(d, R, r, gamma, eps, D, C, SMOOTH: tl.constexpr):
         loss += weighted(r, eps / C * (C * tl.where(sure, nll + d, log_S) - D))
         k += r * eps / S
         g_y += r * eps * p - uniform
+    if Z:
+        lse = M + log_S
+        slope = r * (2 * zeta) * tl.minimum(lse, largest_finite(R.dtype), tl.PropagateNan.ALL)
+        loss += weighted(r, zeta * lse * lse)
+        k += slope / S
+        g_y += slope * p
     return loss, k, g_y, uniform
 
 
@@ -178,9 +184,10 @@ def write_gradient(
 def softmax_rows(
     logits, target, grad, scale, normalizer, losses, saved,
     rows: i32, C: i32, K: i32, x_n: i64, x_k: i64, g_n: i64, g_k: i64,
-    gamma: f64, eps: f64, denominator: f64,
+    gamma: f64, eps: f64, zeta: f64, denominator: f64,
     V: tl.constexpr, VEC: tl.constexpr, T: tl.constexpr,
-    INNER: tl.constexpr, ALIGNED: tl.constexpr, SMOOTH: tl.constexpr, FOLD: tl.constexpr,
+    INNER: tl.constexpr, ALIGNED: tl.constexpr, SMOOTH: tl.constexpr, Z: tl.constexpr,
+    FOLD: tl.constexpr,
 ):  # fmt: skip
     """One row a program, held in registers: one read of the logits, one write of the gradient."""
     row = tl.program_id(0)
@@ -205,7 +212,9 @@ def softmax_rows(
     D = d
     if SMOOTH:
         D += tl.sum(tl.where(mask, t, 0.0)) + tl.sum(tl.where(others, t_edge, 0.0))
-    loss, k, g_y, uniform = softmax_row(d, R, r, number(gamma, T), number(eps, T), D, C, SMOOTH)
+    loss, k, g_y, uniform = softmax_row(
+        d, R, r, number(gamma, T), number(eps, T), D, C, number(zeta, T), M, SMOOTH, Z
+    )  # fmt: skip
     if losses is not None:
         tl.store(losses + row, loss)
     save(saved, rows, row, row < rows, keep, r, M, R)
@@ -221,9 +230,10 @@ def softmax_rows(
 def softmax_long(
     logits, target, grad, scale, normalizer, losses, saved,
     rows: i32, C: i32, K: i32, x_n: i64, x_k: i64, g_n: i64, g_k: i64,
-    gamma: f64, eps: f64, denominator: f64,
+    gamma: f64, eps: f64, zeta: f64, denominator: f64,
     V: tl.constexpr, VEC: tl.constexpr, T: tl.constexpr,
-    INNER: tl.constexpr, ALIGNED: tl.constexpr, SMOOTH: tl.constexpr, FOLD: tl.constexpr,
+    INNER: tl.constexpr, ALIGNED: tl.constexpr, SMOOTH: tl.constexpr, Z: tl.constexpr,
+    FOLD: tl.constexpr,
 ):  # fmt: skip
     """One row a program, too long for registers: a second read, of what is still in L2."""
     row = tl.program_id(0)
@@ -235,7 +245,9 @@ def softmax_long(
     R = one_limit(R, z_y, M)
     m = clamp_finite(M)
     d = target_below(z_y, M)
-    loss, k, g_y, uniform = softmax_row(d, R, r, number(gamma, T), number(eps, T), D + d, C, SMOOTH)
+    loss, k, g_y, uniform = softmax_row(
+        d, R, r, number(gamma, T), number(eps, T), D + d, C, number(zeta, T), M, SMOOTH, Z
+    )  # fmt: skip
     if losses is not None:
         tl.store(losses + row, loss)
     save(saved, rows, row, row < rows, keep, r, M, R)
@@ -281,9 +293,10 @@ def softmax_parts(
 def softmax_join(
     logits, target, grad, scale, normalizer, losses, saved, parts,
     rows: i32, C: i32, K: i32, x_n: i64, x_k: i64, g_n: i64, g_k: i64,
-    gamma: f64, eps: f64, denominator: f64, splits: i32, span: i32,
+    gamma: f64, eps: f64, zeta: f64, denominator: f64, splits: i32, span: i32,
     V: tl.constexpr, VEC: tl.constexpr, T: tl.constexpr,
-    INNER: tl.constexpr, ALIGNED: tl.constexpr, SMOOTH: tl.constexpr, FOLD: tl.constexpr,
+    INNER: tl.constexpr, ALIGNED: tl.constexpr, SMOOTH: tl.constexpr, Z: tl.constexpr,
+    FOLD: tl.constexpr,
     SPLITS: tl.constexpr,
 ):  # fmt: skip
     """The loss from the parts, and the gradient of span vectors; SPLITS >= splits."""
@@ -305,7 +318,9 @@ def softmax_join(
     R = one_limit(R, z_y, M)
     m = clamp_finite(M)
     d = target_below(z_y, M)
-    loss, k, g_y, uniform = softmax_row(d, R, r, number(gamma, T), number(eps, T), D + d, C, SMOOTH)
+    loss, k, g_y, uniform = softmax_row(
+        d, R, r, number(gamma, T), number(eps, T), D + d, C, number(zeta, T), M, SMOOTH, Z
+    )  # fmt: skip
     if first == 0:
         if losses is not None:
             tl.store(losses + row, loss)
@@ -320,9 +335,10 @@ def softmax_join(
 def softmax_gradient(
     logits, target, grad, saved, grad_loss,
     rows: i32, C: i32, K: i32, x_n: i64, x_k: i64, g_n: i64, g_k: i64,
-    gamma: f64, eps: f64, span: i32,
+    gamma: f64, eps: f64, zeta: f64, span: i32,
     V: tl.constexpr, VEC: tl.constexpr, T: tl.constexpr,
-    INNER: tl.constexpr, ALIGNED: tl.constexpr, SMOOTH: tl.constexpr, VECTOR: tl.constexpr,
+    INNER: tl.constexpr, ALIGNED: tl.constexpr, SMOOTH: tl.constexpr, Z: tl.constexpr,
+    VECTOR: tl.constexpr,
 ):  # fmt: skip
     """The gradient of span vectors of a row from what the forward saved: scale, M, R."""
     row = tl.program_id(0)
@@ -336,5 +352,7 @@ def softmax_gradient(
     m = clamp_finite(M)
     R = tl.load(saved + rows.to(tl.int64) * 2 + row)
     d = target_below(tl.load(x + y, read, 0.0).to(T), M)
-    _, k, g_y, uniform = softmax_row(d, R, r, number(gamma, T), number(eps, T), d, C, SMOOTH)
+    _, k, g_y, uniform = softmax_row(
+        d, R, r, number(gamma, T), number(eps, T), d, C, number(zeta, T), M, SMOOTH, Z
+    )  # fmt: skip
     write_gradient(x, g, y, read, C, first, first + span, m, k, g_y, uniform, V, VEC, ALIGNED)

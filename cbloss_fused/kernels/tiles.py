@@ -112,11 +112,11 @@ def tile_gradient(z, m, c, y, k, g_y, uniform):
 def softmax_tiles(
     logits, target, grad, scale, normalizer, grad_loss, losses, saved,
     rows: i32, C: i32, K: i32, x_n: i64, x_c: i32, x_k: i64, g_n: i64, g_c: i32, g_k: i64,
-    gamma: f64, eps: f64, denominator: f64,
+    gamma: f64, eps: f64, zeta: f64, denominator: f64,
     ROWS: tl.constexpr, BLOCK_C: tl.constexpr, T: tl.constexpr,
     X_UNIT: tl.constexpr, G_UNIT: tl.constexpr, INNER: tl.constexpr,
-    SINGLE: tl.constexpr, SMOOTH: tl.constexpr, FOLD: tl.constexpr, VECTOR: tl.constexpr,
-    PER_ROW: tl.constexpr,
+    SINGLE: tl.constexpr, SMOOTH: tl.constexpr, Z: tl.constexpr, FOLD: tl.constexpr,
+    VECTOR: tl.constexpr, PER_ROW: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows a program; SINGLE: their classes are one tile, read once, else read twice."""
     n, k_inner, row, there = tile_inputs(rows, K, ROWS, INNER)
@@ -143,7 +143,9 @@ def softmax_tiles(
     R = one_limit(R, z_y, M)
     m = clamp_finite(M)
     d = target_below(z_y, M)
-    loss, k, g_y, uniform = softmax_row(d, R, r, number(gamma, T), number(eps, T), D + d, C, SMOOTH)
+    loss, k, g_y, uniform = softmax_row(
+        d, R, r, number(gamma, T), number(eps, T), D + d, C, number(zeta, T), M, SMOOTH, Z
+    )  # fmt: skip
     if losses is not None:
         if PER_ROW:
             tl.store(losses + row, loss, there)

@@ -234,13 +234,13 @@ double epilogue(const T* row_loss, int64_t rows) {
 }
 
 Rows rows_of(const Tensor& logits, const Tensor& target, const Shape& shape, double gamma,
-             double eps) {
+             double eps, double zeta) {
   check_vector(target, ScalarType::Long, shape.rows, "target");
   Rows a{};
   a.logits = logits.const_data_ptr(), a.logits_stride = strides_of(logits);
   a.C = shape.C, a.K = shape.K;
   a.target = static_cast<const int64_t*>(target.const_data_ptr());
-  a.gamma = gamma, a.eps = eps;
+  a.gamma = gamma, a.eps = eps, a.zeta = zeta;
   return a;
 }
 
@@ -282,11 +282,11 @@ void run_loss(const Tensor& logits, const Inputs<T>& in, Family family, const Sh
 
 void loss(Tensor logits, Tensor target, OptionalTensor weight, OptionalTensor sample_weight,
           OptionalTensor normalizer, bool sigmoid, double gamma, double label_smoothing,
-          std::optional<int64_t> ignore_index, int64_t reduction, Tensor loss, OptionalTensor grad,
-          OptionalTensor saved) {
+          double z_loss, std::optional<int64_t> ignore_index, int64_t reduction, Tensor loss,
+          OptionalTensor grad, OptionalTensor saved) {
   const Shape shape(logits);
   const Family family = family_of(sigmoid);
-  const Rows a = rows_of(logits, target, shape, gamma, label_smoothing);
+  const Rows a = rows_of(logits, target, shape, gamma, label_smoothing, z_loss);
   const auto run = [&](auto T) {
     const Inputs<decltype(T)> in{target,     weight,       sample_weight,
                                  normalizer, ignore_index, reduction_of(reduction)};
@@ -297,10 +297,10 @@ void loss(Tensor logits, Tensor target, OptionalTensor weight, OptionalTensor sa
 }
 
 void gradient(Tensor logits, Tensor target, Tensor saved, Tensor grad_loss, bool sigmoid,
-              double gamma, double label_smoothing, Tensor grad) {
+              double gamma, double label_smoothing, double z_loss, Tensor grad) {
   const Shape shape(logits);
   const Family family = family_of(sigmoid);
-  Rows a = rows_of(logits, target, shape, gamma, label_smoothing);
+  Rows a = rows_of(logits, target, shape, gamma, label_smoothing, z_loss);
   set_grad(a, grad, logits);
   const bool f64 = dtype_of(logits) == DType::Float64;
   const auto dtype = f64 ? ScalarType::Double : ScalarType::Float;

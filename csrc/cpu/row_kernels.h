@@ -91,6 +91,7 @@ void softmax_rows(const Rows& a, int64_t begin, int64_t end) {
       M = max(T(largest(top)), load_one(x + y));
       if (M_) M_[i] = M;
     }
+    const T top = M;
     if (__builtin_expect(M == INF<T>, 0)) {
       limit.reset(new S[C]);
       limit_row(x, 1, C, limit.get(), 1);
@@ -115,8 +116,8 @@ void softmax_rows(const Rows& a, int64_t begin, int64_t end) {
       R = T(total.sum());
       if (R_) R_[i] = R;
     }
-    const SoftmaxRow<V> row =
-        softmax_row<V, T>(V{} + d, V{} + R, V{} + scale(i), T(a.gamma), T(a.eps), V{} + D, T(C));
+    const SoftmaxRow<V> row = softmax_row<V, T>(V{} + d, V{} + R, V{} + scale(i), T(a.gamma),
+                                                T(a.eps), V{} + D, T(C), T(a.zeta), V{} + top);
     if constexpr (MODE != Mode::GRAD) loss[i] = lane(row.loss, 0);
     if constexpr (MODE == Mode::LOSS_AND_GRAD)
       transform(g, e, C,

@@ -20,7 +20,7 @@ struct Rows {
   void *M, *R;        // T[rows], softmax, for recomputing: written by LOSS, read by GRAD; or null
   const void* grad_loss;  // GRAD: T[1], or T[rows] if grad_loss_per_row
   bool grad_loss_per_row;
-  double gamma, eps;  // eps: label smoothing
+  double gamma, eps, zeta;  // label smoothing, z-loss
 };
 
 using RowKernel = void (*)(const Rows&, int64_t begin, int64_t end);

@@ -100,6 +100,7 @@ void softmax_tiles(const Rows& a, int64_t begin, int64_t end) {
     M = max(M, z_y);
     if constexpr (MODE == Mode::GRAD) M = tile.get(a.M), R = tile.get(a.R);
     else if (a.M) tile.put(a.M, M);
+    const V top = M;
     for (int64_t l = 0; l < tile.n; ++l)
       if (__builtin_expect(lane(M, l) == INF<T>, 0)) {
         const Strides& s = a.logits_stride;
@@ -126,7 +127,8 @@ void softmax_tiles(const Rows& a, int64_t begin, int64_t end) {
           if constexpr (MODE != Mode::GRAD) R += part, part = V{};
         });
     if (MODE != Mode::GRAD && a.R) tile.put(a.R, R);
-    const SoftmaxRow<V> row = softmax_row<V, T>(d, R, tile.r, T(a.gamma), T(a.eps), D, T(C));
+    const SoftmaxRow<V> row =
+        softmax_row<V, T>(d, R, tile.r, T(a.gamma), T(a.eps), D, T(C), T(a.zeta), top);
     if constexpr (MODE != Mode::GRAD) tile.put(a.loss, tile.ignored ? V{} : row.loss);
     if constexpr (MODE != Mode::LOSS) {
       for (int64_t c = 0; c < C; ++c) {

@@ -11,7 +11,6 @@
 #include <type_traits>
 
 #define CB_FN __device__ __forceinline__
-#define UNROLL _Pragma("unroll")
 
 namespace cbloss {
 
@@ -30,15 +29,23 @@ CB_SPECIAL(lg2, "lg2")
 CB_SPECIAL(rcp, "rcp")
 CB_SPECIAL(rsqrt, "rsqrt")
 #undef CB_SPECIAL
-// NaN where either is, in one instruction.
+// NaN where either is, in one instruction from sm_80 on.
 CB_FN float min(float a, float b) {
   float c;
+#if __CUDA_ARCH__ >= 800
   asm("min.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
+#else
+  c = a < b || a != a ? a : b;
+#endif
   return c;
 }
 CB_FN float max(float a, float b) {
   float c;
+#if __CUDA_ARCH__ >= 800
   asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));
+#else
+  c = a > b || a != a ? a : b;
+#endif
   return c;
 }
 #endif
@@ -78,7 +85,7 @@ CB_FN float divide(float a, float b) { return a * rcp(b); }
 CB_FN float power(float q, float gamma) {
   const uint32_t bits = __float_as_uint(fmaxf(q, FLT_MIN));
   const int n = int(bits - 0x3f3504f3) >> 23;  // mantissa in [sqrt(1/2), sqrt 2)
-  const float m = __uint_as_float(bits - (uint32_t(n) << 23)), k = rintf(fmaxf(gamma * n, -200));
+  const float m = __uint_as_float(bits - (uint32_t(n) << 23)), k = rintf(fmaxf(gamma * n, -126));
   return ex2(fmaf(gamma, lg2(m), fmaf(gamma, n, -k))) * ex2(k);
 }
 

@@ -66,49 +66,55 @@ ScalarType compute_type(const Tensor& logits) {
   return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+// What lies elsewhere must not reach a kernel.
+void check_device(const Tensor& t, const Tensor& logits, const char* name) {
+  require(t.is_cpu() == logits.is_cpu() && t.get_device_index() == logits.get_device_index(), name,
+          " must be on the device of the logits");
+}
+
 cbloss::Call call_of(const Tensor& logits, const Tensor& target, const Shape& shape, bool sigmoid,
-                     double gamma, double eps) {
+                     double gamma, double eps, double zeta) {
   check_vector(target, ScalarType::Long, shape.rows, "target");
-  require(shape.rows < INT32_MAX, "the CUDA kernels take at most 2^31 - 2 rows, got ", shape.rows);
+  constexpr int64_t MOST = INT32_MAX - 4096;  // so that no step past the end wraps around
+  require(shape.rows <= MOST && shape.C <= MOST, "the CUDA kernels take at most ", MOST,
+          " rows and classes, got ", shape.rows, " and ", shape.C);
+  check_device(target, logits, "target");
   cbloss::Call call{};
   call.logits = logits.const_data_ptr(), call.logits_stride = strides_of(logits);
   if (shape.C == 1) call.logits_stride.c = 1;
   call.rows = shape.rows, call.C = shape.C, call.K = shape.K;
-  call.sigmoid = sigmoid, call.gamma = gamma, call.eps = eps;
+  call.sigmoid = sigmoid, call.gamma = gamma, call.eps = eps, call.zeta = zeta;
   call.target = static_cast<const int64_t*>(target.const_data_ptr());
   return call;
 }
 void set_grad(cbloss::Call& call, const Tensor& grad, const Tensor& logits) {
   check_grad(grad, logits);
+  check_device(grad, logits, "grad");
   call.grad = grad.mutable_data_ptr(), call.grad_stride = strides_of(grad);
   if (call.C == 1) call.grad_stride.c = 1;
 }
-const void* vector(const OptionalTensor& t, ScalarType dtype, int64_t numel, const char* name) {
+void* vector(const OptionalTensor& t, const Tensor& logits, int64_t numel, const char* name) {
   if (!t) return nullptr;
-  check_vector(*t, dtype, numel, name);
-  return t->const_data_ptr();
+  check_vector(*t, compute_type(logits), numel, name);
+  check_device(*t, logits, name);
+  return t->mutable_data_ptr();
 }
 
 void loss(Tensor logits, Tensor target, OptionalTensor weight, OptionalTensor sample_weight,
           OptionalTensor normalizer, bool sigmoid, double gamma, double label_smoothing,
-          std::optional<int64_t> ignore_index, int64_t reduction, Tensor loss, OptionalTensor grad,
-          OptionalTensor saved) {
+          double z_loss, std::optional<int64_t> ignore_index, int64_t reduction, Tensor loss,
+          OptionalTensor grad, OptionalTensor saved) {
   const Shape shape(logits);
-  cbloss::Call call = call_of(logits, target, shape, sigmoid, gamma, label_smoothing);
-  const ScalarType dtype = compute_type(logits);
-  call.weight = vector(weight, dtype, shape.C, "weight");
-  call.sample_weight = vector(sample_weight, dtype, shape.rows, "sample_weight");
-  call.normalizer = vector(normalizer, dtype, 1, "normalizer");
+  cbloss::Call call = call_of(logits, target, shape, sigmoid, gamma, label_smoothing, z_loss);
+  call.weight = vector(weight, logits, shape.C, "weight");
+  call.sample_weight = vector(sample_weight, logits, shape.rows, "sample_weight");
+  call.normalizer = vector(normalizer, logits, 1, "normalizer");
   call.ignore = ignore_index.has_value(), call.ignored = ignore_index.value_or(0);
   call.reduction = reduction_of(reduction);
   const bool per_row = call.reduction == Reduction::NONE;
-  check_vector(loss, dtype, per_row ? shape.rows : 1, "loss");
-  call.loss = loss.mutable_data_ptr();
+  call.loss = vector(loss, logits, per_row ? shape.rows : 1, "loss");
+  call.saved = vector(saved, logits, saved_rows(sigmoid) * shape.rows, "saved");
   if (grad) set_grad(call, *grad, logits);
-  if (saved) {
-    check_vector(*saved, dtype, saved_rows(sigmoid) * shape.rows, "saved");
-    call.saved = saved->mutable_data_ptr();
-  }
   if (shape.rows == 0) {
     if (!per_row) torch::stable::fill_(loss, 0);
     return;
@@ -127,15 +133,13 @@ void loss(Tensor logits, Tensor target, OptionalTensor weight, OptionalTensor sa
 }
 
 void gradient(Tensor logits, Tensor target, Tensor saved, Tensor grad_loss, bool sigmoid,
-              double gamma, double label_smoothing, Tensor grad) {
+              double gamma, double label_smoothing, double z_loss, Tensor grad) {
   const Shape shape(logits);
-  cbloss::Call call = call_of(logits, target, shape, sigmoid, gamma, label_smoothing);
-  const ScalarType dtype = compute_type(logits);
+  cbloss::Call call = call_of(logits, target, shape, sigmoid, gamma, label_smoothing, z_loss);
   set_grad(call, grad, logits);
-  check_vector(saved, dtype, saved_rows(sigmoid) * shape.rows, "saved");
-  call.saved = saved.mutable_data_ptr();
+  call.saved = vector(saved, logits, saved_rows(sigmoid) * shape.rows, "saved");
   call.grad_loss_per_row = grad_loss.dim() > 0;
-  call.grad_loss = vector(grad_loss, dtype, call.grad_loss_per_row ? shape.rows : 1, "grad_loss");
+  call.grad_loss = vector(grad_loss, logits, call.grad_loss_per_row ? shape.rows : 1, "grad_loss");
   if (shape.rows == 0) return;
   const Current current(logits);
   dispatch(logits, [&](auto s) { check(cbloss::gradient<decltype(s)>(call, current.device)); });
@@ -143,7 +147,12 @@ void gradient(Tensor logits, Tensor target, Tensor saved, Tensor grad_loss, bool
 
 // Multiplies numel elements of memory from grad's first on by grad_loss, where that is not 1.
 void scale(Tensor grad, Tensor grad_loss, int64_t numel) {
-  const void* factor = vector(grad_loss, compute_type(grad), 1, "grad_loss");
+  const void* factor = vector(grad_loss, grad, 1, "grad_loss");
+  int64_t bytes = 0, offset = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(grad.get(), &bytes));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(grad.get(), &offset));
+  require(0 <= numel && numel <= bytes / int64_t(grad.element_size()) - offset,
+          "numel must lie within grad's storage, got ", numel);
   if (numel == 0) return;
   const Current current(grad);
   dispatch(grad, [&](auto s) {

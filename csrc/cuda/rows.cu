@@ -25,7 +25,7 @@ Rows<S> typed(const Call& c) {
   a.logits = static_cast<const S*>(c.logits), a.grad = static_cast<S*>(c.grad);
   a.x = c.logits_stride, a.g = c.grad_stride;
   a.rows = int(c.rows), a.C = int(c.C), a.K = int(c.K);
-  a.gamma = T(c.gamma), a.eps = T(c.eps);
+  a.gamma = T(c.gamma), a.eps = T(c.eps), a.zeta = T(c.zeta);
   a.target = c.target, a.saved = static_cast<T*>(c.saved);
   a.weight = static_cast<const T*>(c.weight);
   a.sample_weight = static_cast<const T*>(c.sample_weight);

@@ -27,7 +27,7 @@ struct Rows {
   S* grad;
   Strides x, g;
   int rows, C, K;
-  T gamma, eps;
+  T gamma, eps, zeta;
   const int64_t* target;
   T* saved;
   const T *weight, *sample_weight, *grad_loss;
@@ -48,36 +48,39 @@ CB_FN T* row_of(T* base, const Strides& stride, int K, int i) {
   return base + n * stride.n + (i - n * K) * stride.k;
 }
 
-// A row's target and weight. r is r_i / denominator; 0 where the row is ignored (not keep), NaN
-// where its target is no class. A row that is not to be read counts as logits of -inf with a target
-// at 0: loss 0, gradient 0, whatever memory holds.
+// A row's target. A row that is not to be read, ignored (not keep) or with a target that is no
+// class (not valid), counts as logits of -inf with a target at 0: loss 0, gradient 0, whatever
+// memory holds.
 template <class T>
 struct Row {
   int y;
-  T r;
-  bool keep, read;
+  bool keep, valid, read;
 };
 template <bool BACKWARD, class S, class T = Compute<S>>
-CB_FN Row<T> row_inputs(const Rows<S>& a, int i) {
+CB_FN Row<T> target_of(const Rows<S>& a, int i) {
   const int64_t y = a.target[i];
   const bool valid = y >= 0 && y < a.C;
-  bool keep;
+  const bool keep = BACKWARD ? !(a.saved[i] < 0) : !(a.ignore && y == a.ignored);
+  return {valid ? int(y) : 0, keep, valid, keep && valid};
+}
+// r_i / denominator, of a backward what the forward saved times grad_loss; 0 where the row is
+// ignored, NaN where its target is no class.
+template <bool BACKWARD, class S, class T = Compute<S>>
+CB_FN T weight_of(const Rows<S>& a, int i, const Row<T>& row) {
   T r;
   if (BACKWARD) {
-    r = a.saved[i], keep = !(r < 0);
-    r *= a.grad_loss[a.grad_loss_per_row ? i : 0];
+    r = a.saved[i] * a.grad_loss[a.grad_loss_per_row ? i : 0];
   } else {
-    keep = !(a.ignore && y == a.ignored);
-    r = a.weight && valid ? a.weight[y] : T(1);
+    r = a.weight && row.valid ? a.weight[row.y] : T(1);
     if (a.sample_weight) r *= a.sample_weight[i];
     T denominator = a.denominator;
     if (a.denominators) {
       denominator = 0;
       for (int p = 0; p < a.parts; ++p) denominator += a.denominators[p];
     }
-    if (denominator > 0) r = divide(r, denominator);  // nothing to average: 0 stays 0
+    if (denominator != 0) r = divide(r, denominator);  // nothing to average: 0 stays 0
   }
-  return {valid ? int(y) : 0, !keep ? 0 : valid ? r : T(NAN), keep, keep && valid};
+  return !row.keep ? 0 : row.valid ? r : T(NAN);
 }
 
 // 16 bytes of logits or gradient.
@@ -109,9 +112,14 @@ struct Vec {
       reinterpret_cast<S&>(w[(j + 1) * sizeof(S) / 4]) = b;
     }
   }
-  CB_FN void blank() { UNROLL for (int j = 0; j < N; j += 2) set(j, -INF<T>, -INF<T>); }
+  CB_FN void blank() {
+#pragma unroll
+    for (int j = 0; j < N; j += 2) set(j, -INF<T>, -INF<T>);
+  }
   CB_FN void blank(int lane) {
-    UNROLL for (int j = 0; j < N; j += 2) if (lane / 2 == j / 2)
+#pragma unroll
+    for (int j = 0; j < N; j += 2)
+      if (lane / 2 == j / 2)
         set(j, lane == j ? -INF<T> : (*this)[j], lane == j ? (*this)[j + 1] : -INF<T>);
   }
 };
@@ -122,11 +130,14 @@ CB_FN void raise(Vec<S>& top, const Vec<S>& z) {
   const uint32_t* b = &z.words.x;
   if constexpr (IS_HALF<S>) {
     using Pair = std::conditional_t<std::is_same_v<S, BFloat16>, __nv_bfloat162, __half2>;
-    UNROLL for (int w = 0; w < 4; ++w) reinterpret_cast<Pair&>(a[w]) =
-        __hmax2(reinterpret_cast<Pair&>(a[w]), reinterpret_cast<const Pair&>(b[w]));
+#pragma unroll
+    for (int w = 0; w < 4; ++w)
+      reinterpret_cast<Pair&>(a[w]) =
+          __hmax2(reinterpret_cast<Pair&>(a[w]), reinterpret_cast<const Pair&>(b[w]));
   } else {
-    UNROLL for (int j = 0; j < Vec<S>::N; j += 2)
-        top.set(j, larger(top[j], z[j]), larger(top[j + 1], z[j + 1]));
+#pragma unroll
+    for (int j = 0; j < Vec<S>::N; j += 2)
+      top.set(j, larger(top[j], z[j]), larger(top[j + 1], z[j + 1]));
   }
 }
 
@@ -157,7 +168,9 @@ struct Layout {
   CB_FN void blank_y(Vec<S> (&z)[ITEMS], int first) const {
     if (y_vector < 0) return;
     const int k_y = (y_vector - first) / THREADS;
-    UNROLL for (int k = 0; k < ITEMS; ++k) if (k_y == k && y_vector >= first) z[k].blank(y_lane);
+#pragma unroll
+    for (int k = 0; k < ITEMS; ++k)
+      if (k_y == k && y_vector >= first) z[k].blank(y_lane);
   }
 };
 // z[k] = the vector v + k THREADS from `first` on, -inf where k THREADS >= left.
@@ -165,10 +178,12 @@ template <int THREADS, class S, int ITEMS>
 CB_FN void load_tile(Vec<S> (&z)[ITEMS], const S* first, int v, int left) {
   const uint4* p = reinterpret_cast<const uint4*>(first) + v;
   if ((ITEMS - 1) * THREADS < left) {  // nearly always: nothing to blank but in the last
-    UNROLL for (int k = 0; k < ITEMS; ++k) z[k].words = p[k * THREADS];
+#pragma unroll
+    for (int k = 0; k < ITEMS; ++k) z[k].words = p[k * THREADS];
     return;
   }
-  UNROLL for (int k = 0; k < ITEMS; ++k) {
+#pragma unroll
+  for (int k = 0; k < ITEMS; ++k) {
     z[k].blank();
     if (k * THREADS < left) z[k].words = p[k * THREADS];
   }
@@ -176,13 +191,16 @@ CB_FN void load_tile(Vec<S> (&z)[ITEMS], const S* first, int v, int left) {
 template <class S>
 CB_FN void store(uint4* p, const Vec<S>& z, bool aligned = true) {
   if (aligned) *p = z.words;
-  else UNROLL for (int j = 0; j < Vec<S>::N; ++j) reinterpret_cast<S*>(p)[j] = S(z[j]);
+  else
+#pragma unroll
+    for (int j = 0; j < Vec<S>::N; ++j) reinterpret_cast<S*>(p)[j] = S(z[j]);
 }
 
 template <class T, class F>
 CB_FN T reduce_warp(T value, F f) {
-  UNROLL for (int apart = WARP / 2; apart; apart /= 2) value =
-      f(value, __shfl_xor_sync(~0u, value, apart));
+#pragma unroll
+  for (int apart = WARP / 2; apart; apart /= 2)
+    value = f(value, __shfl_xor_sync(~0u, value, apart));
   return value;
 }
 template <class T>
@@ -197,7 +215,8 @@ CB_FN T sum_block(T value) {
   if (threadIdx.x % WARP == 0) of_warp[threadIdx.x / WARP] = value;
   __syncthreads();
   value = of_warp[0];
-  UNROLL for (int w = 1; w < THREADS / WARP; ++w) value += of_warp[w];
+#pragma unroll
+  for (int w = 1; w < THREADS / WARP; ++w) value += of_warp[w];
   return value;
 }
 

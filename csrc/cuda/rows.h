@@ -15,7 +15,7 @@ struct Call {
   Strides logits_stride, grad_stride;
   int64_t rows, C, K;
   bool sigmoid;
-  double gamma, eps;  // eps: label smoothing
+  double gamma, eps, zeta;  // label smoothing, z-loss
   const int64_t* target;
   void* saved;  // T[rows] or, for softmax, T[3 rows]: scale, M, R; or null
   // Of the loss, null in a recomputing backward

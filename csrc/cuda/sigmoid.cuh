@@ -15,7 +15,8 @@ __global__ void __launch_bounds__(4 * WARP) sigmoid_rows(Rows<S> a) {
   const int thread = threadIdx.x % THREADS;
   const int i = THREADS == WARP ? blockIdx.x * 4 + threadIdx.x / WARP : blockIdx.x;
   if (i >= a.rows) return;
-  const Row<T> row = a.grad_loss ? row_inputs<true>(a, i) : row_inputs<false>(a, i);
+  const Row<T> row = a.grad_loss ? target_of<true>(a, i) : target_of<false>(a, i);
+  const T r = a.grad_loss ? weight_of<true>(a, i, row) : weight_of<false>(a, i, row);
   const S* x = row_of(a.logits, a.x, a.K, i);
   S* g = row_of(a.grad, a.g, a.K, i);
   const Layout<S, THREADS> at(x, a.C, row.y, thread);
@@ -39,7 +40,7 @@ __global__ void __launch_bounds__(4 * WARP) sigmoid_rows(Rows<S> a) {
       slope = sum.add(row.read ? z : -INF<T>, a.gamma, t, [&] { return !row.read; });
       L = sum.take();
     }
-    if (a.grad) g[at.edge] = S(row.r * slope);
+    if (a.grad) g[at.edge] = S(r * slope);
   }
   for (int first = begin; first < end; first += ITEMS * THREADS) {
     const int left = end - first - thread;
@@ -55,27 +56,28 @@ __global__ void __launch_bounds__(4 * WARP) sigmoid_rows(Rows<S> a) {
     const int stored = a.grad ? left : 0;
     uint4* p = reinterpret_cast<uint4*>(g + at.head) + first + thread;
     LossSum<G, SMOOTH, SHORT, T> sum;
-    UNROLL for (int k = 0; k < ITEMS; ++k) {
+#pragma unroll
+    for (int k = 0; k < ITEMS; ++k) {
       const bool there = k * THREADS < left;
       const auto slope = [&](int j) {
-        return row.r * sum.add(z[k][j], a.gamma, t, [&] {
-          return !row.read || !there || at.is_y(first / THREADS + k, j);
-        });
+        return r * sum.add(z[k][j], a.gamma, t,
+                           [&] { return !row.read || !there || at.is_y(first / THREADS + k, j); });
       };
-      UNROLL for (int j = 0; j < N; j += 2) {
+#pragma unroll
+      for (int j = 0; j < N; j += 2) {
         const T even = slope(j);
         z[k].set(j, even, slope(j + 1));
       }
       if (k * THREADS < stored) store<S>(p + k * THREADS, z[k], ALIGNED);
     }
     L += sum.take();
-    if (a.grad && y_here) g[row.y] = S(row.r * at_y.g);  // after its vector
+    if (a.grad && y_here) g[row.y] = S(r * at_y.g);  // after its vector
   }
   if (!a.loss) return;
   L = THREADS == WARP ? sum_warp(L) : sum_block<4 * WARP>(L);
   if (thread > 0) return;
-  a.loss[int64_t(i) * gridDim.y + blockIdx.y] = weighted(row.r, L);
-  if (a.saved && blockIdx.y == 0) a.saved[i] = row.keep ? row.r : T(-1);
+  a.loss[int64_t(i) * gridDim.y + blockIdx.y] = weighted(r, L);
+  if (a.saved && blockIdx.y == 0) a.saved[i] = row.keep ? r : T(-1);
 }
 
 }  // namespace cbloss

@@ -19,45 +19,36 @@ CB_FN T below(T z, T clamped_M) {
 }
 
 // Of a part of a row: its largest logit M (at least the lowest finite number), R = sum e^{z - M}
-// and, for smoothing, D = sum (z - M) of n logits. The target is in none of the sums.
+// and, for smoothing, D = sum (z - M) of the n logits that are not -inf: what is missing and the
+// target count as -inf. The target is in none of the sums.
 template <class T, bool SMOOTH>
 struct Part {
-  T M = -largest_finite<T>(), R = 0, D = 0, n = 0;
+  T M = -largest_finite<T>(), R = 0, D = 0;
+  int n = 0;
 
-  // N logits z(j); -inf where there is none: !there(j).
-  template <int N, class Z, class There>
-  CB_FN void add(const Z& z, const There& there) {
+  template <int N, class Z>
+  CB_FN void add(const Z& z) {  // N logits z(j)
     T top = M;
-    UNROLL for (int j = 0; j < N; ++j) top = larger(top, z(j));
+#pragma unroll
+    for (int j = 0; j < N; ++j) top = larger(top, z(j));
     rebase(top);
     const T m = clamped(top);
     T sum = 0;
-    UNROLL for (int j = 0; j < N; ++j) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) {
       const T t = below(z(j), m);
       sum += exp(t);
-      if (SMOOTH && there(j)) D += t, n += 1;
+      add_distance(z(j), t);
     }
     R += sum;
   }
-  // D and n of vectors held in registers, under the maximum that is there.
-  template <class S, int ITEMS, class At>
-  CB_FN void add_distances(const Vec<S> (&z)[ITEMS], const At& at, int left) {
-    constexpr int N = Vec<S>::N;
-    const T m = clamped(M);
-    UNROLL for (int k = 0; k < ITEMS; ++k) {
-      if (k * At::STEP >= left) break;
-      if (at.y_vector < 0) {
-        UNROLL for (int j = 0; j < N; ++j) D += below(z[k][j], m);
-        n += N;
-      } else {
-        UNROLL for (int j = 0; j < N; ++j) if (!at.is_y(k, j)) D += below(z[k][j], m), n += 1;
-      }
-    }
+  CB_FN void add_distance(T z, T t) {
+    if (SMOOTH && z != -INF<T>) D += t, ++n;
   }
   CB_FN void rebase(T top) {  // a larger maximum
     const T step = clamped(M) - clamped(top);
     R *= exp_exact(step);
-    if (SMOOTH && n > 0) D += n * step;
+    if (SMOOTH && n > 0) D += T(n) * step;
     M = top;
   }
   CB_FN void join_lanes() {
@@ -76,31 +67,37 @@ struct Part {
       if (threadIdx.x % WARP == 0) put(of_warp[threadIdx.x / WARP]);
       __syncthreads();
       *this = Part{};
-      UNROLL for (int w = 0; w < WARPS; ++w) M = larger(M, of_warp[w][0]);
-      UNROLL for (int w = 0; w < WARPS; ++w) add_part(of_warp[w]);
+#pragma unroll
+      for (int w = 0; w < WARPS; ++w) M = larger(M, of_warp[w][0]);
+#pragma unroll
+      for (int w = 0; w < WARPS; ++w) add_part(of_warp[w]);
     }
   }
-  CB_FN void put(T* p) const { p[0] = M, p[1] = R, p[2] = D, p[3] = n; }
+  CB_FN void put(T* p) const { p[0] = M, p[1] = R, p[2] = D, p[3] = T(n); }
   CB_FN void add_part(const T* p) {  // of a maximum that is not above M
     const T step = clamped(p[0]) - clamped(M);
     R += p[1] * exp_exact(step);
-    if (SMOOTH && p[3] > 0) D += p[2] + p[3] * step, n += p[3];
+    if (SMOOTH && p[3] > 0) D += p[2] + p[3] * step, n += int(p[3]);
   }
 };
 
 // What follows from a whole row's part; its maximum is the target's too from here on.
 template <class S, bool SMOOTH, class T = Compute<S>>
-CB_FN SoftmaxRow<T> formula(const Rows<S>& a, T r, T z_y, Part<T, SMOOTH>& part) {
+CB_FN SoftmaxRow<T> formula(const Rows<S>& a, const Row<T>& row, T r, T z_y,
+                            Part<T, SMOOTH>& part) {
   if (z_y > part.M) part.rebase(z_y);
-  if (part.M == INF<T> && part.R + (z_y == INF<T> ? 1 : 0) > 1) part.R = NAN;  // two: no limit
+  const T infinite = part.R + (z_y == INF<T> ? 1 : 0);
+  if (part.M == INF<T> && infinite > T(1.5)) part.R = NAN;       // two: no limit
+  if (SMOOTH && row.read && part.n < a.C - 1) part.D = -INF<T>;  // a class is masked
   const T d = part.M == INF<T> && z_y < INF<T> ? -INF<T> : below(z_y, clamped(part.M));
-  return softmax_row(d, part.R, r, a.gamma, SMOOTH ? a.eps : T(0), part.D + d, T(a.C));
+  return softmax_row(d, part.R, r, a.gamma, SMOOTH ? a.eps : T(0), part.D + d, T(a.C), a.zeta,
+                     part.M);
 }
 template <class S, class T = Compute<S>>
-CB_FN void put_loss(const Rows<S>& a, int i, const Row<T>& row, T loss, T M, T R) {
+CB_FN void put_loss(const Rows<S>& a, int i, const Row<T>& row, T r, T loss, T M, T R) {
   if (a.loss) a.loss[i] = loss;
   if (a.saved) {  // for a recomputing backward
-    a.saved[i] = row.keep ? row.r : T(-1);
+    a.saved[i] = row.keep ? r : T(-1);
     a.saved[int64_t(a.rows) + i] = M;
     a.saved[int64_t(a.rows) * 2 + i] = R;
   }
@@ -121,7 +118,7 @@ __global__ void __launch_bounds__(THREADS == WARP ? 4 * WARP : THREADS) softmax_
   const int thread = threadIdx.x % THREADS;
   const int i = THREADS == WARP ? blockIdx.x * 4 + threadIdx.x / WARP : blockIdx.x;
   if (i >= a.rows) return;
-  const Row<float> row = row_inputs<false>(a, i);
+  const Row<float> row = target_of<false>(a, i);
   const S* x = row_of(a.logits, a.x, a.K, i);
   const Layout<S, THREADS> at(x, a.C, row.y, thread);
   const int left = at.whole - thread;  // vectors from this thread's first on
@@ -131,12 +128,15 @@ __global__ void __launch_bounds__(THREADS == WARP ? 4 * WARP : THREADS) softmax_
   const bool edge_there = row.read && at.edge >= 0 && at.edge != row.y;
   const float z_edge = edge_there ? float(x[at.edge]) : -INF<float>;
   const float z_y = row.read ? float(x[row.y]) : 0.f;
+  const float r = weight_of<false>(a, i, row);  // after the loads: a chain of loads of its own
   at.blank_y(z, 0);
 
   Vec<S> top = z[0];
-  UNROLL for (int k = 1; k < ITEMS; ++k) raise(top, z[k]);
+#pragma unroll
+  for (int k = 1; k < ITEMS; ++k) raise(top, z[k]);
   float M = larger(z_edge, -FLT_MAX);
-  UNROLL for (int j = 0; j < N; ++j) M = larger(M, top[j]);
+#pragma unroll
+  for (int j = 0; j < N; ++j) M = larger(M, top[j]);
   M = reduce_warp(M, [](float a, float b) { return larger(a, b); });
 
   // Each warp exponentiates under its own maximum: one barrier joins maxima and sums.
@@ -146,32 +146,44 @@ __global__ void __launch_bounds__(THREADS == WARP ? 4 * WARP : THREADS) softmax_
   if (fabsf(M) <= NEAR) {
     const Exponential exponential(M);
     factor = exponential.factor, e_edge = exponential(z_edge);
-    UNROLL for (int k = 0; k < ITEMS; ++k) UNROLL for (int j = 0; j < N; ++j) e[k][j] =
-        exponential(z[k][j]);
+#pragma unroll
+    for (int k = 0; k < ITEMS; ++k)
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        const float z_j = z[k][j];
+        e[k][j] = exponential(z_j), part.add_distance(z_j, z_j - M);
+      }
   } else {  // infinity too
     e_edge = exp(below(z_edge, clamped(M)));
-    UNROLL for (int k = 0; k < ITEMS; ++k) UNROLL for (int j = 0; j < N; ++j) e[k][j] =
-        exp(below(z[k][j], clamped(M)));
+#pragma unroll
+    for (int k = 0; k < ITEMS; ++k)
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        const float z_j = z[k][j], t = below(z_j, clamped(M));
+        e[k][j] = exp(t), part.add_distance(z_j, t);
+      }
   }
   float sum = e_edge;
-  UNROLL for (int k = 0; k < ITEMS; ++k) UNROLL for (int j = 0; j < N; ++j) sum += e[k][j];
+#pragma unroll
+  for (int k = 0; k < ITEMS; ++k)
+#pragma unroll
+    for (int j = 0; j < N; ++j) sum += e[k][j];
   part.R = sum * factor;
-  if (SMOOTH) {
-    part.add_distances(z, at, row.read ? left : 0);
-    if (edge_there) part.D += below(z_edge, clamped(M)), part.n += 1;
-  }
+  part.add_distance(z_edge, below(z_edge, clamped(M)));
   part.sum_lanes();
   part.template join_warps<WARPS>();
-  SoftmaxRow<float> f = formula(a, row.r, z_y, part);
-  if (thread == 0) put_loss(a, i, row, f.loss, part.M, part.R);
+  SoftmaxRow<float> f = formula(a, row, r, z_y, part);
+  if (thread == 0) put_loss(a, i, row, r, f.loss, part.M, part.R);
   if (!a.grad) return;
   if (WARPS == 1) __syncwarp();  // in place: all have read the target's logit
   S* g = row_of(a.grad, a.g, a.K, i);
   const float k_warp = f.k * factor * exp_exact(clamped(M) - clamped(part.M));
   uint4* p = reinterpret_cast<uint4*>(g + at.head) + thread;
-  UNROLL for (int k = 0; k < ITEMS; ++k) {
-    UNROLL for (int j = 0; j < N; j += 2) z[k].set(j, k_warp * e[k][j] - f.uniform,
-                                                   k_warp * e[k][j + 1] - f.uniform);
+#pragma unroll
+  for (int k = 0; k < ITEMS; ++k) {
+#pragma unroll
+    for (int j = 0; j < N; j += 2)
+      z[k].set(j, k_warp * e[k][j] - f.uniform, k_warp * e[k][j + 1] - f.uniform);
     if (k * THREADS < left) store<S>(p + k * THREADS, z[k]);
   }
   if (at.edge >= 0) g[at.edge] = S(k_warp * e_edge - f.uniform);
@@ -190,9 +202,7 @@ CB_FN Part<T, SMOOTH> part_of(const S* x, const Layout<S, THREADS>& at, const Ro
     Vec<S> z[BATCH];
     load_tile<THREADS>(z, x + at.head, first + thread, left);
     at.blank_y(z, first);
-    part.template add<BATCH * N>(
-        [&](int j) { return z[j / N][j % N]; },
-        [&](int j) { return j / N * THREADS < left && !at.is_y(first / THREADS + j / N, j % N); });
+    part.template add<BATCH * N>([&](int j) { return z[j / N][j % N]; });
   }
   return part;
 }
@@ -202,7 +212,7 @@ CB_FN void join_row(Part<T, SMOOTH>& part, const S* x, const Layout<S, THREADS>&
                     const Row<T>& row, bool edges) {
   const bool there = edges && row.read && at.edge >= 0 && at.edge != row.y;
   const T z_edge = there ? T(x[at.edge]) : -INF<T>;
-  part.template add<1>([&](int) { return z_edge; }, [&](int) { return there; });
+  part.template add<1>([&](int) { return z_edge; });
   part.join_lanes();
   part.template join_warps<THREADS / WARP>();
 }
@@ -222,9 +232,11 @@ CB_FN void put_gradient(const S* x, S* g, const Layout<S, THREADS>& at, const Ro
     Vec<S> z[BATCH];
     load_tile<THREADS>(z, x + at.head, first + thread, row.read ? left : 0);
     uint4* p = reinterpret_cast<uint4*>(g + at.head) + first + thread;
-    UNROLL for (int k = 0; k < BATCH; ++k) {
+#pragma unroll
+    for (int k = 0; k < BATCH; ++k) {
       const auto slope = [&](int j) { return f.k * exp(below(z[k][j], m)) - f.uniform; };
-      UNROLL for (int j = 0; j < N; j += 2) z[k].set(j, slope(j), slope(j + 1));
+#pragma unroll
+      for (int j = 0; j < N; j += 2) z[k].set(j, slope(j), slope(j + 1));
       if (k * THREADS < left) store<S>(p + k * THREADS, z[k], aligned);
     }
   }
@@ -236,14 +248,15 @@ template <class S, bool SMOOTH, int THREADS>
 __global__ void __launch_bounds__(THREADS) softmax_long(Rows<S> a) {
   using T = Compute<S>;
   const int i = blockIdx.x, thread = threadIdx.x;
-  const Row<T> row = row_inputs<false>(a, i);
+  const Row<T> row = target_of<false>(a, i);
   const S* x = row_of(a.logits, a.x, a.K, i);
   const Layout<S, THREADS> at(x, a.C, row.y, thread);
   const T z_y = row.read ? T(x[row.y]) : T(0);
   Part<T, SMOOTH> part = part_of<S, SMOOTH>(x, at, row, 0, at.whole, thread);
   join_row(part, x, at, row, true);
-  const SoftmaxRow<T> f = formula(a, row.r, z_y, part);
-  if (thread == 0) put_loss(a, i, row, f.loss, part.M, part.R);
+  const T r = weight_of<false>(a, i, row);
+  const SoftmaxRow<T> f = formula(a, row, r, z_y, part);
+  if (thread == 0) put_loss(a, i, row, r, f.loss, part.M, part.R);
   if (!a.grad) return;
   S* g = row_of(a.grad, a.g, a.K, i);
   put_gradient(x, g, at, row, 0, at.whole, thread, part.M, f);
@@ -254,7 +267,7 @@ template <class S, bool SMOOTH, int THREADS>
 __global__ void __launch_bounds__(THREADS) softmax_parts(Rows<S> a) {
   using T = Compute<S>;
   const int i = blockIdx.x, first = blockIdx.y * a.span, thread = threadIdx.x;
-  const Row<T> row = row_inputs<false>(a, i);
+  const Row<T> row = target_of<false>(a, i);
   const S* x = row_of(a.logits, a.x, a.K, i);
   const Layout<S, THREADS> at(x, a.C, row.y, thread);
   const int end = ::min(first + a.span, at.whole);
@@ -274,8 +287,9 @@ __global__ void __launch_bounds__(THREADS == WARP ? 4 * WARP : THREADS) softmax_
   const int thread = threadIdx.x % THREADS, first = blockIdx.y * a.span;
   const int i = THREADS == WARP ? blockIdx.x * 4 + threadIdx.x / WARP : blockIdx.x;
   if (i >= a.rows) return;
-  const Row<T> row = row_inputs<BACKWARD>(a, i);
+  const Row<T> row = target_of<BACKWARD>(a, i);
   const S* x = row_of(a.logits, a.x, a.K, i);
+  const T r = weight_of<BACKWARD>(a, i, row);
   T z_y;
   Part<T, SMOOTH> part;
   if (!BACKWARD) {
@@ -292,8 +306,8 @@ __global__ void __launch_bounds__(THREADS == WARP ? 4 * WARP : THREADS) softmax_
     if (THREADS == WARP) __syncwarp();  // in place: all have read it
     else __syncthreads();
   }
-  const SoftmaxRow<T> f = formula(a, row.r, z_y, part);
-  if (!BACKWARD && thread == 0 && first == 0) put_loss(a, i, row, f.loss, part.M, part.R);
+  const SoftmaxRow<T> f = formula(a, row, r, z_y, part);
+  if (!BACKWARD && thread == 0 && first == 0) put_loss(a, i, row, r, f.loss, part.M, part.R);
   if (!a.grad) return;
   const Layout<S, THREADS> at(x, a.C, row.y, thread);
   const int end = ::min(first + a.span, at.whole);

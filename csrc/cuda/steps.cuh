@@ -49,7 +49,8 @@ __global__ void __launch_bounds__(BLOCK)
   uint4* vectors = reinterpret_cast<uint4*>(g + head);
   for (int64_t v = thread; v < whole; v += int64_t(gridDim.x) * BLOCK) {
     Vec<S> z{vectors[v]};
-    UNROLL for (int j = 0; j < N; j += 2) z.set(j, z[j] * f, z[j + 1] * f);
+#pragma unroll
+    for (int j = 0; j < N; j += 2) z.set(j, z[j] * f, z[j + 1] * f);
     vectors[v] = z.words;
   }
   if (thread < head) g[thread] = S(T(g[thread]) * f);

@@ -97,8 +97,9 @@ def run(case: Case, library: ctypes.CDLL) -> None:
     processors = draw.choice((1, 132))
     ctypes.c_int.in_dll(library, "emulated_multiprocessors").value = processors
     N = draw.choice((3, 6)) if case.C < 20_000 else 3
+    K = 3 if draw.random() < 0.3 else 1  # (N / K, C, K), classes side by side
     compute = reference.compute_dtype(case.dtype)
-    spread = draw.choice((1.0, 3.0, 30.0))
+    spread = draw.choice((0.01, 1.0, 3.0, 30.0))
     x = torch.randn(N, case.C, generator=generator).mul(spread)
     y = torch.randint(case.C, (N,), generator=generator)
     y[0], y[1] = 0, case.C - 1
@@ -106,6 +107,7 @@ def run(case: Case, library: ctypes.CDLL) -> None:
     x[0, 0], x[1, y[1]] = 15, 4 * spread
     if not case.sigmoid and draw.random() < 0.3:
         x += 3e4  # alike but for the last digits
+    zeta = 0.0 if case.sigmoid or draw.random() < 0.7 else 1e-3
     ignore = draw.choice((-100, None, int(y[2])))
     if ignore == -100:
         y[2] = -100
@@ -121,24 +123,31 @@ def run(case: Case, library: ctypes.CDLL) -> None:
         sample if draw.random() < 0.5 else None,
         normalizer,
     )
+    if draw.random() < 0.2:
+        x[1, draw.randrange(case.C)] = draw.choice((float("nan"), -float("inf")))
     want, slope, _ = reference.loss_and_grad(
         x.double(), y, *(None if v is None else v.double() for v in options),
         activation=("softmax", "sigmoid")[case.sigmoid], gamma=case.gamma,
-        label_smoothing=case.eps, ignore_index=ignore,
+        label_smoothing=case.eps, z_loss=zeta, ignore_index=ignore,
         reduction=("none", "mean", "weighted_mean", "sum")[reduction],
     )  # fmt: skip
+
+    def inner(t: Tensor) -> Tensor:
+        return t if K == 1 else t.view(N // K, K, case.C).transpose(1, 2)
 
     memory = Memory(draw.random() < 0.5, draw.choice((0, 1, 3, 5)))
     logits, target = memory.copy(x), memory.copy(y)
     vectors = [None if v is None else memory.copy(v) for v in options]
-    formula = (case.sigmoid, case.gamma, case.eps)
+    formula = (case.sigmoid, case.gamma, case.eps, zeta)
     nan = torch.full((), float("nan"), dtype=compute)
     loss = memory.copy(nan.expand(want.shape).contiguous())
     in_place = draw.random() < 0.3
     grad = memory.copy(x if in_place else torch.full_like(x, float("nan")))
     source = grad if in_place else logits
     operator, again = ops.losses["cuda"], ops.gradients["cuda"]
-    operator(source, target, *vectors, *formula, ignore, reduction, loss, grad, None)
+    operator(
+        inner(source), target, *vectors, *formula, ignore, reduction, loss, inner(grad), None
+    )  # fmt: skip
     check(case, "loss", loss, want, TOLERANCE[case.dtype][0], want.abs())
     # With smoothing eps p and eps / C may cancel: what is left is relative to these.
     largest = slope.abs().amax(1, keepdim=True).clamp(min=case.eps / 100)
@@ -146,12 +155,12 @@ def run(case: Case, library: ctypes.CDLL) -> None:
 
     saved = memory.copy(nan.expand(1 if case.sigmoid else 3, N).contiguous())
     loss.fill_(float("nan"))
-    operator(logits, target, *vectors, *formula, ignore, reduction, loss, None, saved)
+    operator(inner(logits), target, *vectors, *formula, ignore, reduction, loss, None, saved)
     check(case, "loss alone", loss, want, TOLERANCE[case.dtype][0], want.abs())
     incoming = memory.copy(torch.full(want.shape, 2.0, dtype=compute))
     source = memory.copy(x)
     grad = source if in_place else memory.copy(torch.full_like(x, float("nan")))
-    again(source, target, saved, incoming, *formula, grad)
+    again(inner(source), target, saved, incoming, *formula, inner(grad))
     check(case, "recomputed", grad, 2 * slope, TOLERANCE[case.dtype][1], 2 * largest)
     assert torch.equal(logits.nan_to_num(), x.nan_to_num()), f"{case}: the logits were changed"
     memory.free()

@@ -196,7 +196,7 @@ inline float flushed(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(
 // The special functions of csrc/cuda/numbers.cuh.
 #define CBLOSS_SPECIAL_FUNCTIONS
 namespace cbloss {
-inline float ex2(float x) { return emulator::off_by(std::exp2(double(x)), 0x1p-22); }
+inline float ex2(float x) { return x == 0 ? 1 : emulator::off_by(std::exp2(double(x)), 0x1p-22); }
 inline float rcp(float x) { return emulator::off_by(1 / double(emulator::flushed(x)), 0x1p-23); }
 inline float rsqrt(float x) {
   return emulator::off_by(1 / std::sqrt(double(emulator::flushed(x))), 0x1p-22 * 0.536);  // 2^-22.9
