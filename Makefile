@@ -11,11 +11,14 @@ SANITIZED := "cuda and (C1000 or C7 or C9 or split or otherwise or scaling)"
 CUDA_PATHS = PATH="$$PATH:$$CUDA_HOME/bin:/usr/local/cuda/bin"; export PATH
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test bench codegen roofline gpu gpu-build gpu-test gpu-bench sanitize-gpu lint clean
+.PHONY: demo test test-here test-interpreted bench codegen roofline gpu gpu-build gpu-test gpu-bench sanitize-gpu lint clean
 demo: $(VENV)/ready
 	$(BIN)/python -m cbloss_fused.demo
 test: $(VENV)/ready
+	$(MAKE) -j2 --output-sync=target test-here test-interpreted
+test-here: $(VENV)/ready
 	$(BIN)/python -m pytest
+test-interpreted: $(VENV)/ready
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(KERNEL_TESTS)
 bench: $(VENV)/ready $(VENV)/bench
 	$(BIN)/python -m bench.run

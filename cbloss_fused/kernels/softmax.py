@@ -58,7 +58,7 @@ def softmax_row(d, R, r, gamma, eps, D, C, zeta, M, SMOOTH: tl.constexpr, Z: tl.
         g_y += r * eps * p - uniform
     if Z:
         lse = M + log_S
-        slope = r * (2 * zeta) * tl.minimum(lse, largest_finite(R.dtype), tl.PropagateNan.ALL)
+        slope = clamp_finite(r * (2 * zeta) * clamp_finite(lse))  # finite: p may be 0
         loss += weighted(r, zeta * lse * lse)
         k += slope / S
         g_y += slope * p
