@@ -194,6 +194,7 @@ class BuildExtension(build_ext):
         reason = missing_cuda()
         library, folder = package / "_cuda.so", Path(self.build_temp) / "cuda"
         if reason is None and self.stale(library, folder):
+            library.unlink(missing_ok=True)  # what fails leaves nothing that looks current
             try:
                 build_cuda(library, folder)
             except (subprocess.CalledProcessError, OSError, ValueError) as error:

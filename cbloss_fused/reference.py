@@ -63,10 +63,9 @@ def _softmax_loss(z: Tensor, y: Tensor, gamma: float, eps: float, zeta: float) -
     L = -F.logsigmoid(-v)
     if gamma:
         L = torch.exp(gamma * F.logsigmoid(v)) * L
+    L = (1 - eps) * L
     if zeta:
-        L = L * (1 - eps) + zeta * torch.logsumexp(z, 1) ** 2
-    elif eps:
-        L = L * (1 - eps)
+        L = L + zeta * torch.logsumexp(z, 1) ** 2
     if not eps:
         return L
     M = _finite(z.amax(1, keepdim=True).detach())

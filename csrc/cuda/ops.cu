@@ -93,10 +93,18 @@ void set_grad(cbloss::Call& call, const Tensor& grad, const Tensor& logits) {
   call.grad = grad.mutable_data_ptr(), call.grad_stride = strides_of(grad);
   if (call.C == 1) call.grad_stride.c = 1;
 }
-void* vector(const OptionalTensor& t, const Tensor& logits, int64_t numel, const char* name) {
+void check_like(const Tensor& t, const Tensor& logits, int64_t numel, const char* name) {
+  check_vector(t, compute_type(logits), numel, name);
+  check_device(t, logits, name);
+}
+const void* input(const OptionalTensor& t, const Tensor& logits, int64_t numel, const char* name) {
   if (!t) return nullptr;
-  check_vector(*t, compute_type(logits), numel, name);
-  check_device(*t, logits, name);
+  check_like(*t, logits, numel, name);
+  return t->const_data_ptr();
+}
+void* buffer(const OptionalTensor& t, const Tensor& logits, int64_t numel, const char* name) {
+  if (!t) return nullptr;
+  check_like(*t, logits, numel, name);
   return t->mutable_data_ptr();
 }
 
@@ -106,14 +114,14 @@ void loss(Tensor logits, Tensor target, OptionalTensor weight, OptionalTensor sa
           OptionalTensor grad, OptionalTensor saved) {
   const Shape shape(logits);
   cbloss::Call call = call_of(logits, target, shape, sigmoid, gamma, label_smoothing, z_loss);
-  call.weight = vector(weight, logits, shape.C, "weight");
-  call.sample_weight = vector(sample_weight, logits, shape.rows, "sample_weight");
-  call.normalizer = vector(normalizer, logits, 1, "normalizer");
+  call.weight = input(weight, logits, shape.C, "weight");
+  call.sample_weight = input(sample_weight, logits, shape.rows, "sample_weight");
+  call.normalizer = input(normalizer, logits, 1, "normalizer");
   call.ignore = ignore_index.has_value(), call.ignored = ignore_index.value_or(0);
   call.reduction = reduction_of(reduction);
   const bool per_row = call.reduction == Reduction::NONE;
-  call.loss = vector(loss, logits, per_row ? shape.rows : 1, "loss");
-  call.saved = vector(saved, logits, saved_rows(sigmoid) * shape.rows, "saved");
+  call.loss = buffer(loss, logits, per_row ? shape.rows : 1, "loss");
+  call.saved = buffer(saved, logits, saved_rows(sigmoid) * shape.rows, "saved");
   if (grad) set_grad(call, *grad, logits);
   if (shape.rows == 0) {
     if (!per_row) torch::stable::fill_(loss, 0);
@@ -137,9 +145,9 @@ void gradient(Tensor logits, Tensor target, Tensor saved, Tensor grad_loss, bool
   const Shape shape(logits);
   cbloss::Call call = call_of(logits, target, shape, sigmoid, gamma, label_smoothing, z_loss);
   set_grad(call, grad, logits);
-  call.saved = vector(saved, logits, saved_rows(sigmoid) * shape.rows, "saved");
+  call.saved = buffer(saved, logits, saved_rows(sigmoid) * shape.rows, "saved");
   call.grad_loss_per_row = grad_loss.dim() > 0;
-  call.grad_loss = vector(grad_loss, logits, call.grad_loss_per_row ? shape.rows : 1, "grad_loss");
+  call.grad_loss = input(grad_loss, logits, call.grad_loss_per_row ? shape.rows : 1, "grad_loss");
   if (shape.rows == 0) return;
   const Current current(logits);
   dispatch(logits, [&](auto s) { check(cbloss::gradient<decltype(s)>(call, current.device)); });
@@ -147,7 +155,7 @@ void gradient(Tensor logits, Tensor target, Tensor saved, Tensor grad_loss, bool
 
 // Multiplies numel elements of memory from grad's first on by grad_loss, where that is not 1.
 void scale(Tensor grad, Tensor grad_loss, int64_t numel) {
-  const void* factor = vector(grad_loss, grad, 1, "grad_loss");
+  const void* factor = input(grad_loss, grad, 1, "grad_loss");
   int64_t bytes = 0, offset = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(grad.get(), &bytes));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(grad.get(), &offset));

@@ -96,11 +96,10 @@ cudaError_t softmax(Rows<S> a, const Plan& plan, bool per_row, const Device& dev
       if (a.C <= 128 * LARGE) return held<SMOOTH, 128, LARGE>(a, device);
       return held<SMOOTH, 256, LARGE>(a, device);
     }
-  constexpr int MANY =
-      SMOOTH ? 512 : 1024;  // few rows at a time: L2 holds them for the second read
+  constexpr int FULL = SMOOTH ? 512 : 1024;  // few rows at a time: L2 holds them for a second read
   if constexpr (!F64)
     if (plan.splits == 1 && a.C > HELD)
-      return launch_rows<MANY>(softmax_long<S, SMOOTH, MANY>, a, 1, device);
+      return launch_rows<FULL>(softmax_long<S, SMOOTH, FULL>, a, 1, device);
   if (plan.splits == 1) return launch_rows<256>(softmax_long<S, SMOOTH, 256>, a, 1, device);
   const cudaError_t error = launch_rows<256>(softmax_parts<S, SMOOTH, 256>, a, plan.splits, device);
   if (error) return error;

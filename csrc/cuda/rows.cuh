@@ -100,8 +100,8 @@ struct Vec {
       return reinterpret_cast<const S&>(w[j * sizeof(S) / 4]);
     }
   }
-  CB_FN void set(int j, T a,
-                 T b) {  // elements j and j + 1, j even: half types are rounded in pairs
+  // Elements j and j + 1, j even: half types are rounded in pairs.
+  CB_FN void set(int j, T a, T b) {
     uint32_t* w = &words.x;
     if constexpr (std::is_same_v<S, BFloat16>) {
       reinterpret_cast<__nv_bfloat162&>(w[j / 2]) = __floats2bfloat162_rn(a, b);

@@ -49,8 +49,8 @@ __global__ void __launch_bounds__(TILE) softmax_tiles(Rows<S> a, bool per_row) {
     if (a.grad_loss) {
       part.M = a.saved[int64_t(a.rows) + i], part.R = a.saved[int64_t(a.rows) * 2 + i];
     } else {
-      if (a.C >
-          MANY)  // else ever larger logits would move the sum, and round it, C / CLASSES times
+      // Else ever larger logits would move the sum, and round it, C / CLASSES times.
+      if (a.C > MANY)
         for (int first = 0; first < a.C; first += CLASSES) {
           const Classes<S> c(x, a.x.c, a.C, row, first);
 #pragma unroll
