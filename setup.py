@@ -31,7 +31,11 @@ PY_LIMITED_API = "0x030a0000"  # Python 3.10
 # Compiled once each, as row kernels in a namespace of that name; chosen at load time.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")]
-AVX512 += ["-mprefer-vector-width=512", "-Wno-maybe-uninitialized"]  # GCC's headers trip it
+AVX512 += [
+    "-mprefer-vector-width=512",
+    "-Wno-maybe-uninitialized",
+    "-Wno-uninitialized",
+]  # GCC's headers trip it
 AVX512 += ["-Wno-unknown-warning-option"]  # which Clang does not know
 ISA_FLAGS: dict[str, list[str]] = {"baseline": []}
 if platform.machine() in ("x86_64", "AMD64"):

@@ -18,6 +18,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from cbloss_fused import kernels, ops
+from cbloss_fused.call import formula
 
 from . import sass
 
@@ -81,22 +82,26 @@ def recorded() -> Iterator[list[Launch]]:
 
 def launches(
     shape: tuple[int, ...], dtype: torch.dtype, activation: str, gamma: float, *,
-    label_smoothing: float = 0.0, grad: bool = True, weight: bool = True, recompute: bool = False,
+    grad: bool = True, weight: bool = True, recompute: bool = False, bias: bool = False,
+    **options: Any,
 ) -> list[Launch]:  # fmt: skip
     """Of one forward, or of a recomputing backward, with every row's options in use."""
     logits = torch.empty(shape, dtype=dtype, device="meta")
     target = torch.empty(shape[:1] + shape[2:], dtype=torch.int64, device="meta")
     loss = ops.new_loss(logits, target, 1)
     w = loss.new_empty(shape[1]) if weight else None
-    formula = (activation == "sigmoid", gamma, label_smoothing, 0.0)
+    numbers = formula(activation, gamma, **options)
+    adjusting = (loss.new_empty(shape[1]),) * 2 if bias else (None, None)
     gradient: Tensor | None = torch.empty_like(logits) if grad else None
     with recorded() as found:
         if recompute:
-            saved = ops.new_saved(logits, target, formula[0])
-            kernels.load().gradient(logits, target, saved, loss, *formula, gradient)
+            saved = ops.new_saved(logits, numbers.sigmoid)
+            kernels.load().gradient(
+                logits, target, None, *adjusting, saved, loss, *numbers, gradient
+            )
         else:
             kernels.load().loss(
-                logits, target, w, None, None, *formula, -100, 1, loss, gradient, None
+                logits, target, w, None, None, *adjusting, *numbers, -100, 1, loss, gradient, None
             )
     return found
 

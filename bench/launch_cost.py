@@ -99,13 +99,14 @@ def calls(backend: str, scale: Callable[..., Any]) -> dict[str, Callable[[], Any
     import torch
 
     from cbloss_fused import ops
+    from cbloss_fused.call import Inputs, formula
 
     x, y = torch.randn(32, 8142, dtype=torch.bfloat16), torch.randint(0, 8142, (32,))
     w = torch.rand(8142)
     loss, rows, grad = torch.empty(()), torch.empty(32), torch.empty_like(x)
-    formula, operator = (True, 0.5, 0.0, 0.0), ops.losses[backend]
-    plain = (x, y, None, None, None, *formula, None)
-    full = (x, y, w, None, None, *formula, -100)
+    numbers, operator = formula("sigmoid", 0.5), ops.losses[backend]
+    plain = (x, *Inputs(y), *numbers, None)
+    full = (x, *Inputs(y, w), *numbers, -100)
 
     def allocated() -> None:
         operator(*full, 1, ops.new_loss(x, y, 1), ops.co_aligned(x), None)

@@ -17,7 +17,7 @@ from . import sass
 
 ROOT = Path(__file__).resolve().parent.parent
 DTYPES = {"float": "fp32", "__nv_bfloat16": "bf16", "__half": "fp16"}
-GAMMAS = ("0", "1/2", "1", "2", "any")  # of enum Gamma in csrc/row_math.h
+GAMMAS = ("0", "1/2", "1", "2", "any", "general")  # of enum Gamma in csrc/row_math.h
 
 
 def library(architecture: str = "9.0") -> Path:

@@ -4,15 +4,19 @@ from .counts import class_counts
 from .functional import check_target, class_balanced_loss
 from .modules import ClassBalancedLoss, DeferredReweighting
 from .ops import backends
+from .stats import ClassStats
 from .weights import (
     beta_from_prototypes,
     class_balanced_weights,
     effective_number,
     init_head_bias_,
+    ldam_margin,
+    logit_adjustment,
 )
 
 __all__ = [
     "ClassBalancedLoss",
+    "ClassStats",
     "DeferredReweighting",
     "backends",
     "beta_from_prototypes",
@@ -22,5 +26,7 @@ __all__ = [
     "class_counts",
     "effective_number",
     "init_head_bias_",
+    "ldam_margin",
+    "logit_adjustment",
 ]
 __version__ = "0.1.0"

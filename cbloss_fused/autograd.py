@@ -13,21 +13,19 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import ops
+from .call import Inputs
 from .spec import Spec
-
-Rows = tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]
-"""target, weight, sample_weight, normalizer"""
 
 
 class StoredGradient(torch.autograd.Function):
     """One read of the logits and one write of the gradient, in the forward."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, rows: Rows, spec: Spec) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, inputs: Inputs, spec: Spec) -> Tensor:
         inplace = spec.inplace
         grad = logits.detach() if inplace else ops.new_grad(logits)
-        loss = ops.new_loss(logits, rows[0], spec.reduction)
-        ops.losses[spec.backend](logits, *rows, *spec[:6], loss, grad, None)
+        loss = ops.new_loss(logits, inputs.target, spec.reduction)
+        ops.run_loss(logits, inputs, spec, loss, grad, None)
         if inplace:  # whoever saved the logits raises in its backward
             torch.autograd.graph.increment_version(logits)
         ctx.save_for_backward(grad)
@@ -49,6 +47,28 @@ class StoredGradient(torch.autograd.Function):
         return grad, None, None
 
 
+class StoredGradientAndRows(StoredGradient):
+    """The same with every row's loss and what a recomputing forward saves, for statistics."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, logits: Tensor, inputs: Inputs, spec: Spec
+    ) -> tuple[Tensor, ...]:
+        grad = ops.new_grad(logits)
+        losses = ops.new_loss(logits, inputs.target, 0)
+        saved = ops.new_saved(logits, spec.formula.sigmoid)
+        ops.run_loss(logits, inputs, spec, losses, grad, saved)
+        ctx.save_for_backward(grad)
+        ctx.inplace = False
+        rest = (losses, grad.detach(), saved)
+        ctx.mark_non_differentiable(*rest)
+        return losses.sum(), *rest
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        return StoredGradient.backward(ctx, grad_loss)
+
+
 class RecomputedGradient(torch.autograd.Function):
     """The forward keeps three numbers a row; the backward reads the logits again.
 
@@ -57,12 +77,14 @@ class RecomputedGradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, rows: Rows, spec: Spec) -> Tensor:
-        target = rows[0]
-        saved = ops.new_saved(logits, target, spec.sigmoid)
-        loss = ops.new_loss(logits, target, spec.reduction)
-        ops.losses[spec.backend](logits, *rows, *spec[:6], loss, None, saved)
-        ctx.save_for_backward(logits, target, saved)
+    def forward(ctx: Any, logits: Tensor, inputs: Inputs, spec: Spec) -> Tensor:
+        saved = ops.new_saved(logits, spec.formula.sigmoid)
+        loss = ops.new_loss(logits, inputs.target, spec.reduction)
+        ops.run_loss(logits, inputs, spec, loss, None, saved)
+        target, weight, _, _, logit_bias, margin = inputs
+        if not spec.formula.per_class:  # in scale already; it may change in place
+            weight = None
+        ctx.save_for_backward(logits, target, weight, logit_bias, margin, saved)
         ctx.spec = spec
         return loss
 
@@ -70,25 +92,29 @@ class RecomputedGradient(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             _refuse_double_backward()
-        logits, target, saved = ctx.saved_tensors
+        logits, *vectors, saved = ctx.saved_tensors
         grad = logits.detach() if ctx.spec.inplace else ops.new_grad(logits)
-        run = ops.gradients[ctx.spec.backend]
-        run(logits, target, saved, grad_loss.contiguous(), *ctx.spec[:4], grad)
+        ops.run_gradient(logits, vectors, saved, grad_loss, ctx.spec, grad)
         if ctx.spec.inplace:
             torch.autograd.graph.increment_version(logits)
         return grad, None, None
 
 
-def stored_gradient(logits: Tensor, rows: Rows, spec: Spec) -> Tensor:
+def stored_gradient(logits: Tensor, inputs: Inputs, spec: Spec) -> Tensor:
     """The loss, its gradient computed along with it."""
     if is_compiling():
-        return StoredGradient.apply(logits, rows, spec)  # type: ignore[no-untyped-call]
-    return _apply_stored(logits, rows, spec)
+        return StoredGradient.apply(logits, inputs, spec)  # type: ignore[no-untyped-call]
+    return _apply_stored(logits, inputs, spec)
 
 
-def recomputed_gradient(logits: Tensor, rows: Rows, spec: Spec) -> Tensor:
+def stored_gradient_and_rows(logits: Tensor, inputs: Inputs, spec: Spec) -> tuple[Tensor, ...]:
+    """(loss, losses of the rows, gradient, saved); spec.reduction is "none"."""
+    return StoredGradientAndRows.apply(logits, inputs, spec)  # type: ignore[no-untyped-call]
+
+
+def recomputed_gradient(logits: Tensor, inputs: Inputs, spec: Spec) -> Tensor:
     """The loss, its gradient left to the backward."""
-    return RecomputedGradient.apply(logits, rows, spec)  # type: ignore[no-untyped-call]
+    return RecomputedGradient.apply(logits, inputs, spec)  # type: ignore[no-untyped-call]
 
 
 # Function.apply without its Python wrapper, 3 us that look for functorch: spec.py has looked.

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from . import ops, reference, spec
-from .autograd import recomputed_gradient, stored_gradient
+from .autograd import recomputed_gradient, stored_gradient, stored_gradient_and_rows
+from .call import Formula, Inputs, is_dense
+from .stats import ClassStats, class_stats, denominator
 
 
 def class_balanced_loss(
@@ -18,39 +20,64 @@ def class_balanced_loss(
     *,
     activation: str = "softmax",
     gamma: float = 0.0,
+    gamma_neg: float | None = None,
+    alpha: float | None = None,
+    clip: float = 0.0,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    logit_bias: Tensor | None = None,
+    margin: Tensor | None = None,
+    logit_scale: float = 1.0,
     sample_weight: Tensor | None = None,
+    class_weighting: str = "sample",
     ignore_index: int | None = -100,
     reduction: str = "mean",
     normalizer: float | Tensor | None = None,
     inplace: bool = False,
     recompute: bool | None = None,
     backend: str | None = None,
-) -> Tensor:
+    return_stats: bool = False,
+) -> Any:
     """Class-balanced softmax, sigmoid or focal loss and its gradient, in one pass over the logits.
 
     Each row's loss is multiplied by r = weight[target] * sample_weight: the whole row, in the
     sigmoid family too. With p = softmax(input) at the target, p_t = sigmoid(±input) at every class:
 
         softmax: r ((1-ε) (1-p)^γ (-log p) + ε/C Σ_j -log p_j + ζ (log Σ_j e^{z_j})²)
-        sigmoid: r Σ_j (1-p_t)^γ (-log p_t)
+        sigmoid: r Σ_j α_t (1-p_t)^γ (-log p_t)
+
+    of z_j = logit_scale (input_j + logit_bias_j - margin_j [j = target]).
 
     Args:
         input: logits, (C,), (N, C) or (N, C, d1, ..., dk), C >= 1, any strides; float32, bfloat16,
             float16 or float64. Half types are computed in float32.
         target: class indices in [0, C) or ignore_index; any integer type; (), (N,) or
-            (N, d1, ..., dk).
+            (N, d1, ..., dk). Or soft or multi-hot: a float (>= 0, used as given) or bool a class,
+            in input's shape. Then r takes the mean weight of the labels, Σ t_c weight_c / Σ t_c;
+            "softmax" is Σ_j t_j (-log p_j), with gamma=0 and no margin, and "sigmoid" has
+            t_j L(z_j, 1) + (1 - t_j) L(z_j, 0) for each class.
         weight: (C,) of any floating type, finite and >= 0, as `class_balanced_weights` gives them;
             None weighs all classes 1. Used in float32 (float64 for float64 logits).
         activation: "softmax" or "sigmoid" (one against the rest, summed over the classes).
         gamma: focal exponent γ >= 0; 0 is the plain loss. The paper's focal loss is "sigmoid" with
             0.5, 1 or 2.
+        gamma_neg: γ of the classes that are not the target, "sigmoid" only; None: gamma.
+        alpha: in [0, 1], "sigmoid" only: α_t is alpha for the target and 1 - alpha for the other
+            classes; None: 1 for all.
+        clip: in [0, 1), "sigmoid" only: the other classes' p counts as max(p - clip, 0), so that
+            sure negatives count nothing (asymmetric loss). p is within 1e-7 at that edge.
         label_smoothing: ε in [0, 1): the target becomes (1-ε) one-hot + ε/C. The row's weight
             multiplies the smoothing term; in F.cross_entropy class j's does.
         z_loss: ζ >= 0, softmax only: keeps the logits' log-sum-exp near 0; 1e-4 is common. Its
             square overflows where |z| is above 1e19.
+        logit_bias: (C,), finite: added to every row, see `logit_adjustment`.
+        margin: (C,), finite: taken off the target's own logit, see `ldam_margin`.
+        logit_scale: positive, at most 1e30: an inverse temperature. With any of these three z is
+            rounded to the type that is computed in: in float32 p is off by 1e-7 |z|.
         sample_weight: shape of target, finite and >= 0.
+        class_weighting: "sample": weight[target] multiplies the row, as in the paper; "class":
+            weight[j] multiplies class j's term, "sigmoid" only and not with "weighted_mean".
+            With it, and with soft targets, GPUs take eager formulas: only the CPU's are fused.
         ignore_index: rows with this target have no influence, whatever they hold; None: no row.
         reduction: "none", "sum", "mean" (over the rows that are not ignored, as in the paper) or
             "weighted_mean" (divided by Σ r, what F.cross_entropy calls "mean").
@@ -65,6 +92,9 @@ def class_balanced_loss(
             where the package was built with nvcc) or "reference" (eager PyTorch, which has second
             derivatives and torch.func).
 
+        return_stats: return (loss, `ClassStats`) from the same pass: which classes drive training.
+            Class indices alone; the gradient is stored; not with "none", inplace or "reference".
+
     Returns:
         A scalar, or the shape of target for "none"; float64 for float64 logits, else float32. 0
         with zero gradients where there is nothing to average. NaN in, NaN out; finite for every
@@ -74,13 +104,15 @@ def class_balanced_loss(
         IndexError: a target outside [0, C) on the CPU. On other devices nothing synchronises: the
             row's loss and gradient are NaN there; `check_target` looks.
         ValueError: a shape, device, range or choice that does not fit; a weight that is negative or
-            not finite (values are checked on the CPU); something but input requires grad.
+            not finite (values are checked on the CPU); options that have no meaning together, as
+            clip with "softmax"; something but input requires grad.
         TypeError: a dtype or type that does not fit.
         NotImplementedError: torch.func transforms of a fused kernel.
         RuntimeError: a second derivative of a fused kernel (in backward).
 
     Source: Cui et al., Class-Balanced Loss Based on Effective Number of Samples, CVPR 2019
-    (arXiv 1901.05555), equations 8, 11 and 13.
+    (arXiv 1901.05555), equations 8, 11 and 13. Asymmetric loss: Ridnik et al., ICCV 2021
+    (arXiv 2009.14119), equation 7.
 
     >>> from cbloss_fused import class_balanced_weights
     >>> logits = torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.0, 0.0]], requires_grad=True)
@@ -91,70 +123,86 @@ def class_balanced_loss(
     >>> loss
     tensor(2.6000, grad_fn=<StoredGradientBackward>)
     """
-    spec.check_options(
-        activation, gamma, label_smoothing, z_loss, ignore_index, reduction, inplace, backend
-    )
-    spec.check_tensors(input, target, weight, sample_weight)
-    divisor = None
+    formula = spec.check_formula(
+        activation, gamma, gamma_neg, alpha, clip, label_smoothing, z_loss, logit_scale,
+        class_weighting, reduction,
+    )  # fmt: skip
+    spec.check_options(ignore_index, reduction, inplace, backend)
+    inputs = Inputs(target, weight, sample_weight, None, logit_bias, margin)
+    spec.check_tensors(input, inputs)
+    dense = is_dense(target)
+    if dense:
+        spec.check_dense(inputs, formula, ignore_index)
+        ignore_index = None
     if normalizer is not None:
-        divisor = spec.normalizer_tensor(normalizer, reduction, input)
+        inputs = inputs._replace(normalizer=spec.normalizer_tensor(normalizer, reduction, input))
+    if return_stats:
+        spec.check_stats(dense, reduction, inplace, recompute, backend)
     if backend == "reference":
         return _reference_loss(
             input,
-            target,
-            weight,
-            sample_weight,
-            divisor,
-            activation=activation,
-            gamma=gamma,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
+            inputs,
             ignore_index=ignore_index,
             reduction=reduction,
+            activation=activation,
+            gamma=gamma,
+            gamma_neg=gamma_neg,
+            alpha=alpha,
+            clip=clip,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            logit_scale=logit_scale,
+            class_weighting=class_weighting,
         )
     spec.check_kernel(input, backend)
+    shape = input.shape
     if inplace:
         spec.check_inplace(input)
     if input.dim() != 2:  # (C,) and (N, C, d1, ..., dk): the operators know (N, C) and (N, C, K)
         input = input.unsqueeze(0) if input.dim() == 1 else input.flatten(2)
-    if target.dtype is not torch.int64 or not target.is_contiguous():
-        target = target.to(torch.int64).contiguous()
-    if weight is not None:
-        weight = spec.as_vector(weight, input)
-    if sample_weight is not None:
-        sample_weight = spec.as_vector(sample_weight, input)
-    rows = (target, weight, sample_weight, divisor)
-    options = spec.Spec(
-        activation == "sigmoid", float(gamma), float(label_smoothing), float(z_loss), ignore_index,
-        spec.REDUCTIONS.index(reduction), inplace, backend,
-    )  # fmt: skip
+    inputs = spec.as_operators_take(inputs, input)
+    if return_stats:
+        return _loss_and_stats(input, inputs, formula, ignore_index, reduction, backend)
+    options = spec.Spec(formula, ignore_index, spec.REDUCTIONS.index(reduction), inplace, backend)
     if not input.requires_grad or not torch.is_grad_enabled():
-        loss = ops.new_loss(input, target, options.reduction)
-        ops.losses[backend](input, *rows, *options[:6], loss, None, None)
-        return loss
-    if recompute or reduction == "none" or (recompute is None and input.dtype is torch.float16):
-        return recomputed_gradient(input, rows, options)
-    return stored_gradient(input, rows, options)
+        loss = ops.new_loss(input, inputs.target, options.reduction)
+        ops.run_loss(input, inputs, options, loss, None, None)
+    elif recompute or reduction == "none" or (recompute is None and input.dtype is torch.float16):
+        loss = recomputed_gradient(input, inputs, options)
+    else:
+        return stored_gradient(input, inputs, options)
+    if dense and reduction == "none":  # a loss a row; class indices have that shape already
+        loss = loss.reshape(shape[:0] if len(shape) == 1 else shape[:1] + shape[2:])
+    return loss
 
 
-def _reference_loss(
-    input: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    sample_weight: Tensor | None,
-    normalizer: Tensor | None,
-    **options: Any,
-) -> Tensor:
+def _loss_and_stats(
+    input: Tensor, inputs: Inputs, formula: Formula, ignore_index: int | None, reduction: str,
+    backend: str | None,
+) -> tuple[Tensor, ClassStats]:  # fmt: skip
+    like = input.new_empty((), dtype=reference.compute_dtype(input.dtype))
+    inputs = inputs._replace(normalizer=denominator(inputs, ignore_index, reduction, like))
+    options = spec.Spec(formula, ignore_index, 0, False, backend)
+    loss, *rows = stored_gradient_and_rows(input, inputs, options)
+    with torch.no_grad():
+        return loss, class_stats(input, inputs, formula, ignore_index, *rows)
+
+
+def _reference_loss(input: Tensor, inputs: Inputs, **options: Any) -> Tensor:
     if input.device.type == "cpu" and not reference.tracing():
-        spec.check_values(weight, sample_weight, normalizer)
-    if input.dim() > 1:
-        return reference.loss(input, target, weight, sample_weight, normalizer, **options)
-    if sample_weight is not None:
-        sample_weight = sample_weight.unsqueeze(0)
+        spec.check_values(inputs)
+    one_row = input.dim() == 1
+    if one_row:
+        rows = {"target": inputs.target.unsqueeze(0)}
+        if inputs.sample_weight is not None:
+            rows["sample_weight"] = inputs.sample_weight.unsqueeze(0)
+        input, inputs = input.unsqueeze(0), inputs._replace(**rows)
+    target, weight, sample_weight, divisor, logit_bias, margin = inputs
     loss = reference.loss(
-        input.unsqueeze(0), target.unsqueeze(0), weight, sample_weight, normalizer, **options
-    )
-    return loss.reshape(())
+        input, target, weight, sample_weight, divisor, logit_bias=logit_bias, margin=margin,
+        **options,
+    )  # fmt: skip
+    return loss.reshape(()) if one_row else loss
 
 
 def check_target(target: Tensor, num_classes: int, ignore_index: int | None = -100) -> None:

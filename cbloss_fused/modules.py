@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .counts import class_counts
 from .functional import class_balanced_loss
-from .spec import check_options
+from .spec import check_class_vector, check_formula, check_options
 from .values import Array, Vector, reals
 from .weights import beta_from_prototypes, class_balanced_weights
 
@@ -24,8 +24,7 @@ class ClassBalancedLoss(torch.nn.Module):
         counts: (C,) samples of each class in the training set; a tensor, an array or a sequence.
         beta: in [0, 1]; 0 weighs all classes alike, 1 by inverse frequency.
         empty: what a class without samples gets, see `class_balanced_weights`.
-        options: activation, gamma, label_smoothing, z_loss, ignore_index, reduction, inplace,
-            recompute, backend, as in `class_balanced_loss`.
+        options: all others as in `class_balanced_loss`; logit_bias and margin become buffers.
 
     Shape: input (C,), (N, C) or (N, C, d1, ..., dk); target (), (N,) or (N, d1, ..., dk).
     Attributes: weight, a (C,) float32 buffer: moves with .to(), saved in state_dict; counts and
@@ -40,6 +39,8 @@ class ClassBalancedLoss(torch.nn.Module):
     """
 
     weight: Tensor
+    logit_bias: Tensor | None
+    margin: Tensor | None
 
     def __init__(
         self,
@@ -49,8 +50,15 @@ class ClassBalancedLoss(torch.nn.Module):
         empty: Literal["error", "zero", "one"] = "error",
         activation: str = "softmax",
         gamma: float = 0.0,
+        gamma_neg: float | None = None,
+        alpha: float | None = None,
+        clip: float = 0.0,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
+        logit_bias: Tensor | None = None,
+        margin: Tensor | None = None,
+        logit_scale: float = 1.0,
+        class_weighting: str = "sample",
         ignore_index: int | None = -100,
         reduction: str = "mean",
         inplace: bool = False,
@@ -58,20 +66,34 @@ class ClassBalancedLoss(torch.nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        check_options(
-            activation, gamma, label_smoothing, z_loss, ignore_index, reduction, inplace, backend
-        )
-        self.register_buffer("weight", class_balanced_weights(counts, beta, empty=empty))
+        formula: dict[str, Any] = {
+            "activation": activation,
+            "gamma": gamma,
+            "gamma_neg": gamma_neg,
+            "alpha": alpha,
+            "clip": clip,
+            "label_smoothing": label_smoothing,
+            "z_loss": z_loss,
+            "logit_scale": logit_scale,
+            "class_weighting": class_weighting,
+        }
+        check_formula(**formula, reduction=reduction)
+        check_options(ignore_index, reduction, inplace, backend)
+        self.options = {
+            **formula,
+            "ignore_index": ignore_index,
+            "reduction": reduction,
+            "inplace": inplace,
+            "recompute": recompute,
+            "backend": backend,
+        }
+        weight = class_balanced_weights(counts, beta, empty=empty)
+        for name, vector in (("logit_bias", logit_bias), ("margin", margin)):
+            if vector is not None:
+                vector = check_class_vector(name, vector, len(weight))
+            self.register_buffer(name, vector)
+        self.register_buffer("weight", weight)
         self.counts, self.beta, self.empty = reals(counts, "counts"), reals(beta, "beta"), empty
-        self.activation = activation
-        self.gamma = gamma
-        self.label_smoothing = label_smoothing
-        self.z_loss = z_loss
-        self.ignore_index = ignore_index
-        self.reduction = reduction
-        self.inplace = inplace
-        self.recompute = recompute
-        self.backend = backend
 
     def forward(
         self,
@@ -85,17 +107,11 @@ class ClassBalancedLoss(torch.nn.Module):
             input,
             target,
             self.weight,
-            activation=self.activation,
-            gamma=self.gamma,
-            label_smoothing=self.label_smoothing,
-            z_loss=self.z_loss,
+            logit_bias=self.logit_bias,
+            margin=self.margin,
             sample_weight=sample_weight,
-            ignore_index=self.ignore_index,
-            reduction=self.reduction,
             normalizer=normalizer,
-            inplace=self.inplace,
-            recompute=self.recompute,
-            backend=self.backend,
+            **self.options,
         )
 
     @classmethod
@@ -162,11 +178,13 @@ class ClassBalancedLoss(torch.nn.Module):
     def extra_repr(self) -> str:
         """num_classes and beta, then whatever is not the default."""
         beta = f"beta={self.beta.item()}" if self.beta.dim() == 0 else "beta per class"
+        defaults = inspect.signature(class_balanced_loss).parameters
         changed = [
-            f"{name}={getattr(self, name)!r}"
-            for name, option in inspect.signature(class_balanced_loss).parameters.items()
-            if hasattr(self, name) and name != "weight" and getattr(self, name) != option.default
+            f"{name}={value!r}"
+            for name, value in self.options.items()
+            if value != defaults[name].default
         ]
+        changed += [name for name in ("logit_bias", "margin") if getattr(self, name) is not None]
         return ", ".join([f"num_classes={len(self.weight)}", beta, *changed])
 
 

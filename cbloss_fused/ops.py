@@ -21,20 +21,30 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import cuda, kernels, reference
+from .call import Formula, Inputs, is_dense
 from .reference import compute_dtype
-from .spec import ACTIVATIONS, REDUCTIONS, check_values
+from .spec import REDUCTIONS, Spec, check_values
 
+_FORMULA = (
+    "bool sigmoid, float gamma, float gamma_neg, float alpha, float alpha_neg, float clip, "
+    "float label_smoothing, float z_loss, float logit_scale, bool per_class"
+)
 _LOSS = (
     "(Tensor logits, Tensor target, Tensor? weight, Tensor? sample_weight, Tensor? normalizer, "
-    "bool sigmoid, float gamma, float label_smoothing, float z_loss, "
+    f"Tensor? logit_bias, Tensor? margin, {_FORMULA}, "
     "int? ignore_index, int reduction, Tensor(a!) loss, Tensor(b!)? grad, Tensor(c!)? saved) -> ()"
 )
 _GRADIENT = (
-    "(Tensor logits, Tensor target, Tensor saved, Tensor grad_loss, "
-    "bool sigmoid, float gamma, float label_smoothing, float z_loss, Tensor(a!) grad) -> ()"
+    "(Tensor logits, Tensor target, Tensor? weight, Tensor? logit_bias, Tensor? margin, "
+    f"Tensor saved, Tensor grad_loss, {_FORMULA}, Tensor(a!) grad) -> ()"
 )
 _library = torch.library.Library("cbloss_fused", "DEF")
-for _overload in ("", ".triton", ".cuda"):  # the device's own choice; a backend that was asked for
+for _overload in (
+    "",
+    ".triton",
+    ".cuda",
+    ".reference",
+):  # the device's own choice; a backend that was asked for
     _library.define(f"loss{_overload}{_LOSS}")
     _library.define(f"gradient{_overload}{_GRADIENT}")
 _library.define("_set_isa(str name) -> str")
@@ -63,7 +73,9 @@ _warned = False
 
 def new_loss(logits: Tensor, target: Tensor, reduction: int) -> Tensor:
     """The buffer for the loss: one a row for reduction "none"."""
-    shape = () if reduction else target.shape
+    shape: tuple[int, ...] = ()
+    if not reduction:
+        shape = logits.shape[:1] + logits.shape[2:] if is_dense(target) else target.shape
     return logits.new_empty(shape, dtype=compute_dtype(logits.dtype))
 
 
@@ -93,9 +105,9 @@ def co_aligned(logits: Tensor) -> Tensor:
     return buffer.as_strided(logits.shape, strides, odd)
 
 
-def new_saved(logits: Tensor, target: Tensor, sigmoid: bool) -> Tensor:
+def new_saved(logits: Tensor, sigmoid: bool) -> Tensor:
     """The buffer that a forward leaves for a recomputing backward."""
-    shape = (1 if sigmoid else 3, target.numel())
+    shape = (1 if sigmoid else 3, logits.shape[0] * logits.shape[2:].numel())
     return logits.new_empty(shape, dtype=compute_dtype(logits.dtype))
 
 
@@ -136,75 +148,57 @@ def _span(shape: Sequence[int], strides: Sequence[int]) -> int:
     return sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + 1
 
 
-def _rows_of(logits: Tensor, target: Tensor) -> Tensor:
-    """The target in the shape of the rows of (N, C) or (N, C, K) logits."""
-    return target.reshape(logits.shape[:1] + logits.shape[2:])
+def _rows_of(logits: Tensor, vector: Tensor) -> Tensor:
+    """A target or sample weights in the shape of the rows of (N, C) or (N, C, K) logits."""
+    return vector.reshape(logits.shape[:1] + logits.shape[2:])
 
 
-def _loss(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    sample_weight: Tensor | None,
-    normalizer: Tensor | None,
-    sigmoid: bool,
-    gamma: float,
-    label_smoothing: float,
-    z_loss: float,
-    ignore_index: int | None,
-    reduction: int,
-    loss: Tensor,
-    grad: Tensor | None,
-    saved: Tensor | None,
-) -> None:
+def _loss(logits: Tensor, *arguments: Any) -> None:
+    """The operator loss in eager PyTorch."""
+    tensors, numbers, rest = arguments[:6], arguments[6:16], arguments[16:]
+    ignore_index, reduction, loss, grad, saved = rest
+    inputs = Inputs(*tensors)
     _warn_once(logits.device.type)
     if logits.device.type == "cpu":  # here, where the message can name target's own index
-        reference.check_target(target, logits.shape[1], ignore_index)
-        check_values(weight, sample_weight, normalizer)
+        if not is_dense(inputs.target):
+            reference.check_target(inputs.target, logits.shape[1], ignore_index)
+        check_values(inputs)
+    if not is_dense(inputs.target):
+        inputs = inputs._replace(target=_rows_of(logits, inputs.target))
+    if inputs.sample_weight is not None:
+        inputs = inputs._replace(sample_weight=_rows_of(logits, inputs.sample_weight))
     L, gradient, scale = reference.loss_and_grad(
-        logits,
-        _rows_of(logits, target),
-        weight,
-        None if sample_weight is None else _rows_of(logits, sample_weight),
-        normalizer,
-        activation=ACTIVATIONS[sigmoid],
-        gamma=gamma,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        ignore_index=ignore_index,
-        reduction=REDUCTIONS[reduction],
+        logits, inputs, Formula(*numbers), ignore_index, REDUCTIONS[reduction]
     )
     loss.copy_(L.reshape(loss.shape))
     if grad is not None:
         grad.copy_(gradient)
-    if saved is not None:  # M and R only save the kernels a pass: the reference has no use for them
+    if saved is not None:
         saved.zero_()[0].copy_(scale.flatten())
+        if len(saved) > 1 and not is_dense(inputs.target):
+            M, R = reference.max_and_sum(logits, inputs, scale < 0, Formula(*numbers).logit_scale)
+            saved[1].copy_(M.flatten())
+            saved[2].copy_(R.flatten())
 
 
 def _gradient(
     logits: Tensor,
     target: Tensor,
+    weight: Tensor | None,
+    logit_bias: Tensor | None,
+    margin: Tensor | None,
     saved: Tensor,
     grad_loss: Tensor,
-    sigmoid: bool,
-    gamma: float,
-    label_smoothing: float,
-    z_loss: float,
-    grad: Tensor,
+    *arguments: Any,
 ) -> None:
-    y = _rows_of(logits, target)
-    grad.copy_(
-        reference.gradient(
-            logits,
-            y,
-            saved[0].reshape(y.shape),
-            _rows_of(logits, grad_loss) if grad_loss.dim() else grad_loss,
-            activation=ACTIVATIONS[sigmoid],
-            gamma=gamma,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-        )
-    )
+    """The operator gradient in eager PyTorch."""
+    *numbers, grad = arguments
+    if not is_dense(target):
+        target = _rows_of(logits, target)
+    inputs = Inputs(target, weight, logit_bias=logit_bias, margin=margin)
+    scale = _rows_of(logits, saved[0])
+    incoming = _rows_of(logits, grad_loss) if grad_loss.dim() else grad_loss
+    grad.copy_(reference.gradient(logits, inputs, scale, incoming, Formula(*numbers)))
 
 
 def _triton_loss(*arguments: Any) -> None:
@@ -223,12 +217,16 @@ PREFERRED = "cuda"
 
 # autograd.py differentiates: below it the dispatcher need not look for gradients again. They only
 # write: nothing to fake.
-for _name in (f"{n}{o}" for n in ("loss", "gradient") for o in ("", ".triton", ".cuda")):
+for _name in (
+    f"{n}{o}" for n in ("loss", "gradient") for o in ("", ".triton", ".cuda", ".reference")
+):
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
     _library.impl(_name, torch.library.fallthrough_kernel, "ADInplaceOrView")
     torch.library.register_fake(f"cbloss_fused::{_name}", lambda *_: None, lib=_library)
 _library.impl("loss", _loss, "CompositeExplicitAutograd")
 _library.impl("gradient", _gradient, "CompositeExplicitAutograd")
+_library.impl("loss.reference", _loss, "CompositeExplicitAutograd")
+_library.impl("gradient.reference", _gradient, "CompositeExplicitAutograd")
 if cuda.device is not None and (PREFERRED == "cuda" or not kernels.available):
     torch.ops.cbloss_fused._serve_cuda()
 elif kernels.available:
@@ -246,13 +244,45 @@ losses: dict[str | None, Any] = {
     "cpu": loss,
     "triton": torch.ops.cbloss_fused.loss.triton,
     "cuda": torch.ops.cbloss_fused.loss.cuda,
+    "reference": torch.ops.cbloss_fused.loss.reference,
 }
 gradients: dict[str | None, Any] = {
     None: gradient,
     "cpu": gradient,
     "triton": torch.ops.cbloss_fused.gradient.triton,
     "cuda": torch.ops.cbloss_fused.gradient.cuda,
+    "reference": torch.ops.cbloss_fused.gradient.reference,
 }
+
+
+def _serving(target: Tensor, spec: Spec) -> str | None:
+    """Who computes a call: on GPUs soft targets and per-class weights have eager formulas alone."""
+    eager = (spec.formula.per_class or is_dense(target)) and not (
+        target.is_cpu and spec.backend in (None, "cpu")
+    )
+    return "reference" if eager else spec.backend
+
+
+def run_loss(
+    logits: Tensor, inputs: Inputs, spec: Spec, loss: Tensor, grad: Tensor | None,
+    saved: Tensor | None,
+) -> None:  # fmt: skip
+    """Fill the buffers by the backend that was asked for."""
+    losses[_serving(inputs.target, spec)](
+        logits, *inputs, *spec.formula, spec.ignore_index, spec.reduction, loss, grad, saved
+    )
+
+
+def run_gradient(
+    logits: Tensor, vectors: Sequence[Tensor | None], saved: Tensor, grad_loss: Tensor, spec: Spec,
+    grad: Tensor,
+) -> None:  # fmt: skip
+    """The recomputing backward; vectors: target, weight, logit_bias, margin."""
+    target = vectors[0]
+    assert target is not None
+    gradients[_serving(target, spec)](
+        logits, *vectors, saved, grad_loss.contiguous(), *spec.formula, grad
+    )
 
 
 def _warn_once(device: str) -> None:
@@ -293,6 +323,7 @@ def backends() -> dict[str, str]:
         gpu = f"{cpp}; backend='triton' for Triton's"
     else:
         gpu = f"{triton}; {cpp}" + ("; backend='cuda' for them" if cuda.device else "")
+    gpu += "; eager formulas for soft targets and class_weighting='class'"
     if not torch.cuda.is_available():
         gpu += "; no GPU here"
     return {"cpu": cpu, "cuda": gpu, "other": "reference: no kernels for other devices"}

@@ -4,16 +4,20 @@
 `loss_and_grad` and `gradient` hold the explicit formulas that the kernels compute too, with the
 same names: what the operators fall back to where there is no kernel.
 
-Logits are (N, C, ...), targets (N, ...): the classes are dimension 1.
+Logits are (N, C, ...), targets (N, ...) of class indices or like the logits: the classes are
+dimension 1.
 """
 
 from __future__ import annotations
 
 from math import inf, nan
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .call import Formula, Inputs, formula, is_dense
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -28,44 +32,71 @@ def loss(
     sample_weight: Tensor | None = None,
     normalizer: Tensor | None = None,
     *,
-    activation: str = "softmax",
-    gamma: float = 0.0,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
+    logit_bias: Tensor | None = None,
+    margin: Tensor | None = None,
     ignore_index: int | None = -100,
     reduction: str = "mean",
+    **options: Any,
 ) -> Tensor:
-    """The class-balanced loss as a differentiable eager expression."""
+    """The class-balanced loss as a differentiable eager expression; options: see `call.formula`."""
+    f = formula(**options)
+    inputs = Inputs(target, weight, sample_weight, normalizer, logit_bias, margin)
     z = logits.to(compute_dtype(logits.dtype))
     y, keep, valid = _classes(target, z.shape[1], ignore_index)
     if keep is not None:  # selected away, never multiplied by 0
         z = torch.where(keep.unsqueeze(1), z, 0.0)
-    if activation == "softmax":
-        L = _softmax_loss(z, y.unsqueeze(1), gamma, label_smoothing, z_loss)
+    z = _adjusted(z, y, inputs, f.logit_scale)
+    w = None if weight is None or not f.per_class else _along_classes(weight, z)
+    dense = is_dense(target)
+    if f.sigmoid:
+        t = target.to(z.dtype) if dense else _one_hot(z, y)
+        L = _sigmoid_loss(z, _smooth(t, f.label_smoothing), f, w)
+    elif dense:
+        L = _soft(z, target.to(z.dtype), f)
     else:
-        L = _sigmoid_loss(z, y.unsqueeze(1), gamma, label_smoothing)
+        L = _softmax_loss(z, y.unsqueeze(1), f)
     if valid is not None:
         L = torch.where(valid, L, nan)
-    r = _row_weights(y, weight, sample_weight, L.dtype)
+    r = _row_weights(y, inputs, f, L.dtype)
     return _reduce(L if r is None else _weighted(r, L), r, keep, reduction, normalizer)
 
 
-def _softmax_loss(z: Tensor, y: Tensor, gamma: float, eps: float, zeta: float) -> Tensor:
+def _adjusted(z: Tensor, y: Tensor, inputs: Inputs, scale: float) -> Tensor:
+    """scale (z_j + bias_j - margin_y [j = y])."""
+    if inputs.logit_bias is not None:
+        z = z + _along_classes(inputs.logit_bias, z)
+    if inputs.margin is not None:
+        z = z.scatter_add(1, y.unsqueeze(1), -inputs.margin.to(z.dtype)[y].unsqueeze(1))
+    return z if scale == 1 else z * scale
+
+
+def _along_classes(vector: Tensor, z: Tensor) -> Tensor:
+    return vector.to(z.dtype).reshape(-1, *[1] * (z.dim() - 2))
+
+
+def _one_hot(z: Tensor, y: Tensor) -> Tensor:
+    return torch.zeros_like(z).scatter(1, y.unsqueeze(1), 1.0)
+
+
+def _smooth(t: Tensor, eps: float) -> Tensor:
+    return (1 - eps) * t + eps / t.shape[1] if eps else t
+
+
+def _softmax_loss(z: Tensor, y: Tensor, f: Formula) -> Tensor:
     """(1-eps) q^gamma (-log p) + eps/C sum_j (lse - z_j) + zeta lse^2.
 
     With v = log sum_{j != y} e^{z_j} - z_y: p = sigma(-v), q = 1 - p = sigma(v),
     -log p = softplus(v).
     The target is left out of the sum, never subtracted, so v is exact at both ends.
     """
-    others = z.scatter(1, y, -inf)
-    M = _finite(others.amax(1, keepdim=True).detach())
-    v = (torch.logsumexp(others - M, 1, keepdim=True) - (z.gather(1, y) - M)).squeeze(1)
+    eps = f.label_smoothing
+    v = _log_odds_against(z, y)
     L = -F.logsigmoid(-v)
-    if gamma:
-        L = torch.exp(gamma * F.logsigmoid(v)) * L
+    if f.gamma:
+        L = torch.exp(f.gamma * F.logsigmoid(v)) * L
     L = (1 - eps) * L
-    if zeta:
-        L = L + zeta * torch.logsumexp(z, 1) ** 2
+    if f.z_loss:
+        L = L + f.z_loss * torch.logsumexp(z, 1) ** 2
     if not eps:
         return L
     M = _finite(z.amax(1, keepdim=True).detach())
@@ -74,48 +105,70 @@ def _softmax_loss(z: Tensor, y: Tensor, gamma: float, eps: float, zeta: float) -
     return L + eps / z.shape[1] * spread
 
 
-def _sigmoid_loss(z: Tensor, y: Tensor, gamma: float, eps: float) -> Tensor:
-    """sum_j L(z_j, t_j), L(z, t) = (1 - p_t)^gamma (-log p_t), p_t = sigma(z if t else -z)."""
+def _soft(z: Tensor, t: Tensor, f: Formula) -> Tensor:
+    """(1-eps) sum_j t_j (lse - z_j) + eps/C sum_j (lse - z_j) + zeta lse^2.
 
-    def L(s: Tensor) -> Tensor:  # noqa: N802
+    lse - z_j = (lse - z_top) + (z_top - z_j), the first exact as p_top -> 1.
+    """
+    top = z.argmax(1, keepdim=True)
+    nll = -F.logsigmoid(-_log_odds_against(z, top))
+    t = _smooth(t, f.label_smoothing)
+    below = torch.where(t == 0, 0.0, t * (z.gather(1, top) - z))
+    L = t.sum(1) * nll + below.sum(1)
+    return L + f.z_loss * torch.logsumexp(z, 1) ** 2 if f.z_loss else L
+
+
+def _log_odds_against(z: Tensor, y: Tensor) -> Tensor:
+    """log (1 - p_y) / p_y."""
+    others = z.scatter(1, y, -inf)
+    M = _finite(others.amax(1, keepdim=True).detach())
+    return (torch.logsumexp(others - M, 1, keepdim=True) - (z.gather(1, y) - M)).squeeze(1)
+
+
+def _sigmoid_loss(z: Tensor, t: Tensor, f: Formula, w: Tensor | None) -> Tensor:
+    """sum_j w_j [alpha t L(z_j, 1) + (1 - alpha) (1 - t) L(z_j, 0)].
+
+    L(z, 1) = (1-p)^gamma (-log p), L(z, 0) = p^gamma (-log(1-p)), p = sigma(z); for t = 0 gamma is
+    gamma_neg and p is max(p - clip, 0).
+    """
+
+    def focal(s: Tensor, gamma: float) -> Tensor:
         nll = -F.logsigmoid(s)
         return torch.exp(gamma * F.logsigmoid(-s)) * nll if gamma else nll
 
-    s = torch.neg(z).scatter(1, y, z.gather(1, y))
-    if not eps:
-        return L(s).sum(1)
-    t = torch.full_like(z, eps / z.shape[1]).scatter(1, y, 1 - eps + eps / z.shape[1])
-    return (t * L(z) + (1 - t) * L(-z)).sum(1)
+    if f.clip:
+        p = torch.exp(F.logsigmoid(z)) - f.clip  # whose derivative is exact at both ends
+        inside = p > 0
+        p = torch.where(inside, p, 0.5)  # whose derivatives are finite
+        L_0 = torch.where(inside, p**f.gamma_neg * -torch.log1p(-p), 0.0)
+    else:
+        L_0 = focal(-z, f.gamma_neg)
+    L = torch.where(t == 0, 0.0, f.alpha * t * focal(z, f.gamma))
+    L = L + torch.where(t == 1, 0.0, f.alpha_neg * (1 - t) * L_0)
+    return (L if w is None else w * L).sum(1)
 
 
 # The explicit formulas
 
 
 def softmax_row(
-    d: Tensor,
-    R: Tensor,
-    r: Tensor,
-    gamma: float,
-    eps: float,
-    D: Tensor | float,
-    C: int,
-    zeta: float,
-    M: Tensor,
+    d: Tensor, R: Tensor, r: Tensor, D: Tensor | float, C: int, M: Tensor, f: Formula
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, k, g_y, uniform) of a row.
 
     From M, d = z_y - M, R = sum_{j != y} e^{z_j - M}, D = sum_j (z_j - M):
     d loss/d z_j = k e^{z_j - M} - uniform for j != y, g_y for j = y.
     """
+    gamma, eps, zeta = f.gamma, f.label_smoothing, f.z_loss
     e_y = d.exp()
     S = R + e_y
     p, q = e_y / S, R / S
     sure = q <= 0.5  # then -log p comes from q: exact as p -> 1
     nll = torch.where(sure, -torch.log1p(-q.clamp(max=0.5)), S.log() - d)
     u = torch.where(q > 0, nll / q, 1.0).clamp(max=torch.finfo(d.dtype).max)
-    f = q**gamma
-    a = (1 - eps) * f * (1 + gamma * p * u)
-    loss = _weighted(r, (1 - eps) * f * nll)
+    focus = q**gamma
+    a = (1 - eps) * focus * (1 + gamma * p * u)
+    loss = _weighted(r, (1 - eps) * focus * nll)
     k, g_y, uniform = r * a / S, -r * a * q, torch.zeros_like(r)
     if eps:
         uniform = r * (eps / C)
@@ -128,26 +181,52 @@ def softmax_row(
     return loss, k, g_y, uniform
 
 
-def sigmoid_element(z: Tensor, gamma: float) -> tuple[Tensor, Tensor]:
+def soft_row(
+    R: Tensor, r: Tensor, T: Tensor, T_others: Tensor, B: Tensor, D: Tensor | float,
+    C: int, M: Tensor, f: Formula,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(loss, k, g_top, uniform, hard) of a row with soft targets t.
+
+    From M = z_top, R = sum_{j != top} e^{z_j - M}, T = sum_j t_j, T_others without the top's,
+    B = sum_j t_j (z_j - M), D = sum_j (z_j - M):
+    d loss/d z_j = k e^{z_j - M} - uniform - hard t_j for j != top, g_top for j = top.
+    """
+    eps, zeta = f.label_smoothing, f.z_loss
+    S = 1 + R
+    q, nll = R / S, torch.log1p(R)  # of the top: exact as p -> 1
+    loss = _weighted(r, (1 - eps) * (T * nll - B))
+    hard, uniform = r * (1 - eps), r * (eps / C)
+    k, g_top = hard * T / S, hard * (T_others - T * q)
+    if eps:
+        loss = loss + _weighted(r, eps / C * (C * nll - D))
+        k, g_top = k + r * eps / S, g_top + r * eps * (1 - q) - uniform
+    if zeta:
+        lse = M + nll
+        loss = loss + _weighted(r, zeta * lse**2)
+        k, g_top = k + r * (2 * zeta) * lse / S, g_top + r * (2 * zeta) * lse * (1 - q)
+    return loss, k, g_top, uniform, hard
+
+
+def sigmoid_element(z: Tensor, gamma: float, clip: float = 0.0) -> tuple[Tensor, Tensor]:
     """(L, dL/dz) of an element with t = 0; t = 1: the same at -z, the gradient's sign turned."""
     s, sp = torch.sigmoid(z), -F.logsigmoid(-z)  # sp = log(1 + e^z)
+    c = torch.sigmoid(-z)
+    if clip:  # p = max(s - clip, 0) in the place of s; no power gamma - 1
+        p = (s - clip).clamp(min=0)
+        nll, focus = -torch.log1p(-p), p**gamma
+        u = torch.where(p > 0, nll / p, 1.0)
+        g = focus * (gamma * u + 1 / (c + clip)) * s * c
+        return focus * nll, torch.where(p == 0, 0.0, g)
     if not gamma:
         return sp, s
-    f = torch.exp(gamma * F.logsigmoid(z))  # (1 - p_t)^gamma
-    return f * sp, f * (gamma * torch.sigmoid(-z) * sp.clamp(max=1e3) + s)
+    focus = torch.exp(gamma * F.logsigmoid(z))  # (1 - p_t)^gamma
+    return focus * sp, focus * (gamma * c * sp.clamp(max=1e3) + s)
 
 
 def loss_and_grad(
     logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None = None,
-    sample_weight: Tensor | None = None,
-    normalizer: Tensor | None = None,
-    *,
-    activation: str = "softmax",
-    gamma: float = 0.0,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
+    inputs: Inputs,
+    f: Formula,
     ignore_index: int | None = -100,
     reduction: str = "mean",
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -155,78 +234,92 @@ def loss_and_grad(
 
     scale (rows) is r_i / denominator, negative where the row is ignored: what `gradient` takes.
     """
-    y, keep, valid = _classes(target, logits.shape[1], ignore_index)
+    y, keep, valid = _classes(inputs.target, logits.shape[1], ignore_index)
     dtype = compute_dtype(logits.dtype)
-    r = _row_weights(y, weight, sample_weight, dtype)
+    r = _row_weights(y, inputs, f, dtype)
     if r is None:
-        r = torch.ones_like(y, dtype=dtype)
+        r = logits.new_ones(logits.shape[:1] + logits.shape[2:], dtype=dtype)
     scale = r
-    if reduction not in ("none", "sum"):
-        denominator = _denominator(r, keep, reduction, normalizer)
+    if inputs.normalizer is not None or reduction not in ("none", "sum"):
+        denominator = _denominator(r, keep, reduction, inputs.normalizer)
         scale = torch.where(denominator != 0, r / denominator, r)
     if keep is not None:
         scale = torch.where(keep, scale, -1.0)
     if valid is not None:
         scale = torch.where(valid, scale, nan)
-    L, grad = _rows(logits, y, scale, scale < 0, activation, gamma, label_smoothing, z_loss)
+    L, grad = _rows(logits, y, scale, inputs, f)
     return L if reduction == "none" else L.sum(), grad, scale
 
 
 def gradient(
-    logits: Tensor,
-    target: Tensor,
-    scale: Tensor,
-    grad_loss: Tensor,
-    *,
-    activation: str,
-    gamma: float,
-    label_smoothing: float,
-    z_loss: float = 0.0,
+    logits: Tensor, inputs: Inputs, scale: Tensor, grad_loss: Tensor, f: Formula
 ) -> Tensor:
     """The gradient once more, for an incoming grad_loss: 0-d, or one a row."""
-    ignored = scale < 0
-    y = torch.where(ignored, 0, target)
-    r = torch.where(ignored, 0.0, scale * grad_loss)
-    return _rows(logits, y, r, ignored, activation, gamma, label_smoothing, z_loss)[1]
+    ignored, y = scale < 0, inputs.target
+    if not is_dense(y):
+        y = torch.where(ignored, 0, y)
+    r = torch.where(ignored, scale, scale * grad_loss)
+    return _rows(logits, y, r, inputs, f, ignored)[1]
 
 
 def _rows(
     logits: Tensor,
     y: Tensor,
     r: Tensor,
-    ignored: Tensor,
-    activation: str,
-    gamma: float,
-    eps: float,
-    zeta: float,
+    inputs: Inputs,
+    f: Formula,
+    ignored: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Losses (N, ...) and gradient of every row."""
-    C = logits.shape[1]
-    z = logits.to(r.dtype)
-    y, r = y.clamp(0, C - 1).unsqueeze(1), r.unsqueeze(1)
-    if activation == "softmax":
+    if ignored is None:
+        ignored = r < 0
+    C, dense, eps = logits.shape[1], is_dense(y), f.label_smoothing
+    z, r = logits.to(r.dtype), torch.where(ignored, 0.0, r).unsqueeze(1)
+    if not dense:
+        y = y.clamp(0, C - 1)
+    z = _adjusted(z, y, inputs, f.logit_scale)
+    if f.sigmoid:
+        t = _smooth(y.to(z.dtype) if dense else _one_hot(z, y), eps)
+        L_0, g_0 = sigmoid_element(z, f.gamma_neg, f.clip)
+        L_1, g_1 = sigmoid_element(-z, f.gamma)
+        t_0, t_1 = f.alpha_neg * (1 - t), f.alpha * t
+        L, grad = _weighted(t_0, L_0) + _weighted(t_1, L_1), t_0 * g_0 - t_1 * g_1
+        if f.per_class and inputs.weight is not None:
+            w = _along_classes(inputs.weight, z)
+            L, grad = _weighted(w, L), w * grad
+        L, grad = _weighted(r, L.sum(1, keepdim=True)), r * grad
+    else:
         z = _limit(z)
-        others = z.scatter(1, y, -inf)
-        M = torch.maximum(others.amax(1, keepdim=True), z.gather(1, y))
+        top = z.argmax(1, keepdim=True) if dense else y.unsqueeze(1)
+        others = z.scatter(1, top, -inf)
+        M = torch.maximum(others.amax(1, keepdim=True), z.gather(1, top))
         M = M.clamp(min=torch.finfo(z.dtype).min)  # NaN stays; -inf - -inf would be NaN
         e = (others - M).exp()
         D = (z - M).sum(1, keepdim=True) if eps else 0.0
-        d, R = z.gather(1, y) - M, e.sum(1, keepdim=True)
-        L, k, g_y, uniform = softmax_row(d, R, r, gamma, eps, D, C, zeta, M)
-        grad = (k * e - uniform).scatter(1, y, g_y)
-    else:
-        L, grad = sigmoid_element(z, gamma)
-        z_y = z.gather(1, y)
-        L_y, g_y = sigmoid_element(-z_y, gamma)
-        if eps:
-            L_1, g_1 = sigmoid_element(-z, gamma)
-            t = torch.full_like(z, eps / C).scatter(1, y, 1 - eps + eps / C)
-            L, grad = t * L_1 + (1 - t) * L, (1 - t) * grad - t * g_1
+        R = e.sum(1, keepdim=True)
+        if dense:
+            t = y.to(z.dtype)
+            B = torch.where(t == 0, 0.0, t * (z - M)).sum(1, keepdim=True)
+            T, T_others = (v.sum(1, keepdim=True) for v in (t, t.scatter(1, top, 0.0)))
+            L, k, g_top, uniform, hard = soft_row(R, r, T, T_others, B, D, C, M, f)
+            grad = (k * e - uniform - hard * t).scatter(1, top, g_top)
         else:
-            L, grad = L.scatter(1, y, L_y), grad.scatter(1, y, -g_y)
-        L, grad = _weighted(r, L.sum(1, keepdim=True)), r * grad
+            d = z.gather(1, top) - M
+            L, k, g_top, uniform = softmax_row(d, R, r, D, C, M, f)
+            grad = (k * e - uniform).scatter(1, top, g_top)
     L = torch.where(ignored, 0.0, L.squeeze(1))
-    return L, torch.where(ignored.unsqueeze(1), 0.0, grad).to(logits.dtype)
+    grad = torch.where(ignored.unsqueeze(1), 0.0, f.logit_scale * grad)
+    return L, grad.to(logits.dtype)
+
+
+def max_and_sum(
+    logits: Tensor, inputs: Inputs, ignored: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """M = max_j z_j and R = sum_{j != y} e^{z_j - M} of every row."""
+    y = torch.where(ignored, 0, inputs.target).clamp(0, logits.shape[1] - 1)
+    z = _limit(_adjusted(logits.to(compute_dtype(logits.dtype)), y, inputs, scale))
+    M = z.amax(1, keepdim=True).clamp(min=torch.finfo(z.dtype).min)
+    return M.squeeze(1), (z.scatter(1, y.unsqueeze(1), -inf) - M).exp().sum(1)
 
 
 def _limit(z: Tensor) -> Tensor:
@@ -248,6 +341,8 @@ def _classes(
     A CPU target out of range raises here. Nothing may synchronise on other devices, and no value
     is known while torch.compile or torch.func traces: there such a row becomes NaN.
     """
+    if is_dense(target):  # no row of these is ignored
+        return target, None, None
     y = target.long()  # first: -100 would wrap around in a uint8
     keep = None if ignore_index is None else y != ignore_index
     if keep is not None:
@@ -279,14 +374,21 @@ def check_target(target: Tensor, num_classes: int, ignore_index: int | None = -1
         )
 
 
-def _row_weights(
-    y: Tensor, weight: Tensor | None, sample_weight: Tensor | None, dtype: torch.dtype
-) -> Tensor | None:
-    """r_i = w_{y_i} * sample_weight_i."""
-    r = None if weight is None else weight.to(dtype)[y]
-    if sample_weight is None:
+def _row_weights(y: Tensor, inputs: Inputs, f: Formula, dtype: torch.dtype) -> Tensor | None:
+    """r_i = w_{y_i} * sample_weight_i; of soft targets the mean weight of the labels."""
+    r = None
+    if inputs.weight is not None and not f.per_class:
+        w = inputs.weight.to(dtype)
+        if is_dense(y):
+            t = y.to(dtype)
+            T, W = t.sum(1), (t * _along_classes(w, t)).sum(1)
+            r = torch.where(T != 0, W / T, 1.0)
+        else:
+            r = w[y]
+    if inputs.sample_weight is None:
         return r
-    return sample_weight.to(dtype) if r is None else r * sample_weight.to(dtype)
+    s = inputs.sample_weight.to(dtype)
+    return s if r is None else r * s
 
 
 def _weighted(r: Tensor, L: Tensor) -> Tensor:

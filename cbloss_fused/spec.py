@@ -5,6 +5,7 @@ What needs the values inside a tensor (targets in range, weights >= 0) is checke
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import pairwise
 from math import inf
 from typing import NamedTuple
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import cuda, kernels
+from .call import Formula, Inputs, formula, is_dense
 from .reference import compute_dtype
 
 ACTIVATIONS = ("softmax", "sigmoid")
@@ -25,13 +27,13 @@ INTEGERS = (
 )
 
 
+WEIGHTINGS = ("sample", "class")
+
+
 class Spec(NamedTuple):
     """Checked options, as autograd and the operators take them."""
 
-    sigmoid: bool
-    gamma: float
-    label_smoothing: float
-    z_loss: float
+    formula: Formula
     ignore_index: int | None
     reduction: int
     inplace: bool
@@ -39,46 +41,86 @@ class Spec(NamedTuple):
 
 
 def check_options(
-    activation: str,
-    gamma: float,
-    label_smoothing: float,
-    z_loss: float,
-    ignore_index: int | None,
-    reduction: str,
-    inplace: bool,
-    backend: str | None,
+    ignore_index: int | None, reduction: str, inplace: bool, backend: str | None
 ) -> None:
     """Raise for an option that no tensor could make right."""
-    if activation not in ACTIVATIONS:
-        raise ValueError(_choice("activation", activation, ACTIVATIONS))
     if reduction not in REDUCTIONS:
         raise ValueError(_choice("reduction", reduction, REDUCTIONS))
     if backend is not None and backend not in BACKENDS:
         raise ValueError(_choice("backend", backend, (None, *BACKENDS)))
-    try:
-        if not 0 <= gamma < inf:
-            raise ValueError(f"gamma must be finite and >= 0, got {gamma}")
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
-        if not 0 <= z_loss < inf:
-            raise ValueError(f"z_loss must be finite and >= 0, got {z_loss}")
-    except TypeError:
-        raise TypeError(
-            "gamma, label_smoothing and z_loss must be numbers, got "
-            f"{gamma!r}, {label_smoothing!r} and {z_loss!r}"
-        ) from None
-    if z_loss and activation != "softmax":
-        raise ValueError("z_loss holds softmax's log-sum-exp near 0: activation='sigmoid' has none")
     if ignore_index is not None and not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index must be an int or None, got {ignore_index!r}")
     if inplace and backend == "reference":
         raise ValueError("inplace=True needs a kernel: backend='reference' never writes its input")
 
 
-def check_tensors(
-    input: Tensor, target: Tensor, weight: Tensor | None, sample_weight: Tensor | None
-) -> None:
+def check_formula(
+    activation: str,
+    gamma: float,
+    gamma_neg: float | None,
+    alpha: float | None,
+    clip: float,
+    label_smoothing: float,
+    z_loss: float,
+    logit_scale: float,
+    class_weighting: str,
+    reduction: str,
+) -> Formula:
+    """The formula's numbers; raises for those out of range and those that have no meaning."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(_choice("activation", activation, ACTIVATIONS))
+    if class_weighting not in WEIGHTINGS:
+        raise ValueError(_choice("class_weighting", class_weighting, WEIGHTINGS))
+    try:
+        if not 0 <= gamma < inf:
+            raise ValueError(f"gamma must be finite and >= 0, got {gamma}")
+        if gamma_neg is not None and not 0 <= gamma_neg < inf:
+            raise ValueError(f"gamma_neg must be None or finite and >= 0, got {gamma_neg}")
+        if alpha is not None and not 0 <= alpha <= 1:
+            raise ValueError(f"alpha must be None or in [0, 1], got {alpha}")
+        if not 0 <= clip < 1:
+            raise ValueError(f"clip must be in [0, 1), got {clip}")
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1), got {label_smoothing}")
+        if not 0 <= z_loss < inf:
+            raise ValueError(f"z_loss must be finite and >= 0, got {z_loss}")
+        if not 0 < logit_scale <= 1e30:
+            raise ValueError(f"logit_scale must be positive and <= 1e30, got {logit_scale}")
+    except (TypeError, RuntimeError):  # the second of a tensor of several numbers
+        numbers = {
+            "gamma": gamma, "gamma_neg": gamma_neg, "alpha": alpha, "clip": clip,
+            "label_smoothing": label_smoothing, "z_loss": z_loss, "logit_scale": logit_scale,
+        }  # fmt: skip
+        given = ", ".join(f"{name}={value!r}" for name, value in numbers.items())
+        raise TypeError(f"{', '.join(numbers)} must be numbers, got {given}") from None
+    if activation == "sigmoid":
+        if z_loss:
+            raise ValueError(
+                "z_loss holds softmax's log-sum-exp near 0: activation='sigmoid' has none"
+            )
+        if class_weighting == "class" and reduction == "weighted_mean":
+            raise ValueError(
+                "reduction='weighted_mean' divides by the rows' weights: with "
+                "class_weighting='class' weight belongs to no row"
+            )
+    elif gamma_neg is not None or alpha is not None or clip:
+        raise ValueError(
+            "gamma_neg, alpha and clip tell positives from negatives: activation='softmax' has one "
+            f"target, got gamma_neg={gamma_neg}, alpha={alpha}, clip={clip}"
+        )
+    elif class_weighting == "class":
+        raise ValueError(
+            "class_weighting='class' weighs each class's term: activation='softmax' has but one"
+        )
+    return formula(
+        activation, gamma, gamma_neg, alpha, clip, label_smoothing, z_loss, logit_scale,
+        class_weighting,
+    )  # fmt: skip
+
+
+def check_tensors(input: Tensor, inputs: Inputs) -> None:
     """Raise for a rank, shape, dtype or device that does not fit, or a grad that is not there."""
+    target = inputs.target
     if not isinstance(input, Tensor) or not isinstance(target, Tensor):
         name, given = ("target", target) if isinstance(input, Tensor) else ("input", input)
         raise TypeError(f"{name} must be a Tensor, got {type(given).__name__}")
@@ -94,20 +136,60 @@ def check_tensors(
         C, rows = (shape[0], shape[:0]) if len(shape) == 1 else (shape[1], shape[:1] + shape[2:])
     if C < 1:
         raise ValueError(f"input must have at least one class, got shape {tuple(shape)}")
-    if target.dtype not in INTEGERS:
-        raise TypeError(f"target must hold class indices ({_names(INTEGERS)}), got {target.dtype}")
-    if target.shape != rows:
+    dense = is_dense(target)
+    if not dense and target.dtype not in INTEGERS:
+        raise TypeError(
+            f"target must hold class indices ({_names(INTEGERS)}) or, in input's shape, float or "
+            f"bool values, got {target.dtype}"
+        )
+    expected = shape if dense else rows
+    if target.shape != expected:
         raise ValueError(
-            f"target must have shape {tuple(rows)} for an input of shape {tuple(shape)}, "
-            f"got {tuple(target.shape)}"
+            f"target must have shape {tuple(expected)} for an input of shape {tuple(shape)} and "
+            f"{target.dtype} targets, got {tuple(target.shape)}"
         )
     device = input.device
     if target.device != device:
         raise ValueError(f"target must be on input's device {device}, got {target.device}")
-    if weight is not None:
-        _check_vector("weight", weight, (C,), device)
-    if sample_weight is not None:
-        _check_vector("sample_weight", sample_weight, rows, device)
+    if inputs.sample_weight is not None:
+        _check_vector("sample_weight", inputs.sample_weight, rows, device)
+    for name, vector in (
+        ("weight", inputs.weight), ("logit_bias", inputs.logit_bias), ("margin", inputs.margin),
+    ):  # fmt: skip
+        if vector is not None:
+            _check_vector(name, vector, (C,), device)
+
+
+def check_dense(inputs: Inputs, formula: Formula, ignore_index: int | None) -> None:
+    """Raise for what soft or multi-hot targets leave without a meaning."""
+    if inputs.target.requires_grad:
+        raise ValueError("target requires grad, but only input is differentiated: detach it")
+    if formula.gamma and not formula.sigmoid:
+        raise ValueError(
+            f"gamma focuses on the one target of a row: with soft targets activation='softmax' "
+            f"needs gamma=0, got {formula.gamma}"
+        )
+    if inputs.margin is not None:
+        raise ValueError("margin is taken off the one target's logit: soft targets have none")
+    if ignore_index is not None and ignore_index >= 0:
+        raise ValueError(
+            f"ignore_index={ignore_index} is a class index: soft targets have none, drop the rows "
+            "or give them sample_weight 0"
+        )
+
+
+def check_stats(
+    dense: bool, reduction: str, inplace: bool, recompute: bool | None, backend: str | None
+) -> None:
+    """Raise for what return_stats=True cannot go with."""
+    if dense:
+        raise ValueError("return_stats sorts rows by their class: soft targets have none")
+    if reduction == "none" or inplace or recompute or backend == "reference":
+        raise ValueError(
+            "return_stats reads the stored gradient of a reduced loss: it needs a reduction, no "
+            f"inplace, no recompute and a kernel, got reduction={reduction!r}, inplace={inplace}, "
+            f"recompute={recompute}, backend={backend!r}"
+        )
 
 
 def check_kernel(input: Tensor, backend: str | None) -> None:
@@ -141,22 +223,26 @@ def _check_cuda(input: Tensor) -> None:
         raise ValueError(f"backend='cuda' needs CUDA tensors, got {input.device}")
 
 
-def check_values(
-    weight: Tensor | None, sample_weight: Tensor | None, normalizer: Tensor | None
-) -> None:
+def check_values(inputs: Inputs) -> None:
     """What the kernels check as they read, for the reference on the CPU."""
-    for name, vector in (("weight", weight), ("sample_weight", sample_weight)):
-        if vector is None:
-            continue
-        bad = ~((vector >= 0) & vector.isfinite())
-        if bad.any():
-            first = tuple(bad.nonzero()[0].tolist())
-            raise ValueError(
-                f"{name}{list(first)} = {float(vector[first])}: "
-                f"{name.replace('_', ' ')}s must be finite and >= 0"
-            )
+    for name in ("weight", "sample_weight"):
+        _check_all(name, getattr(inputs, name), lambda v: (v >= 0) & v.isfinite(), " and >= 0")
+    for name in ("logit_bias", "margin"):
+        _check_all(name, getattr(inputs, name), torch.isfinite, "")
+    normalizer = inputs.normalizer
     if normalizer is not None and not 0 < float(normalizer) < inf:
         raise ValueError(f"normalizer must be positive and finite, got {float(normalizer)}")
+
+
+def _check_all(
+    name: str, vector: Tensor | None, good: Callable[[Tensor], Tensor], more: str
+) -> None:
+    if vector is None:
+        return
+    bad = ~good(vector)
+    if bad.any():
+        first = tuple(bad.nonzero()[0].tolist())
+        raise ValueError(f"{name}{list(first)} = {float(vector[first])}: must be finite{more}")
 
 
 def check_inplace(input: Tensor) -> None:
@@ -201,12 +287,31 @@ def normalizer_tensor(normalizer: float | Tensor, reduction: str, input: Tensor)
     return torch.full((), normalizer, dtype=dtype, device=input.device)
 
 
-def as_vector(vector: Tensor, input: Tensor) -> Tensor:
-    """A weight vector in the type that the loss is computed in, contiguous."""
+def as_operators_take(inputs: Inputs, input: Tensor) -> Inputs:
+    """Contiguous int64 targets, and vectors in the type that the loss is computed in."""
+    target, weight, sample_weight, normalizer, logit_bias, margin = inputs
+    if is_dense(target):  # in the shape of input, any strides
+        target = target.reshape(input.shape)
+    elif target.dtype is not torch.int64 or not target.is_contiguous():
+        target = target.to(torch.int64).contiguous()
     dtype = compute_dtype(input.dtype)
-    if vector.dtype is dtype and vector.is_contiguous():
+    return Inputs(
+        target, _as_vector(weight, dtype), _as_vector(sample_weight, dtype), normalizer,
+        _as_vector(logit_bias, dtype), _as_vector(margin, dtype),
+    )  # fmt: skip
+
+
+def _as_vector(vector: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    if vector is None or (vector.dtype is dtype and vector.is_contiguous()):
         return vector
     return vector.to(dtype).contiguous()
+
+
+def check_class_vector(name: str, vector: Tensor, C: int) -> Tensor:
+    """The vector, looked at once: (C,), finite, not differentiated."""
+    _check_vector(name, vector, (C,), vector.device)
+    _check_all(name, vector, torch.isfinite, "")
+    return vector
 
 
 def _check_vector(name: str, vector: Tensor, shape: tuple[int, ...], device: torch.device) -> None:

@@ -87,7 +87,7 @@ def class_balanced_weights(
     """
     n = _counts(counts)
     b = _beta(beta, len(n)).expand_as(n)
-    n = _fill_empty(n, empty)
+    n = _fill_empty(n, empty, ', or empty="zero" (weight 0) or empty="one" (counted as one sample)')
     present = n > 0
     E = _effective_number(n, b)[present]
     _check_spread(E, n[present])
@@ -96,6 +96,57 @@ def class_balanced_weights(
     weights = torch.zeros_like(n)
     weights[present] = inverse * (len(inverse) / inverse.sum())
     return weights.float().to(device(counts))
+
+
+def logit_adjustment(counts: Vector, tau: float = 1.0) -> Tensor:
+    """Logarithms of the class frequencies times tau: the `logit_bias` of logit adjustment.
+
+    The model then learns balanced logits, which are used as they are in evaluation; tau = 1 is
+    balanced softmax.
+
+    Args:
+        counts: (C,) samples per class, finite and > 0, fractions allowed.
+        tau: finite.
+    Returns:
+        (C,) float32 on the device of counts, tau log(n_c / Σ n).
+    Raises:
+        ValueError: a class without samples, whose logarithm would be -inf; a wrong shape or value.
+        TypeError: counts are not real numbers.
+    Source: Menon et al., Long-tail learning via logit adjustment, ICLR 2021 (arXiv 2007.07314),
+        equation 10; Ren et al., Balanced Meta-Softmax, NeurIPS 2020 (arXiv 2007.10740).
+
+    >>> logit_adjustment([90, 10])
+    tensor([-0.1054, -2.3026])
+    """
+    n = _fill_empty(_counts(counts), "error")
+    if not math.isfinite(tau):
+        raise ValueError(f"tau must be finite, got {tau}")
+    return (tau * (n / n.sum()).log()).float().to(device(counts))
+
+
+def ldam_margin(counts: Vector, max_margin: float = 0.5) -> Tensor:
+    """Margins that grow as classes get rarer, n_c^(-1/4), the rarest class's being max_margin.
+
+    For `margin`, with `logit_scale=30` and logits that are cosines.
+
+    Args:
+        counts: (C,) samples per class, finite and > 0, fractions allowed.
+        max_margin: finite and >= 0; the paper has 0.5, and 0.3 for iNaturalist.
+    Returns:
+        (C,) float32 on the device of counts.
+    Raises:
+        ValueError: a class without samples; a wrong shape or value.
+        TypeError: counts are not real numbers.
+    Source: Cao et al., Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss,
+        NeurIPS 2019 (arXiv 1906.07413), equation 12.
+
+    >>> ldam_margin([160, 10])
+    tensor([0.2500, 0.5000])
+    """
+    n = _fill_empty(_counts(counts), "error")
+    if not 0 <= max_margin < math.inf:
+        raise ValueError(f"max_margin must be finite and >= 0, got {max_margin}")
+    return (max_margin * (n.min() / n) ** 0.25).float().to(device(counts))
 
 
 def init_head_bias_(linear: M) -> M:
@@ -129,7 +180,7 @@ def _effective_number(n: Tensor, beta: Tensor) -> Tensor:
     return torch.where((n == 0) | (beta == 1), n, E)  # the limits, where E may be NaN or -0
 
 
-def _fill_empty(n: Tensor, empty: str) -> Tensor:
+def _fill_empty(n: Tensor, empty: str, also: str = "") -> Tensor:
     if empty not in ("error", "zero", "one"):
         raise ValueError(f'empty = {empty!r}: expected "error", "zero" or "one"')
     zeros = (n == 0).nonzero().flatten().tolist()
@@ -138,8 +189,7 @@ def _fill_empty(n: Tensor, empty: str) -> Tensor:
     if zeros and empty == "error":
         names = ", ".join(map(str, zeros[:10])) + (", …" if len(zeros) > 10 else "")
         raise ValueError(
-            f"{len(zeros)} of {len(n)} classes have no samples ({names}): expected counts > 0, "
-            'or empty="zero" (weight 0) or empty="one" (counted as one sample)'
+            f"{len(zeros)} of {len(n)} classes have no samples ({names}): expected counts > 0{also}"
         )
     return n.masked_fill(n == 0, 1.0) if empty == "one" else n
 

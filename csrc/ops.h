@@ -44,10 +44,14 @@ inline void check_vector(const Tensor& t, ScalarType dtype, int64_t numel, const
           numel, " contiguous elements of the type that the loss is computed in");
 }
 
+inline void check_shape(const Tensor& t, const Tensor& logits, const char* name) {
+  require(t.dim() == logits.dim() &&
+              std::equal(t.sizes().begin(), t.sizes().end(), logits.sizes().begin()),
+          name, " must have the shape of logits");
+}
 inline void check_grad(const Tensor& grad, const Tensor& logits) {
-  require(grad.scalar_type() == logits.scalar_type() && grad.dim() == logits.dim() &&
-              std::equal(grad.sizes().begin(), grad.sizes().end(), logits.sizes().begin()),
-          "grad must have the shape and dtype of logits");
+  check_shape(grad, logits, "grad");
+  require(grad.scalar_type() == logits.scalar_type(), "grad must have the dtype of logits");
 }
 
 inline Reduction reduction_of(int64_t number) {

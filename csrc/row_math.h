@@ -7,7 +7,20 @@
 // min and max, which are NaN where their second argument is: NaN in, NaN out. SHORT: results end in
 // a half type, so exp and log1m_over may use shorter polynomials.
 
-enum class Gamma { ZERO, HALF, ONE, TWO, ANY };  // the focal exponents with code of their own
+// The focal exponents with code of their own; GENERAL also knows gamma_neg, clip and, with
+// smoothing, alpha.
+enum class Gamma { ZERO, HALF, ONE, TWO, ANY, GENERAL };
+
+// The numbers of call.h's Formula in the type that is computed in.
+template <class Scalar>
+struct Numbers {
+  Scalar gamma, gamma_neg, alpha, alpha_neg, clip, eps, zeta, scale;
+};
+template <class Scalar>
+Numbers<Scalar> numbers(const Formula& f) {
+  return {Scalar(f.gamma), Scalar(f.gamma_neg), Scalar(f.alpha), Scalar(f.alpha_neg),
+          Scalar(f.clip),  Scalar(f.eps),       Scalar(f.zeta),  Scalar(f.scale)};
+}
 
 // -log(1 - m)/m on [0, 1/2], minimax: relative error 2e-7 (SHORT: 7e-6).
 template <bool SHORT = false, class T>
@@ -41,14 +54,13 @@ CB_FN T weighted(T r, T loss) {
 // Softmax family, one row, from M, d = z_y - M, R = sum over j != y of e^{z_j - M} and, for label
 // smoothing, D = sum over all j of (z_j - M).
 //   loss = r [(1-eps) q^gamma (-log p) + eps/C sum_j (lse - z_j) + zeta lse^2],  q = 1 - p = R / S
-//   d loss / d z_j = k e^{z_j - M} - uniform  (j != y),  g_y (j = y)
+//   d loss / d x_j = k e^{z_j - M} - uniform  (j != y),  g_y (j = y),  z = scale x + ...
 template <class T>
 struct SoftmaxRow {
   T loss, k, g_y, uniform;
 };
 template <class T, class Scalar>
-CB_FN SoftmaxRow<T> softmax_row(T d, T R, T r, Scalar gamma, Scalar eps, T D, Scalar C, Scalar zeta,
-                                T M) {
+CB_FN SoftmaxRow<T> softmax_row(T d, T R, T r, T D, Scalar C, T M, const Numbers<Scalar>& f) {
   const T one = constant<T>(1), half = constant<T>(0.5f), largest = largest_finite<T>();
   const T e_y = exp(d), S = R + e_y, inv = divide(one, S), p = e_y * inv, q = R * inv;
   const auto sure = q <= half;  // then -log p comes from q: exact as p -> 1
@@ -56,22 +68,55 @@ CB_FN SoftmaxRow<T> softmax_row(T d, T R, T r, Scalar gamma, Scalar eps, T D, Sc
   const T nll = sure ? q * u_sure : log_S - d;
   const T u =
       sure ? u_sure : min(largest, divide(nll, q));  // finite where p is 0: p * u has a limit
-  T f = one;                                         // q^gamma
-  if (gamma != 0) f = power(q, gamma);
-  const T a = (1 - eps) * f * (one + gamma * p * u);
-  SoftmaxRow<T> row{weighted(r, (1 - eps) * f * nll), r * a * inv, -(r * a * q), T{}};
-  if (eps != 0) {
-    row.loss += weighted(r, eps / C * (C * (sure ? nll + d : log_S) - D));
-    row.k += r * eps * inv;
-    row.uniform = r * (eps / C);
-    row.g_y += r * eps * p - row.uniform;
+  T focus = one;                                     // q^gamma
+  if (f.gamma != 0) focus = power(q, f.gamma);
+  const T a = (1 - f.eps) * focus * (one + f.gamma * p * u), slope = r * f.scale;
+  SoftmaxRow<T> row{weighted(r, (1 - f.eps) * focus * nll), slope * a * inv, -(slope * a * q), T{}};
+  if (f.eps != 0) {
+    row.loss += weighted(r, f.eps / C * (C * (sure ? nll + d : log_S) - D));
+    row.k += slope * f.eps * inv;
+    row.uniform = slope * (f.eps / C);
+    row.g_y += slope * f.eps * p - row.uniform;
   }
-  if (zeta != 0) {
-    const T lse = M + log_S, steep = r * (2 * zeta) * min(largest, lse);
-    const T slope = min(largest, max(-largest, steep));  // finite: p may be 0
-    row.loss += weighted(r, zeta * lse * lse);
-    row.k += slope * inv;
-    row.g_y += slope * p;
+  if (f.zeta != 0) {
+    const T lse = M + log_S, steep = slope * (2 * f.zeta) * min(largest, lse);
+    const T bounded = min(largest, max(-largest, steep));  // finite: p may be 0
+    row.loss += weighted(r, f.zeta * lse * lse);
+    row.k += bounded * inv;
+    row.g_y += bounded * p;
+  }
+  return row;
+}
+
+// The same with soft targets t, from M = z_top, R = sum over j != top of e^{z_j - M}, W = sum_j
+// t_j, W_others without the top's, B = sum_j t_j (z_j - M) and, for smoothing, D.
+//   loss = r [(1-eps) sum_j t_j (lse - z_j) + eps/C sum_j (lse - z_j) + zeta lse^2]
+//   d loss / d x_j = k e^{z_j - M} - uniform - hard t_j  (j != top),  g_top (j = top)
+template <class T>
+struct SoftRow {
+  T loss, k, g_top, uniform, hard;
+};
+template <class T, class Scalar>
+CB_FN SoftRow<T> soft_row(T R, T r, T W, T W_others, T B, T D, Scalar C, T M,
+                          const Numbers<Scalar>& f) {
+  const T one = constant<T>(1), half = constant<T>(0.5f), largest = largest_finite<T>();
+  const T S = one + R, inv = divide(one, S), q = R * inv;
+  const T nll = q <= half ? q * log1m_over(min(half, q)) : log(S);  // of the top: exact as p -> 1
+  const T slope = r * f.scale, hard = slope * (1 - f.eps);
+  SoftRow<T> row{weighted(r, (1 - f.eps) * (W * nll - B)), hard * W * inv,
+                 hard * (W_others - W * q), T{}, hard};
+  if (f.eps != 0) {
+    row.loss += weighted(r, f.eps / C * (C * nll - D));
+    row.k += slope * f.eps * inv;
+    row.uniform = slope * (f.eps / C);
+    row.g_top += slope * f.eps * (one - q) - row.uniform;
+  }
+  if (f.zeta != 0) {
+    const T lse = M + nll, steep = slope * (2 * f.zeta) * min(largest, lse);
+    const T bounded = min(largest, max(-largest, steep));
+    row.loss += weighted(r, f.zeta * lse * lse);
+    row.k += bounded * inv;
+    row.g_top += bounded * (one - q);
   }
   return row;
 }
@@ -101,6 +146,8 @@ CB_FN Element<T> sigmoid_element(T z, Scalar gamma) {
   if constexpr (G == Gamma::TWO) f = s * s;
   if constexpr (G == Gamma::HALF && std::is_same_v<T, double>) f = sqrt(s);
   if constexpr (G == Gamma::ANY) f = exp<SHORT>(-gamma * (l + max(zero, -z)));
+  if constexpr (G == Gamma::GENERAL)  // gamma may be 0: 0 * inf is NaN
+    f = exp<SHORT>(-gamma * min(largest_finite<T>(), l + max(zero, -z)));
   // Past sp = 50 c * sp is below 1e-20; the cap keeps 0 * inf and blown-up roundings of c away.
   return {f * sp, f * (gamma * c * min(constant<T>(50), sp) + s)};
 }
@@ -125,32 +172,65 @@ struct SoftplusSum {
   }
 };
 
-// An element with the target t: t L(z, 1) + (1 - t) L(z, 0). Without smoothing t is 1.
-template <Gamma G, bool SHORT, class V, class T>
-CB_FN Element<V> smoothed(V z, T gamma, T t, bool smooth) {
-  const Element<V> one = sigmoid_element<G, SHORT, V, T>(-z, gamma);
-  if (!smooth) return {one.L, -one.g};
-  const Element<V> zero = sigmoid_element<G, SHORT, V, T>(z, gamma);
-  return {t * one.L + (1 - t) * zero.L, (1 - t) * zero.g - t * one.g};
+// t = 0 where probabilities are shifted, p = max(s - clip, 0), clip > 0.
+//   L = p^gamma (-log(1-p)),  g = p^gamma (gamma u + 1/(1-p)) s (1-s),  u = -log(1-p)/p
+template <bool SHORT, class T, class Scalar>
+CB_FN Element<T> clipped_element(T z, Scalar gamma, Scalar clip) {
+  const T zero{}, one = constant<T>(1), half = constant<T>(0.5f);
+  const T e = exp<SHORT>(neg_abs(z)), inv = rcp(one + e), m = e * inv;
+  const T s = z < zero ? m : inv, c = z < zero ? inv : m;
+  const T p = max(zero, s - clip), rest = c + clip;
+  const auto near = p <= half;
+  const T u_near = log1m_over<SHORT>(min(half, p));
+  const T nll = near ? p * u_near : -log(rest), u = near ? u_near : divide(nll, p);
+  const T focus = power(p, gamma), g = focus * (gamma * u + divide(one, rest)) * s * c;
+  return {focus * nll, p == zero ? zero : g};
+}
+template <Gamma G, bool SHORT, class T, class Scalar>
+CB_FN Element<T> negative(T z, const Numbers<Scalar>& f) {
+  if constexpr (G == Gamma::GENERAL)
+    if (f.clip != 0) return clipped_element<SHORT>(z, f.gamma_neg, f.clip);
+  return sigmoid_element<G, SHORT>(z, G == Gamma::GENERAL ? f.gamma_neg : f.gamma);
 }
 
-// Sum of the negatives' losses, for at most 64 of them a lane.
+// An element with any target t: alpha t L(z, 1) + (1 - alpha) (1 - t) L(z, 0).
+template <Gamma G, bool SHORT, class T, class Target, class Scalar>
+CB_FN Element<T> mixed(T z, Target t, const Numbers<Scalar>& f) {
+  const Element<T> one = sigmoid_element<G, SHORT>(-z, f.gamma), zero = negative<G, SHORT>(z, f);
+  Target t_1 = t, t_0 = 1 - t;
+  if constexpr (G == Gamma::GENERAL) t_1 *= f.alpha, t_0 *= f.alpha_neg;
+  return {t_1 * one.L + t_0 * zero.L, t_0 * zero.g - t_1 * one.g};
+}
+
+// The element of the target class. Without smoothing, alpha_neg is left to the whole row's sums.
+template <Gamma G, bool SMOOTH, bool SHORT, class T, class Scalar>
+CB_FN Element<T> at_target(T z_y, Scalar C, const Numbers<Scalar>& f) {
+  if constexpr (SMOOTH) {
+    return mixed<G, SHORT>(z_y, 1 - f.eps + f.eps / C, f);
+  } else {
+    const Element<T> one = sigmoid_element<G, SHORT>(-z_y, f.gamma);
+    return {f.alpha * one.L, -f.alpha * one.g};
+  }
+}
+
+// Sum of the other classes' losses, for at most 64 of them a lane.
 template <Gamma G, bool SMOOTH, bool SHORT, class V>
 struct LossSum {
   V L{};
   SoftplusSum<SHORT, V> softplus;
-  // Returns dL/dz for the target t. What is excluded() does not count: without smoothing their -inf
-  // sees to that.
-  template <class T, class Excluded>
-  CB_FN V add(V z, T gamma, T t, const Excluded& excluded) {
+  // Returns dL/dz for the target t, which without smoothing is 0. What is excluded() does not
+  // count: without smoothing their -inf sees to that.
+  template <class T, class Scalar, class Excluded>
+  CB_FN V add(V z, T t, const Numbers<Scalar>& f, const Excluded& excluded) {
     const V zero{};
     if constexpr (G == Gamma::ZERO) {
       if constexpr (!SMOOTH) return softplus.add(z);
       softplus.linear += (1 - t) * max(zero, z) + (excluded() ? zero : t * max(zero, -z));
       return softplus.multiply(z) - t;
     } else {
-      const Element<V> e = SMOOTH ? smoothed<G, SHORT, V, T>(z, gamma, t, true)
-                                  : sigmoid_element<G, SHORT, V, T>(z, gamma);
+      Element<V> e;
+      if constexpr (SMOOTH) e = mixed<G, SHORT>(z, t, f);
+      else e = negative<G, SHORT>(z, f);
       if constexpr (SMOOTH) L += excluded() ? zero : e.L;
       else L += e.L;
       return e.g;

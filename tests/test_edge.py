@@ -42,6 +42,7 @@ def vector(*values):
 
 
 ones, zeros, tensor, meta = torch.ones, torch.zeros, torch.tensor, {"device": "meta"}
+SIGMOID = {"activation": "sigmoid"}
 V, T, I = ValueError, TypeError, IndexError  # noqa: E741
 # what is given; exception; what its message must hold
 BAD = {
@@ -53,8 +54,17 @@ BAD = {
     "target-list": ({"target": [0, 1, 2, 1]}, T, "target | Tensor | list"),
     "target-length": ({"target": zeros(5).long()}, V, "target | (4,) | (5,)"),
     "target-rank": ({"target": zeros(4, 1).long()}, V, "target | (4,) | (4, 1)"),
-    "target-float": ({"target": zeros(N)}, T, "target | int64 | float32"),
-    "target-bool": ({"target": ones(N) > 0}, T, "target | int64 | bool"),
+    "target-float": ({"target": zeros(N)}, V, "target | (4, 3) | float32 | (4,)"),
+    "target-bool": ({"target": ones(N) > 0}, V, "target | (4, 3) | bool | (4,)"),
+    "target-complex": ({"target": ones(N) * 1j}, T, "target | int64 | float or bool | complex64"),
+    "target-dense-grad": (
+        {"target": ones(N, C).requires_grad_(), **SIGMOID}, V, "target | grad | detach",
+    ),
+    "target-dense-gamma": ({"target": ones(N, C), "gamma": 2.0}, V, "gamma | softmax | 2.0"),
+    "target-dense-margin": ({"target": ones(N, C), "margin": ones(C)}, V, "margin | soft"),
+    "target-dense-ignored": (
+        {"target": ones(N, C), "ignore_index": 1}, V, "ignore_index=1 | soft | sample_weight 0",
+    ),
     "target-device": ({"target": zeros(N, **meta).long()}, V, f"target | {DEVICE} | meta"),
     "weight-length": ({"weight": ones(4)}, V, "weight | (3,) | (4,)"),
     "weight-rank": ({"weight": ones(1, C)}, V, "weight | (3,) | (1, 3)"),
@@ -83,6 +93,32 @@ BAD = {
     "z_loss-negative": ({"z_loss": -1.0}, V, "z_loss | -1"),
     "z_loss-infinite": ({"z_loss": inf}, V, "z_loss | inf"),
     "z_loss-sigmoid": ({"z_loss": 0.1, "activation": "sigmoid"}, V, "z_loss | softmax"),
+    "gamma_neg-negative": ({"gamma_neg": -1.0, **SIGMOID}, V, "gamma_neg | >= 0 | -1"),
+    "gamma_neg-softmax": ({"gamma_neg": 1.0}, V, "gamma_neg | softmax | 1.0"),
+    "alpha-large": ({"alpha": 1.5, **SIGMOID}, V, "alpha | [0, 1] | 1.5"),
+    "alpha-nan": ({"alpha": nan, **SIGMOID}, V, "alpha | nan"),
+    "alpha-softmax": ({"alpha": 0.25}, V, "alpha | softmax | 0.25"),
+    "clip-1": ({"clip": 1.0, **SIGMOID}, V, "clip | [0, 1) | 1.0"),
+    "clip-negative": ({"clip": -0.1, **SIGMOID}, V, "clip | -0.1"),
+    "clip-softmax": ({"clip": 0.1}, V, "clip | softmax | 0.1"),
+    "clip-text": ({"clip": "0.1", **SIGMOID}, T, "clip='0.1'"),
+    "scale-0": ({"logit_scale": 0.0}, V, "logit_scale | positive | 0.0"),
+    "scale-inf": ({"logit_scale": inf}, V, "logit_scale | inf"),
+    "scale-tensor": ({"logit_scale": ones(3)}, T, "logit_scale | number | tensor"),
+    "class-weighting": ({"class_weighting": "column"}, V, "'sample' | 'class' | 'column'"),
+    "class-weighting-softmax": ({"class_weighting": "class"}, V, "class_weighting | softmax"),
+    "class-weighting-mean": (
+        {"class_weighting": "class", "reduction": "weighted_mean", **SIGMOID}, V,
+        "class_weighting | weighted_mean",
+    ),
+    "bias-length": ({"logit_bias": ones(4)}, V, "logit_bias | (3,) | (4,)"),
+    "bias-int": ({"logit_bias": ones(C).int()}, T, "logit_bias | float | int32"),
+    "bias-device": ({"logit_bias": ones(C, **meta)}, V, "logit_bias | meta"),
+    "bias-grad": ({"logit_bias": ones(C).requires_grad_()}, V, "logit_bias | grad | detach"),
+    "bias-inf": ({"logit_bias": vector(0, -inf, 1)}, V, "logit_bias[1] | -inf | finite"),
+    "margin-length": ({"margin": ones(4)}, V, "margin | (3,) | (4,)"),
+    "margin-grad": ({"margin": ones(C).requires_grad_()}, V, "margin | grad | detach"),
+    "margin-nan": ({"margin": vector(0, 1, nan)}, V, "margin[2] | nan | finite"),
     "smoothing-text": ({"label_smoothing": "0.1"}, T, "label_smoothing | 0.1"),
     "ignore-index-float": ({"ignore_index": 0.5}, T, "ignore_index | int | 0.5"),
     "activation": ({"activation": "relu"}, V, "activation | softmax | sigmoid | relu"),

@@ -209,13 +209,14 @@ def test_opcheck(gpu, family, shape):
     rows = shape[:1] + shape[2:]
     target = torch.arange(torch.Size(rows).numel()).reshape(rows) % shape[1]
     arguments, loss, formula = operator_arguments(logits, target, family, 0.5, 0.1)
-    grad, saved = torch.empty_like(logits), ops.new_saved(logits, target, family == "sigmoid")
+    grad, saved = torch.empty_like(logits), ops.new_saved(logits, family == "sigmoid")
     for buffers in ((None, None), (grad, None), (None, saved)):
         torch.library.opcheck(ops.losses[gpu.argument], (*arguments, loss, *buffers))
     ops.losses[gpu.argument](*arguments, loss, None, saved)
     incoming = torch.ones_like(loss)
     torch.library.opcheck(
-        ops.gradients[gpu.argument], (logits, target, saved, incoming, *formula, grad)
+        ops.gradients[gpu.argument],
+        (logits, target, None, None, None, saved, incoming, *formula, grad),
     )
 
 

@@ -170,6 +170,9 @@ def outside(buffer, view):
     return buffer[rest]
 
 
+NONE = (None, None, None)  # weight, logit_bias, margin
+
+
 @pytest.mark.parametrize("C", CLASSES, ids="C{}".format)
 @DTYPE
 @FAMILY
@@ -179,10 +182,10 @@ def test_nothing_outside_is_read_or_written(backend, family, dtype, C):
     target = labels(logits)
     arguments, loss, formula = operator_arguments(logits, target, family)
     grad, again, got = torch.empty_like(logits), torch.empty_like(logits), torch.empty_like(loss)
-    saved = ops.new_saved(logits, target, family == "sigmoid")
+    saved = ops.new_saved(logits, family == "sigmoid")
     ops.loss(*arguments, loss, grad, None)
     ops.loss(*arguments, got, None, saved)
-    ops.gradient(logits, target, saved, torch.ones_like(loss), *formula, again)
+    ops.gradient(logits, target, *NONE, saved, torch.ones_like(loss), *formula, again)
     for offset in range(10):
         buffer, x = framed(logits, offset, offset % 4, nan)
         out, g = framed(torch.full_like(logits, nan), 9 - offset, offset % 3, sentinel)
@@ -196,7 +199,7 @@ def test_nothing_outside_is_read_or_written(backend, family, dtype, C):
 
         ops.loss(x, y, *arguments[2:], got, None, s)
         g.fill_(nan)
-        ops.gradient(x, y, s, torch.ones_like(loss), *formula, g)
+        ops.gradient(x, y, *NONE, s, torch.ones_like(loss), *formula, g)
         assert backend.same(s, saved)
         assert backend.same(g, again)
         assert (outside(out, g) == sentinel).all()

@@ -218,7 +218,7 @@ def test_from_labels_and_from_dataset():
     for source in (dataset, loader):
         loss_fn = ClassBalancedLoss.from_dataset(source, 3, 0.9, gamma=2.0)
         assert torch.equal(loss_fn.weight, want)
-        assert loss_fn.gamma == 2
+        assert loss_fn.options["gamma"] == 2
     with pytest.raises(ValueError, match="no samples"):
         ClassBalancedLoss.from_labels(labels, num_classes=4)
 

@@ -86,7 +86,8 @@ def test_one_access_of_16_bytes_a_vector(kernels, dtype):
             continue
         items = int(found[4])
         assert (code.interior.loads, code.interior.stores) == (items, items), name
-        assert code.interior.loads_small <= 6, name  # target, weight, z_y, its edge, ...
+        if "Gamma)5" not in name and f"<{dtype}, true" not in name:  # these read a bias a column
+            assert code.interior.loads_small <= 6, name  # target, weight, z_y, its edge, ...
         assert code.interior.stores_small <= 3, name
         assert items * 16 / size in (16, 32, 64)
 

@@ -41,12 +41,14 @@ def arguments(shape, dtype, family, reduction, vectors):
 def test_opcheck(family, dtype, shape, reduction, vectors):
     inputs, loss, formula = arguments(shape, dtype, family, reduction, vectors)
     logits, target = inputs[:2]
-    grad, saved = torch.empty_like(logits), ops.new_saved(logits, target, family == "sigmoid")
+    grad, saved = torch.empty_like(logits), ops.new_saved(logits, family == "sigmoid")
     for buffers in ((None, None), (grad, None), (None, saved)):
         torch.library.opcheck(ops.loss, (*inputs, loss, *buffers))
     ops.loss(*inputs, loss, None, saved)
     incoming = torch.ones_like(loss)
-    torch.library.opcheck(ops.gradient, (logits, target, saved, incoming, *formula, grad))
+    torch.library.opcheck(
+        ops.gradient, (logits, target, None, None, None, saved, incoming, *formula, grad)
+    )
 
 
 # torch.compile ------------------------------------------------------------------------------------

@@ -9,18 +9,24 @@ import torch
 import torch.nn.functional as F
 from conftest import (
     BACKENDS,
+    DEVICE,
     DTYPES,
     FAMILIES,
     GAMMAS,
     IGNORED,
+    INTERPRETED,
     REDUCTIONS,
     assert_grad,
     assert_loss,
     loss_and_grad,
     name_of,
+    option_sets,
     oracle,
     sample,
+    soft_targets,
 )
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from cbloss_fused import class_balanced_loss
 
@@ -87,6 +93,38 @@ def test_z_loss(backend, dtype, gamma, C, eps):
         )  # fmt: skip
         assert_loss(loss, want[0].sum() if recompute else want[0], dtype)
         assert_grad(grad, want[1], dtype)
+
+
+@given(data=st.data())
+@settings(
+    max_examples=25 if INTERPRETED else 60,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@DTYPE
+def test_every_combination_of_options(backend, dtype, data):
+    """That has a meaning: all that option_sets draws, with vectors or without."""
+    C = data.draw(st.sampled_from((1, 2, 10, 131, 1000)))
+    options = data.draw(option_sets())
+    logits, target, weight, sample_weight = sample(C, dtype, data.draw(st.integers(0, 9)))
+    vectors = {"logit_bias": weight - 1, "margin": weight / 2, "sample_weight": sample_weight}
+    dense = data.draw(st.booleans())
+    if dense:
+        generator = torch.Generator(DEVICE).manual_seed(C)
+        target = soft_targets(data.draw, logits, generator)
+        vectors["margin"] = None
+        if options["activation"] == "softmax":
+            options["gamma"] = 0.0
+    options |= {name: v for name, v in vectors.items() if data.draw(st.booleans())}
+    weight = data.draw(st.sampled_from((None, weight)))
+    want = oracle(logits, target, weight, **options)
+    f64 = dtype == torch.float64
+    slack = (1e-14 if f64 else 4e-7) * dense  # t and p may cancel
+    if options.get("clip") and not f64:  # p is within 1e-7 where it is clipped
+        slack = 1e-6
+    recompute = data.draw(st.booleans())
+    loss, grad = loss_and_grad(backend, logits, target, weight, recompute=recompute, **options)
+    assert_loss(loss, want[0], dtype, C, slack=slack)
+    assert_grad(grad, want[1], dtype, slack=slack)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)

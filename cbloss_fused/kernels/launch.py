@@ -13,6 +13,7 @@ import triton
 from torch import Tensor
 from triton.runtime import driver
 
+from ..call import Formula, Inputs
 from ..reference import compute_dtype
 from .plan import Call, Device, Plan, Step, plan, scaling
 
@@ -20,29 +21,16 @@ INTERPRETED: bool = triton.knobs.runtime.interpret
 _kept: dict[tuple[Any, ...], Any] = {}
 
 
-def loss(
-    logits: Tensor,
-    target: Tensor,
-    weight: Tensor | None,
-    sample_weight: Tensor | None,
-    normalizer: Tensor | None,
-    sigmoid: bool,
-    gamma: float,
-    label_smoothing: float,
-    z_loss: float,
-    ignore_index: int | None,
-    reduction: int,
-    loss: Tensor,
-    grad: Tensor | None,
-    saved: Tensor | None,
-) -> bool:
+def loss(logits: Tensor, *arguments: Any) -> bool:
     """The operator cbloss_fused::loss, see ops.py; False: too large for the kernels' indices."""
-    if target.numel() == 0:
+    inputs, formula = Inputs(*arguments[:6]), Formula(*arguments[6:16])
+    ignore_index, reduction, loss, grad, saved = arguments[16:]
+    rows, C = inputs.target.numel(), logits.shape[1]
+    if rows == 0:
         loss.zero_()
         return True
-    _check(target, torch.int64, target.numel())
-    sizes = logits.shape[1], target.numel(), 1
-    for vector, numel in zip((weight, sample_weight, normalizer), sizes, strict=True):
+    _check(inputs.target, torch.int64, rows)
+    for vector, numel in zip(inputs[1:], (C, rows, 1, C, C), strict=True):
         if vector is not None:
             _check(vector, loss.dtype, numel)
     call = Call(
@@ -51,15 +39,14 @@ def loss(
         logits.stride(),
         None if grad is None else grad.stride(),
         grad is None or _aligned(logits, grad),
-        sigmoid,
-        gamma,
-        label_smoothing,
-        z_loss,
+        formula,
         device_of(logits),
         logits.device.index,
-        weight=weight is not None,
-        sample_weight=sample_weight is not None,
-        normalizer=normalizer is not None,
+        weight=inputs.weight is not None,
+        sample_weight=inputs.sample_weight is not None,
+        normalizer=inputs.normalizer is not None,
+        logit_bias=inputs.logit_bias is not None,
+        margin=inputs.margin is not None,
         ignore_index=ignore_index,
         reduction=reduction,
         saved=saved is not None,
@@ -68,61 +55,57 @@ def loss(
     if steps is None:
         return False
     scratch = [loss.new_empty(n) if n else None for n in steps[1:]]
-    tensors = (
-        *(logits, target, weight, sample_weight, normalizer, None),
-        *(loss, grad, saved, *scratch, None),
-    )
-    run(steps, tensors, logits)
+    run(steps, (logits, *inputs, None, loss, grad, saved, *scratch, None), logits)
     return True
 
 
 def gradient(
     logits: Tensor,
     target: Tensor,
+    weight: Tensor | None,
+    logit_bias: Tensor | None,
+    margin: Tensor | None,
     saved: Tensor,
     grad_loss: Tensor,
-    sigmoid: bool,
-    gamma: float,
-    label_smoothing: float,
-    z_loss: float,
-    grad: Tensor,
+    *arguments: Any,
 ) -> bool:
     """The operator cbloss_fused::gradient, see ops.py; False: as above."""
-    if target.numel() == 0:
+    *numbers, grad = arguments
+    formula, rows = Formula(*numbers), target.numel()
+    if rows == 0:
         return True
-    _check(target, torch.int64, target.numel())
-    _check(saved, compute_dtype(logits.dtype), (1 if sigmoid else 3) * target.numel())
+    _check(target, torch.int64, rows)
+    _check(saved, compute_dtype(logits.dtype), (1 if formula.sigmoid else 3) * rows)
+    for vector in (logit_bias, margin):
+        if vector is not None:
+            _check(vector, saved.dtype, logits.shape[1])
     call = Call(
         logits.shape,
         logits.dtype,
         logits.stride(),
         grad.stride(),
         _aligned(logits, grad),
-        sigmoid,
-        gamma,
-        label_smoothing,
-        z_loss,
+        formula,
         device_of(logits),
         logits.device.index,
         backward=True,
         vector=grad_loss.dim() > 0,
         in_place=grad.data_ptr() == logits.data_ptr(),
-    )
-    tensors = (
-        *(logits, target, None, None, None, grad_loss),
-        *(None, grad, saved, None, None, None, None),
+        logit_bias=logit_bias is not None,
+        margin=margin is not None,
     )
     steps = plan(call)
     if steps is None:
         return False
-    run(steps, tensors, logits)
+    inputs = Inputs(target, logit_bias=logit_bias, margin=margin)
+    run(steps, (logits, *inputs, grad_loss, None, grad, saved, None, None, None, None), logits)
     return True
 
 
 def scale_gradient(grad: Tensor, grad_loss: Tensor, numel: int) -> None:
     """Multiply numel elements of memory from grad on by grad_loss, where that is not 1."""
     step = scaling(numel, grad.element_size(), device_of(grad), grad.device.index)
-    run(step, (*(None,) * 5, grad_loss, None, grad, *(None,) * 5), grad)
+    run(step, (*(None,) * 7, grad_loss, None, grad, *(None,) * 5), grad)
 
 
 def _check(vector: Tensor, dtype: torch.dtype, numel: int) -> None:

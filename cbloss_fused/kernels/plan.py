@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..call import Formula
 from . import rows as step_kernels
 from . import sigmoid as sigmoid_kernels
 from . import softmax as softmax_kernels
@@ -26,7 +27,8 @@ NONE, MEAN, WEIGHTED_MEAN = 0, 1, 2  # of spec.REDUCTIONS
 
 # The tensors of a call, by which steps name them; the last three are scratch.
 SLOTS = (
-    *("logits", "target", "weight", "sample_weight", "normalizer", "grad_loss"),
+    *("logits", "target", "weight", "sample_weight", "normalizer", "logit_bias", "margin"),
+    "grad_loss",
     *("loss", "grad", "saved", "scale", "losses", "parts"),
 )
 
@@ -46,10 +48,7 @@ class Call(NamedTuple):
     x_strides: tuple[int, ...]
     g_strides: tuple[int, ...] | None  # None: no gradient
     aligned: bool  # rows of grad lie modulo 16 bytes as those of logits do
-    sigmoid: bool
-    gamma: float
-    eps: float
-    zeta: float
+    formula: Formula
     device: Device
     ordinal: int | None  # which device: a step keeps its kernel there
     backward: bool = False
@@ -58,6 +57,8 @@ class Call(NamedTuple):
     weight: bool = False
     sample_weight: bool = False
     normalizer: bool = False
+    logit_bias: bool = False
+    margin: bool = False
     ignore_index: int | None = None
     reduction: int = MEAN
     saved: bool = False
@@ -175,7 +176,7 @@ def plan(call: Call) -> Plan | None:
         main = _tiles(call, r)
         parts = main.grid[0]
         steps, parts_size = [main], 0
-    elif call.sigmoid:
+    elif call.formula.sigmoid:
         main = _sigmoid_rows(call, r)
         parts = rows * main.grid[1]
         steps, parts_size = [main], 0
@@ -251,7 +252,8 @@ def _compute_type(call: Call) -> Any:
 
 def _config(call: Call) -> Config:
     N, C, K = _sizes(call)
-    return config(N * K, C, call.dtype.itemsize, call.sigmoid, call.eps != 0, call.device)
+    smooth = call.formula.label_smoothing != 0
+    return config(N * K, C, call.dtype.itemsize, call.formula.sigmoid, smooth, call.device)
 
 
 def _outputs(call: Call, parts: int, rows: int) -> tuple[str | None, ...]:
@@ -260,18 +262,35 @@ def _outputs(call: Call, parts: int, rows: int) -> tuple[str | None, ...]:
     return "loss" if direct else "losses", "saved" if call.saved else None
 
 
-def _sources(call: Call, r: RowScales) -> tuple[str | None, ...]:
-    """logits, target, grad, scale, normalizer"""
-    return (
-        "logits",
-        "target",
-        None if call.g_strides is None else "grad",
-        None if r.prologue is None else "scale",
-        "normalizer" if call.normalizer else None,
-    )
+def _adjusting(call: Call) -> tuple[str | None, str | None]:
+    """logit_bias, margin"""
+    return "logit_bias" if call.logit_bias else None, "margin" if call.margin else None
 
 
-BACKWARD = ("logits", "target", "grad", "saved", None, "grad_loss", None)
+def _adjusts(call: Call) -> bool:
+    return call.logit_bias or call.margin or call.formula.logit_scale != 1
+
+
+def _sources(call: Call, r: RowScales | None) -> tuple[str | None, ...]:
+    """logits, target, grad, scale, normalizer, logit_bias, margin; r is None in the backward."""
+    scale: str | None = "saved"
+    normalizer = None
+    if r is not None:
+        scale = None if r.prologue is None else "scale"
+        normalizer = "normalizer" if call.normalizer else None
+    grad = None if call.g_strides is None else "grad"
+    return "logits", "target", grad, scale, normalizer, *_adjusting(call)
+
+
+def _softmax_numbers(call: Call) -> tuple[float, ...]:
+    f = call.formula
+    return f.gamma, f.label_smoothing, f.z_loss, f.logit_scale
+
+
+def _sigmoid_numbers(call: Call) -> tuple[float, ...]:
+    f = call.formula
+    rest = (f.clip, f.label_smoothing, f.logit_scale)
+    return f.gamma, f.gamma_neg, f.alpha, f.alpha_neg, *rest
 
 
 def _tiles(call: Call, r: RowScales | None) -> Step:
@@ -279,30 +298,31 @@ def _tiles(call: Call, r: RowScales | None) -> Step:
     N, C, K = _sizes(call)
     x, g = _strides(call, call.x_strides), _strides(call, call.g_strides)
     inner = K > 1
-    rows, classes, one = tile_config(C, call.sigmoid, inner)
+    rows, classes, one = tile_config(C, call.formula.sigmoid, inner)
     programs = N * triton.cdiv(K, rows) if inner else triton.cdiv(N, rows)
     # Loads need no side-by-side classes, since a thread has whole rows; stores do.
     x_unit = tile_kernels.UNIT_K.value if inner and x[2] == 1 else 0
     g_unit = tile_kernels.UNIT_K.value if inner and g[2] == 1 else int(g[1] == 1)
     if r is None:
-        pointers: tuple[str | None, ...] = (*BACKWARD, "saved")
+        pointers: tuple[str | None, ...] = (*_sources(call, r), "grad_loss", None, "saved")
         denominator, fold = 1.0, False
     else:
         pointers = (*_sources(call, r), None, *_outputs(call, N * K, N * K))
         denominator, fold = r.denominator, r.fold
-    sizes = (N * K, C, K, *x, *g, call.gamma, call.eps)
+    sizes, smooth = (N * K, C, K, *x, *g), call.formula.label_smoothing != 0
     options = (fold, call.vector, call.reduction == NONE)
     layout = (x_unit, g_unit, inner)
     T = _compute_type(call)
-    if call.sigmoid:
+    if call.formula.sigmoid:
         kernel = tile_kernels.sigmoid_tiles
-        numbers: tuple[float, ...] = (*sizes, denominator)
-        constants: tuple[Any, ...] = (rows, classes, T, _gamma_kind(call.gamma), *layout)
-        constants += (call.eps != 0, *options)
+        numbers: tuple[float, ...] = (*sizes, *_sigmoid_numbers(call), denominator)
+        constants: tuple[Any, ...] = (rows, classes, T, _gamma_kind(call.formula), *layout)
+        constants += (smooth, *options, has_alpha(call.formula), _adjusts(call))
     else:
         kernel = tile_kernels.softmax_tiles
-        numbers = (*sizes, call.zeta, denominator)
-        constants = (rows, classes, T, *layout, one, call.eps != 0, call.zeta != 0, *options)
+        numbers = (*sizes, *_softmax_numbers(call), denominator)
+        constants = (rows, classes, T, *layout, one, smooth, call.formula.z_loss != 0, *options)
+        constants += (_adjusts(call),)
     return Step(kernel, (programs,), pointers, numbers, constants, 4)
 
 
@@ -311,7 +331,7 @@ def _sigmoid_rows(call: Call, r: RowScales | None) -> Step:
     layout, sizes = _config(call), _row_numbers(call)
     rows = sizes[0]
     if r is None:
-        pointers: tuple[str | None, ...] = (*BACKWARD, None)
+        pointers: tuple[str | None, ...] = (*_sources(call, r), "grad_loss", None, None)
         denominator, fold = 1.0, False
     else:
         pointers = (*_sources(call, r), None, *_outputs(call, rows * layout.splits, rows))
@@ -319,10 +339,16 @@ def _sigmoid_rows(call: Call, r: RowScales | None) -> Step:
     lanes = min(layout.V, layout.warps * call.device.warp)
     constants = (
         *(layout.V, 16 // call.dtype.itemsize, lanes, _compute_type(call)),
-        *(_gamma_kind(call.gamma), layout.one, sizes[2] > 1, call.aligned),
-        *(call.eps != 0, fold, call.vector),
+        *(_gamma_kind(call.formula), layout.one, sizes[2] > 1, call.aligned),
+        *(
+            call.formula.label_smoothing != 0,
+            fold,
+            call.vector,
+            has_alpha(call.formula),
+            _adjusts(call),
+        ),
     )
-    numbers = (*sizes, call.gamma, call.eps, denominator, layout.span)
+    numbers = (*sizes, *_sigmoid_numbers(call), denominator, layout.span)
     grid = (rows, layout.splits)
     return Step(sigmoid_kernels.sigmoid_rows, grid, pointers, numbers, constants, layout.warps)
 
@@ -333,9 +359,10 @@ def _softmax_rows(call: Call, r: RowScales) -> tuple[list[Step], int]:
     rows, C, K, x_n, x_k = sizes[:5]
     VEC = 16 // call.dtype.itemsize
     pointers = (*_sources(call, r), *_outputs(call, rows, rows))
-    numbers = (*sizes, call.gamma, call.eps, call.zeta, r.denominator)
-    smooth, z = call.eps != 0, call.zeta != 0
-    constants = (layout.V, VEC, _compute_type(call), K > 1, call.aligned, smooth, z, r.fold)
+    numbers = (*sizes, *_softmax_numbers(call), r.denominator)
+    smooth, z, adjusts = call.formula.label_smoothing != 0, call.formula.z_loss != 0, _adjusts(call)
+    options = (smooth, z, r.fold, adjusts)
+    constants = (layout.V, VEC, _compute_type(call), K > 1, call.aligned, *options)
     if layout.splits == 1:
         kernel = softmax_kernels.softmax_rows if layout.one else softmax_kernels.softmax_long
         return [Step(kernel, (rows,), pointers, numbers, constants, layout.warps)], 0
@@ -344,9 +371,9 @@ def _softmax_rows(call: Call, r: RowScales) -> tuple[list[Step], int]:
     parts = Step(
         softmax_kernels.softmax_parts,
         (rows * layout.splits,),
-        ("logits", *prologue[0], "parts"),
-        (rows, C, K, x_n, x_k, prologue[1][2], *split),
-        (layout.V, VEC, K > 1, smooth, r.prologue is not None, *prologue[2]),
+        ("logits", *_adjusting(call), *prologue[0], "parts"),
+        (rows, C, K, x_n, x_k, prologue[1][2], call.formula.logit_scale, *split),
+        (layout.V, VEC, K > 1, smooth, adjusts, r.prologue is not None, *prologue[2]),
         layout.warps,
     )
     join = Step(
@@ -364,24 +391,32 @@ def _gradient(call: Call) -> Step:
     """The recomputing backward."""
     if _in_tiles(call):
         return _tiles(call, None)
-    if call.sigmoid:
+    if call.formula.sigmoid:
         return _sigmoid_rows(call, None)
     layout, numbers = _config(call), _row_numbers(call)
     splits, span = layout.splits, layout.span
     if call.in_place:  # all read the target's logit, which the first overwrites
         splits, span = 1, span * splits
-    VEC, inner, smooth = 16 // call.dtype.itemsize, numbers[2] > 1, call.eps != 0
-    options = (call.aligned, smooth, call.zeta != 0, call.vector)
+    VEC, inner, f = 16 // call.dtype.itemsize, numbers[2] > 1, call.formula
+    options = (call.aligned, f.label_smoothing != 0, f.z_loss != 0, call.vector, _adjusts(call))
     return Step(
         softmax_kernels.softmax_gradient,
         (numbers[0], splits),
-        ("logits", "target", "grad", "saved", "grad_loss"),
-        (*numbers, call.gamma, call.eps, call.zeta, span),
+        ("logits", "target", "grad", *_adjusting(call), "saved", "grad_loss"),
+        (*numbers, *_softmax_numbers(call), span),
         (layout.V, VEC, _compute_type(call), inner, *options),
         layout.warps,
     )
 
 
-def _gamma_kind(gamma: float) -> int:
+def has_alpha(f: Formula) -> bool:
+    return (f.alpha, f.alpha_neg) != (1, 1)
+
+
+def _gamma_kind(f: Formula) -> int:
+    if f.clip:
+        return sigmoid_kernels.CLIPPED.value
+    if f.gamma_neg != f.gamma or (f.label_smoothing and has_alpha(f)):
+        return sigmoid_kernels.GENERAL.value
     kinds = {0.0: sigmoid_kernels.ZERO, 0.5: sigmoid_kernels.HALF, 1.0: sigmoid_kernels.ONE}
-    return kinds.get(gamma, sigmoid_kernels.TWO if gamma == 2 else sigmoid_kernels.ANY).value
+    return kinds.get(f.gamma, sigmoid_kernels.TWO if f.gamma == 2 else sigmoid_kernels.ANY).value

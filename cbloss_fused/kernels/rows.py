@@ -12,10 +12,12 @@ import triton.language as tl
 # Nothing is specialised on an argument's value, alignment or size: a compiled kernel is kept and
 # serves every call of its types and constants.
 POINTERS = (
-    "logits target weight sample_weight normalizer grad_loss loss grad saved scale losses parts"
+    "logits target weight sample_weight normalizer logit_bias margin grad_loss loss grad saved "
+    "scale losses parts"
 )
 NUMBERS = (
-    "rows C K x_n x_c x_k g_n g_c g_k gamma eps zeta denominator ignored splits span count numel"
+    "rows C K x_n x_c x_k g_n g_c g_k gamma gamma_neg alpha alpha_neg clip eps zeta logit_scale "
+    "denominator ignored splits span count numel"
 )
 kernel = triton.jit(do_not_specialize=[*POINTERS.split(), *NUMBERS.split()])
 i32, i64, f64 = tl.int32, tl.int64, tl.float64  # of a kernel's numbers
@@ -158,6 +160,36 @@ def row_inputs(
     return tl.where(valid, y, 0).to(tl.int32), r, keep, keep & valid & there
 
 
+@triton.jit
+def adjustment(logit_bias, margin, logit_scale, T: tl.constexpr, ADJUST: tl.constexpr):
+    """What makes z = scale (x + bias - margin of the target): (bias, margin, scale)."""
+    if ADJUST:
+        return logit_bias, margin, number(logit_scale, T)
+    else:
+        return None, None, 1.0
+
+
+@triton.jit
+def adjusted(z, column, there, A, ADJUST: tl.constexpr):
+    """z of the logits of these columns; A as above."""
+    if ADJUST:
+        if A[0] is not None:
+            z += tl.load(A[0] + column, there, 0.0)
+        z *= A[2]
+    return z
+
+
+@triton.jit
+def target_logit(at, y, read, A, T: tl.constexpr, ADJUST: tl.constexpr):
+    """z of the target, whose logit is at the pointer; 0 where nothing is read."""
+    z = tl.load(at, read, 0.0).to(T)
+    if ADJUST:
+        if A[1] is not None:
+            z -= tl.load(A[1] + y, read, 0.0)
+        z = adjusted(z, y, read, A, True)
+    return z
+
+
 # A row's layout ----------------------------------------------------------------------------------
 
 
@@ -196,6 +228,27 @@ def body(
     at = start + (v[:, None] * VEC + tl.arange(0, VEC)[None, :])
     mask = (v < whole) & (v != at_y)
     return at, tl.broadcast_to(mask[:, None], (V, VEC))
+
+
+@triton.jit
+def load_body(
+    x, head, end, at_y, first, A,
+    V: tl.constexpr, VEC: tl.constexpr, T: tl.constexpr, ADJUST: tl.constexpr,
+):  # fmt: skip
+    """(z, mask) of V vectors, -inf where there is none and at the target's."""
+    at, mask = body(x, head, end, at_y, first, V, VEC)
+    z = tl.load(at, mask, -INF).to(T)
+    if ADJUST:
+        v = first + tl.arange(0, V)
+        column = head + (v[:, None] * VEC + tl.arange(0, VEC)[None, :])
+        z = adjusted(z, column, mask, A, True)
+    return z, mask
+
+
+@triton.jit
+def load_edges(x, column, others, A, T: tl.constexpr, ADJUST: tl.constexpr):
+    z = tl.load(x + column, others, -INF).to(T)
+    return adjusted(z, column, others, A, ADJUST)
 
 
 # The small steps ---------------------------------------------------------------------------------

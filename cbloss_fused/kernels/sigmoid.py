@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from .rows import (
-    INF,
+    adjustment,
     body,
     edges,
     exp,
@@ -16,6 +16,9 @@ from .rows import (
     i32,
     i64,
     kernel,
+    largest_finite,
+    load_body,
+    load_edges,
     log,
     log1m_over,
     number,
@@ -23,6 +26,7 @@ from .rows import (
     rcp,
     row_inputs,
     row_pointer,
+    target_logit,
     weighted,
 )
 
@@ -32,6 +36,24 @@ HALF = tl.constexpr(1)
 ONE = tl.constexpr(2)
 TWO = tl.constexpr(3)
 ANY = tl.constexpr(4)
+# and codes that also know gamma_neg and, with smoothing, alpha; the second clips too
+GENERAL = tl.constexpr(5)
+CLIPPED = tl.constexpr(6)
+
+
+@triton.jit
+def sigmoid_numbers(
+    gamma, gamma_neg, alpha, alpha_neg, clip, eps, C, ALPHA: tl.constexpr, T: tl.constexpr
+):
+    """The formula's numbers; the last is t, the smoothed target of the other classes."""
+    gamma = number(gamma, T)
+    gamma_neg = number(gamma_neg, T)
+    clip = number(clip, T)
+    eps = number(eps, T)
+    if ALPHA:
+        return gamma, gamma_neg, number(alpha, T), number(alpha_neg, T), clip, eps, eps / C
+    else:  # constants, so that their products vanish
+        return gamma, gamma_neg, 1.0, 1.0, clip, eps, eps / C
 
 
 @triton.jit
@@ -56,7 +78,7 @@ def sigmoid_element(z, gamma, G: tl.constexpr, SHORT: tl.constexpr):
 
     L = s^gamma sp(z),  g = s^gamma (gamma sigma(-z) sp(z) + s),  s = sigma(z) = 1 - p_t
     """
-    s, c, root, tail = logistic(z, SHORT, G == ANY)
+    s, c, root, tail = logistic(z, SHORT, G >= ANY)
     sp = tail + tl.maximum(z, 0.0)
     if G == ZERO:
         return sp, s
@@ -67,31 +89,79 @@ def sigmoid_element(z, gamma, G: tl.constexpr, SHORT: tl.constexpr):
             f = s
         elif G == TWO:
             f = s * s
-        else:
+        elif G == ANY:
             f = exp(-gamma * (tail + tl.maximum(-z, 0.0)))
+        else:  # gamma may be 0: 0 * inf is NaN
+            f = exp(-gamma * tl.minimum(tail + tl.maximum(-z, 0.0), largest_finite(z.dtype)))
         # Past sp = 50 c sp is below 1e-20; the cap keeps 0 * inf and roundings of c away.
         return f * sp, f * tl.fma(gamma * c, tl.minimum(sp, 50.0), s)
 
 
 @triton.jit
-def smoothed(z, gamma, t, G: tl.constexpr, SHORT: tl.constexpr, SMOOTH: tl.constexpr):
-    """(L, g) of an element with target t; without SMOOTH t is 0."""
+def clipped_element(z, gamma, clip, SHORT: tl.constexpr):
+    """(L, g) of an element with t = 0 whose probability is shifted, p = max(s - clip, 0).
+
+    L = p^gamma (-log(1-p)),  g = p^gamma (gamma u + 1/(1-p)) s (1-s),  u = -log(1-p)/p
+    """
+    s, c, _, _ = logistic(z, SHORT, True)
+    p = tl.maximum(s - clip, 0.0, tl.PropagateNan.ALL)
+    rest = c + clip
+    near = p <= 0.5
+    u_near = log1m_over(tl.minimum(p, 0.5), SHORT)
+    nll = tl.where(near, p * u_near, -log(rest))
+    u = tl.where(near, u_near, nll / p)
+    smallest: tl.constexpr = 2.2250738585072014e-308 if z.dtype == tl.float64 else 1.1754944e-38
+    focus = exp(gamma * log(tl.maximum(p, smallest, tl.PropagateNan.ALL)))
+    return focus * nll, tl.where(p == 0, 0.0, focus * (gamma * u + 1.0 / rest) * s * c)
+
+
+@triton.jit
+def negative(z, f, G: tl.constexpr, SHORT: tl.constexpr):
+    """(L, g) of an element with t = 0."""
+    if G == CLIPPED:
+        return clipped_element(z, f[1], f[4], SHORT)
+    else:
+        return sigmoid_element(z, f[1] if G == GENERAL else f[0], G, SHORT)
+
+
+@triton.jit
+def mixed(z, t, f, G: tl.constexpr, SHORT: tl.constexpr):
+    """(L, g) of an element with any target t: alpha t L(z, 1) + (1 - alpha) (1 - t) L(z, 0)."""
+    L_0, g_0 = negative(z, f, G, SHORT)
+    L_1, g_1 = sigmoid_element(-z, f[0], G, SHORT)
+    t_1 = t
+    t_0 = 1.0 - t
+    if G >= GENERAL:
+        t_1 *= f[2]
+        t_0 *= f[3]
+    return t_1 * L_1 + t_0 * L_0, t_0 * g_0 - t_1 * g_1
+
+
+@triton.jit
+def other_element(z, f, G: tl.constexpr, SHORT: tl.constexpr, SMOOTH: tl.constexpr):
+    """(L, g) of an element of another class; without SMOOTH alpha_neg is left to the row."""
+    t = f[6]
     if not SMOOTH:
-        return sigmoid_element(z, gamma, G, SHORT)
+        return negative(z, f, G, SHORT)
     elif G == ZERO:
         s, _, _, tail = logistic(z, SHORT, False)
         return tail + tl.maximum((1.0 - t) * z, -t * z), s - t
     else:
-        L_0, g_0 = sigmoid_element(z, gamma, G, SHORT)
-        L_1, g_1 = sigmoid_element(-z, gamma, G, SHORT)
-        return t * L_1 + (1.0 - t) * L_0, (1.0 - t) * g_0 - t * g_1
+        return mixed(z, t, f, G, SHORT)
 
 
 @triton.jit
-def at_target(z_y, gamma, eps, t, G: tl.constexpr, SHORT: tl.constexpr, SMOOTH: tl.constexpr):
-    """(L, g) of the target's element, which is that of 1 - t at -z; t is the others' target."""
-    L, g = smoothed(-z_y, gamma, eps - t, G, SHORT, SMOOTH)
-    return L, -g
+def at_target(z_y, f, G: tl.constexpr, SHORT: tl.constexpr, SMOOTH: tl.constexpr):
+    """(L, g) of the target's element, which is that of 1 - t at -z."""
+    if not SMOOTH:
+        L, g = sigmoid_element(-z_y, f[0], G, SHORT)
+        return f[2] * L, -f[2] * g
+    elif G == ZERO:
+        t = f[5] - f[6]
+        s, _, _, tail = logistic(-z_y, SHORT, False)
+        return tail + tl.maximum((t - 1.0) * z_y, t * z_y), t - s
+    else:
+        return mixed(z_y, 1.0 - (f[5] - f[6]), f, G, SHORT)
 
 
 @triton.jit
@@ -130,7 +200,7 @@ def softplus_sum(Q):
 
 @triton.jit
 def vectors(
-    z, mask, gamma, t, V: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr,
+    z, mask, f, V: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr,
     G: tl.constexpr, SHORT: tl.constexpr, SMOOTH: tl.constexpr,
 ):  # fmt: skip
     """(lanes that add up to the sum of L, g) of (V, VEC) elements; masked ones are -inf: L = 0."""
@@ -140,12 +210,13 @@ def vectors(
         g = tl.where(z >= 0, s, e * s)
         linear = tl.maximum(z, 0.0)
         if SMOOTH:
+            t = f[6]
             g -= t
             linear = tl.where(mask, tl.maximum((1.0 - t) * z, -t * z), 0.0)
         lanes = softplus_sum(fold(product(e, V, VEC), V, LANES, True))
         return lanes + fold(tl.sum(linear, 1), V, LANES, False), g
     else:
-        L, g = smoothed(z, gamma, t, G, SHORT, SMOOTH)
+        L, g = other_element(z, f, G, SHORT, SMOOTH)
         if SMOOTH:
             L = tl.where(mask, L, 0.0)
         return fold(tl.sum(L, 1), V, LANES, False), g
@@ -153,12 +224,13 @@ def vectors(
 
 @kernel
 def sigmoid_rows(
-    logits, target, grad, scale, normalizer, grad_loss, losses, saved,
+    logits, target, grad, scale, normalizer, logit_bias, margin, grad_loss, losses, saved,
     rows: i32, C: i32, K: i32, x_n: i64, x_k: i64, g_n: i64, g_k: i64,
-    gamma: f64, eps: f64, denominator: f64, span: i32,
+    gamma: f64, gamma_neg: f64, alpha: f64, alpha_neg: f64, clip: f64, eps: f64,
+    logit_scale: f64, denominator: f64, span: i32,
     V: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr, T: tl.constexpr, G: tl.constexpr,
     SINGLE: tl.constexpr, INNER: tl.constexpr, ALIGNED: tl.constexpr, SMOOTH: tl.constexpr,
-    FOLD: tl.constexpr, VECTOR: tl.constexpr,
+    FOLD: tl.constexpr, VECTOR: tl.constexpr, ALPHA: tl.constexpr, ADJUST: tl.constexpr,
 ):  # fmt: skip
     """A row, or span vectors of it, a program: one read of the logits, one write of the gradient.
 
@@ -167,9 +239,8 @@ def sigmoid_rows(
     row = tl.program_id(0)
     split = tl.program_id(1)
     SHORT: tl.constexpr = logits.dtype.element_ty.primitive_bitwidth == 16
-    gamma = number(gamma, T)
-    eps = number(eps, T)
-    t = eps / C
+    f = sigmoid_numbers(gamma, gamma_neg, alpha, alpha_neg, clip, eps, C, ALPHA, T)
+    A = adjustment(logit_bias, margin, logit_scale, T, ADJUST)
     denominator = number(denominator, T)
     y, r, keep, read = row_inputs(
         target, scale, normalizer, grad_loss, row, row < rows, C, denominator, FOLD, VECTOR
@@ -180,41 +251,43 @@ def sigmoid_rows(
         g = row_pointer(grad, row, K, g_n, g_k, INNER)
     head, whole, at_y = peel(x, C, y, VEC)
     if SINGLE:
-        at, mask = body(x, head, tl.where(read, whole, 0), at_y, 0, V, VEC)
-        z = tl.load(at, mask, -INF).to(T)
+        z, mask = load_body(x, head, tl.where(read, whole, 0), at_y, 0, A, V, VEC, T, ADJUST)
 
     column, there, others = edges(head, whole, at_y, C, y, read, split == 0, VEC)
-    z_edge = tl.load(x + column, others, -INF).to(T)
-    z_y = tl.load(x + y, read, 0.0).to(T)
-    L_edge, g_edge = smoothed(z_edge, gamma, t, G, SHORT, SMOOTH)
+    z_edge = load_edges(x, column, others, A, T, ADJUST)
+    z_y = target_logit(x + y, y, read, A, T, ADJUST)
+    L_edge, g_edge = other_element(z_edge, f, G, SHORT, SMOOTH)
     if SMOOTH:
         L_edge = tl.where(others, L_edge, 0.0)
-    L_y, g_y = at_target(z_y, gamma, eps, t, G, SHORT, SMOOTH)
-    L = tl.sum(L_edge) + tl.where(split == 0, L_y, 0.0)
+    L_y, g_y = at_target(z_y, f, G, SHORT, SMOOTH)
+    slope = r * A[2]
+    share = number(1.0, T) if SMOOTH else f[3]
+    slope_others = slope * share
+    L = weighted(share, tl.sum(L_edge)) + tl.where(split == 0, L_y, 0.0)
     if grad is not None:
         tl.debug_barrier()  # in place: every warp has read the edges
-        g_edge = r * tl.where(column == y, g_y, g_edge)
+        g_edge = tl.where(column == y, slope * g_y, slope_others * g_edge)
         tl.store(g + column, g_edge.to(grad.dtype.element_ty), there)
 
     if SINGLE:
-        lanes, g_body = vectors(z, mask, gamma, t, V, VEC, LANES, G, SHORT, SMOOTH)
+        lanes, g_body = vectors(z, mask, f, V, VEC, LANES, G, SHORT, SMOOTH)
         if grad is not None:
             at, mask = body(g, head, whole, at_y, 0, V, VEC, ALIGNED)
-            tl.store(at, (r * g_body).to(grad.dtype.element_ty), mask)
+            tl.store(at, (slope_others * g_body).to(grad.dtype.element_ty), mask)
     else:
         end = tl.minimum(whole, (split + 1) * span)
         lanes = tl.zeros((min(V, LANES),), T)
         for first in range(split * span, end, V):
-            at, mask = body(x, head, tl.where(read, end, 0), at_y, first, V, VEC)
-            z = tl.load(at, mask, -INF).to(T)
-            more, g_body = vectors(z, mask, gamma, t, V, VEC, LANES, G, SHORT, SMOOTH)
+            read_end = tl.where(read, end, 0)
+            z, mask = load_body(x, head, read_end, at_y, first, A, V, VEC, T, ADJUST)
+            more, g_body = vectors(z, mask, f, V, VEC, LANES, G, SHORT, SMOOTH)
             lanes += more
             if grad is not None:
                 at, mask = body(g, head, end, at_y, first, V, VEC, ALIGNED)
-                tl.store(at, (r * g_body).to(grad.dtype.element_ty), mask)
+                tl.store(at, (slope_others * g_body).to(grad.dtype.element_ty), mask)
 
     if losses is not None:
-        loss = weighted(r, L + tl.sum(lanes))
+        loss = weighted(r, L + weighted(share, tl.sum(lanes)))
         tl.store(losses + row.to(tl.int64) * tl.num_programs(1) + split, loss)
         if saved is not None:
             if split == 0:

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from .rows import (
     INF,
+    adjustment,
     body,
     clamp_finite,
     edges,
@@ -18,6 +19,8 @@ from .rows import (
     i64,
     kernel,
     largest_finite,
+    load_body,
+    load_edges,
     log,
     log1m_over,
     number,
@@ -25,6 +28,7 @@ from .rows import (
     prologue_part,
     row_inputs,
     row_pointer,
+    target_logit,
     weighted,
 )
 
@@ -32,8 +36,14 @@ PART = tl.constexpr(5)  # numbers that a program leaves of its part of a row
 
 
 @triton.jit
-def softmax_row(d, R, r, gamma, eps, D, C, zeta, M, SMOOTH: tl.constexpr, Z: tl.constexpr):
+def softmax_numbers(gamma, eps, zeta, T: tl.constexpr):
+    return number(gamma, T), number(eps, T), number(zeta, T)
+
+
+@triton.jit
+def softmax_row(d, R, r, D, C, M, f, logit_scale, SMOOTH: tl.constexpr, Z: tl.constexpr):
     """(loss, k, g_y, uniform) from M, d = z_y - M, R and, for smoothing, D = sum_j (z_j - M)."""
+    gamma, eps, zeta = f
     e_y = exp(d)
     S = R + e_y
     p = e_y / S
@@ -45,23 +55,24 @@ def softmax_row(d, R, r, gamma, eps, D, C, zeta, M, SMOOTH: tl.constexpr, Z: tl.
     u = tl.minimum(nll / q, largest_finite(R.dtype))  # finite where p is 0: p u has a limit
     u = tl.where(sure, u_sure, u)
     smallest: tl.constexpr = 2.2250738585072014e-308 if R.dtype == tl.float64 else 1.1754944e-38
-    f = exp(gamma * log(tl.maximum(q, smallest)))  # q^gamma
-    a = (1 - eps) * f * (1 + gamma * p * u)
-    loss = weighted(r, (1 - eps) * f * nll)
-    k = r * a / S
-    g_y = -r * a * q
+    focus = exp(gamma * log(tl.maximum(q, smallest)))  # q^gamma
+    a = (1 - eps) * focus * (1 + gamma * p * u)
+    loss = weighted(r, (1 - eps) * focus * nll)
+    slope = r * logit_scale
+    k = slope * a / S
+    g_y = -slope * a * q
     uniform = r * 0.0
     if SMOOTH:
-        uniform = r * (eps / C)
+        uniform = slope * (eps / C)
         loss += weighted(r, eps / C * (C * tl.where(sure, nll + d, log_S) - D))
-        k += r * eps / S
-        g_y += r * eps * p - uniform
+        k += slope * eps / S
+        g_y += slope * eps * p - uniform
     if Z:
         lse = M + log_S
-        slope = clamp_finite(r * (2 * zeta) * clamp_finite(lse))  # finite: p may be 0
+        steep = clamp_finite(slope * (2 * zeta) * clamp_finite(lse))  # finite: p may be 0
         loss += weighted(r, zeta * lse * lse)
-        k += slope / S
-        g_y += slope * p
+        k += steep / S
+        g_y += steep * p
     return loss, k, g_y, uniform
 
 
@@ -121,8 +132,9 @@ def join_max_and_sum(M, R, D, n, SMOOTH: tl.constexpr):
 
 @triton.jit
 def max_and_sum(
-    x, y, read, C, first, end, V: tl.constexpr, VEC: tl.constexpr, SMOOTH: tl.constexpr
-):
+    x, y, read, C, first, end, A,
+    V: tl.constexpr, VEC: tl.constexpr, SMOOTH: tl.constexpr, ADJUST: tl.constexpr,
+):  # fmt: skip
     """(M, R, D, n, z_y) of the vectors [first, end) of a row, with the edges where first is 0.
 
     D has n terms; the target's logit is left out of R and D, and is in M where first is 0.
@@ -135,14 +147,13 @@ def max_and_sum(
     D = tl.zeros((V,), T)
     n = tl.zeros((V,), T)
     for v in range(first, end, V):
-        at, mask = body(x, head, end, at_y, v, V, VEC)
-        z = tl.load(at, mask, -INF).to(T)
+        z, mask = load_body(x, head, end, at_y, v, A, V, VEC, T, ADJUST)
         M, R, D, n = more_max_and_sum(M, R, D, n, z, mask, 1, SMOOTH)
     terms = tl.sum(n)
     M, R, D = join_max_and_sum(M, R, D, n, SMOOTH)
     column, _, others = edges(head, whole, at_y, C, y, read, first == 0, VEC)
-    z = tl.load(x + column, others, -INF).to(T)
-    z_y = tl.load(x + y, read & (first == 0), 0.0).to(T)
+    z = load_edges(x, column, others, A, T, ADJUST)
+    z_y = target_logit(x + y, y, read & (first == 0), A, T, ADJUST)
     top = tl.maximum(M, tl.max(z))
     top = tl.where(first == 0, tl.maximum(top, z_y), top)
     m = clamp_finite(top)
@@ -157,22 +168,22 @@ def max_and_sum(
 
 @triton.jit
 def write_gradient(
-    x, g, y, read, C, first, end, m, k, g_y, uniform,
-    V: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr,
+    x, g, y, read, C, first, end, m, k, g_y, uniform, A,
+    V: tl.constexpr, VEC: tl.constexpr, ALIGNED: tl.constexpr, ADJUST: tl.constexpr,
 ):  # fmt: skip
     """The gradient of the vectors [first, end), last first: what was read last is still near."""
     head, whole, at_y = peel(x, C, y, VEC)
     end = tl.minimum(end, whole)
     column, there, others = edges(head, whole, at_y, C, y, read, first == 0, VEC)
-    z_edge = tl.load(x + column, others, -INF).to(m.dtype)
+    z_edge = load_edges(x, column, others, A, m.dtype, ADJUST)
     tl.debug_barrier()  # in place: every warp has read the edges
     g_edge = tl.where(column == y, g_y, exp(below(z_edge, m)) * k - uniform)
     tl.store(g + column, g_edge.to(g.dtype.element_ty), there)
     tiles = tl.cdiv(end - first, V)
     for tile in range(0, tiles):
         v = first + (tiles - 1 - tile) * V
-        at, mask = body(x, head, tl.where(read, end, 0), at_y, v, V, VEC)
-        z = tl.load(at, mask, -INF).to(m.dtype)
+        read_end = tl.where(read, end, 0)
+        z, mask = load_body(x, head, read_end, at_y, v, A, V, VEC, m.dtype, ADJUST)
         at, mask = body(g, head, end, at_y, v, V, VEC, ALIGNED)
         tl.store(at, (exp(below(z, m)) * k - uniform).to(g.dtype.element_ty), mask)
 
@@ -182,12 +193,12 @@ def write_gradient(
 
 @kernel
 def softmax_rows(
-    logits, target, grad, scale, normalizer, losses, saved,
+    logits, target, grad, scale, normalizer, logit_bias, margin, losses, saved,
     rows: i32, C: i32, K: i32, x_n: i64, x_k: i64, g_n: i64, g_k: i64,
-    gamma: f64, eps: f64, zeta: f64, denominator: f64,
+    gamma: f64, eps: f64, zeta: f64, logit_scale: f64, denominator: f64,
     V: tl.constexpr, VEC: tl.constexpr, T: tl.constexpr,
     INNER: tl.constexpr, ALIGNED: tl.constexpr, SMOOTH: tl.constexpr, Z: tl.constexpr,
-    FOLD: tl.constexpr,
+    FOLD: tl.constexpr, ADJUST: tl.constexpr,
 ):  # fmt: skip
     """One row a program, held in registers: one read of the logits, one write of the gradient."""
     row = tl.program_id(0)
@@ -196,11 +207,11 @@ def softmax_rows(
     )
     x = row_pointer(logits, row, K, x_n, x_k, INNER)
     head, whole, at_y = peel(x, C, y, VEC)
-    at, mask = body(x, head, tl.where(read, whole, 0), at_y, 0, V, VEC)
-    z = tl.load(at, mask, -INF).to(T)
+    A = adjustment(logit_bias, margin, logit_scale, T, ADJUST)
+    z, mask = load_body(x, head, tl.where(read, whole, 0), at_y, 0, A, V, VEC, T, ADJUST)
     column, there, others = edges(head, whole, at_y, C, y, read, row < rows, VEC)
-    z_edge = tl.load(x + column, others, -INF).to(T)
-    z_y = tl.load(x + y, read, 0.0).to(T)
+    z_edge = load_edges(x, column, others, A, T, ADJUST)
+    z_y = target_logit(x + y, y, read, A, T, ADJUST)
     M = tl.maximum(tl.maximum(tl.max(z), tl.max(z_edge)), z_y)
     m = clamp_finite(M)
     t = below(z, m)
@@ -213,7 +224,7 @@ def softmax_rows(
     if SMOOTH:
         D += tl.sum(tl.where(mask, t, 0.0)) + tl.sum(tl.where(others, t_edge, 0.0))
     loss, k, g_y, uniform = softmax_row(
-        d, R, r, number(gamma, T), number(eps, T), D, C, number(zeta, T), M, SMOOTH, Z
+        d, R, r, D, C, M, softmax_numbers(gamma, eps, zeta, T), A[2], SMOOTH, Z
     )  # fmt: skip
     if losses is not None:
         tl.store(losses + row, loss)
@@ -228,12 +239,12 @@ def softmax_rows(
 
 @kernel
 def softmax_long(
-    logits, target, grad, scale, normalizer, losses, saved,
+    logits, target, grad, scale, normalizer, logit_bias, margin, losses, saved,
     rows: i32, C: i32, K: i32, x_n: i64, x_k: i64, g_n: i64, g_k: i64,
-    gamma: f64, eps: f64, zeta: f64, denominator: f64,
+    gamma: f64, eps: f64, zeta: f64, logit_scale: f64, denominator: f64,
     V: tl.constexpr, VEC: tl.constexpr, T: tl.constexpr,
     INNER: tl.constexpr, ALIGNED: tl.constexpr, SMOOTH: tl.constexpr, Z: tl.constexpr,
-    FOLD: tl.constexpr,
+    FOLD: tl.constexpr, ADJUST: tl.constexpr,
 ):  # fmt: skip
     """One row a program, too long for registers: a second read, of what is still in L2."""
     row = tl.program_id(0)
@@ -241,19 +252,22 @@ def softmax_long(
         target, scale, normalizer, None, row, row < rows, C, number(denominator, T), FOLD, False
     )
     x = row_pointer(logits, row, K, x_n, x_k, INNER)
-    M, R, D, _, z_y = max_and_sum(x, y, read, C, 0, C, V, VEC, SMOOTH)
+    A = adjustment(logit_bias, margin, logit_scale, T, ADJUST)
+    M, R, D, _, z_y = max_and_sum(x, y, read, C, 0, C, A, V, VEC, SMOOTH, ADJUST)
     R = one_limit(R, z_y, M)
     m = clamp_finite(M)
     d = target_below(z_y, M)
     loss, k, g_y, uniform = softmax_row(
-        d, R, r, number(gamma, T), number(eps, T), D + d, C, number(zeta, T), M, SMOOTH, Z
+        d, R, r, D + d, C, M, softmax_numbers(gamma, eps, zeta, T), A[2], SMOOTH, Z
     )  # fmt: skip
     if losses is not None:
         tl.store(losses + row, loss)
     save(saved, rows, row, row < rows, keep, r, M, R)
     if grad is not None:
         g = row_pointer(grad, row, K, g_n, g_k, INNER)
-        write_gradient(x, g, y, read, C, 0, C, m, k, g_y, uniform, V, VEC, ALIGNED)
+        write_gradient(
+            x, g, y, read, C, 0, C, m, k, g_y, uniform, A, V, VEC, ALIGNED, ADJUST
+        )  # fmt: skip
 
 
 # Kernels: a row over several programs ------------------------------------------------------------
@@ -261,9 +275,11 @@ def softmax_long(
 
 @kernel
 def softmax_parts(
-    logits, target, weight, sample_weight, scale, parts,
-    rows: i32, C: i32, K: i32, x_n: i64, x_k: i64, ignored: i64, splits: i32, span: i32,
+    logits, logit_bias, margin, target, weight, sample_weight, scale, parts,
+    rows: i32, C: i32, K: i32, x_n: i64, x_k: i64, ignored: i64,
+    logit_scale: f64, splits: i32, span: i32,
     V: tl.constexpr, VEC: tl.constexpr, INNER: tl.constexpr, SMOOTH: tl.constexpr,
+    ADJUST: tl.constexpr,
     PROLOGUE: tl.constexpr, IGNORE: tl.constexpr, TOTAL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """parts (rows, splits, PART) = M, R, D, terms in D, z_y of span vectors; and the prologue."""
@@ -280,7 +296,10 @@ def softmax_parts(
         read = (y >= 0) & (y < C)
         y = tl.where(read, y, 0).to(tl.int32)
         x = row_pointer(logits, row, K, x_n, x_k, INNER)
-        M, R, D, n, z_y = max_and_sum(x, y, read, C, first, first + span, V, VEC, SMOOTH)
+        A = adjustment(logit_bias, margin, logit_scale, parts.dtype.element_ty, ADJUST)
+        M, R, D, n, z_y = max_and_sum(
+            x, y, read, C, first, first + span, A, V, VEC, SMOOTH, ADJUST
+        )  # fmt: skip
         out = parts + program.to(tl.int64) * PART
         tl.store(out, M)
         tl.store(out + 1, R)
@@ -291,13 +310,12 @@ def softmax_parts(
 
 @kernel
 def softmax_join(
-    logits, target, grad, scale, normalizer, losses, saved, parts,
+    logits, target, grad, scale, normalizer, logit_bias, margin, losses, saved, parts,
     rows: i32, C: i32, K: i32, x_n: i64, x_k: i64, g_n: i64, g_k: i64,
-    gamma: f64, eps: f64, zeta: f64, denominator: f64, splits: i32, span: i32,
+    gamma: f64, eps: f64, zeta: f64, logit_scale: f64, denominator: f64, splits: i32, span: i32,
     V: tl.constexpr, VEC: tl.constexpr, T: tl.constexpr,
     INNER: tl.constexpr, ALIGNED: tl.constexpr, SMOOTH: tl.constexpr, Z: tl.constexpr,
-    FOLD: tl.constexpr,
-    SPLITS: tl.constexpr,
+    FOLD: tl.constexpr, ADJUST: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """The loss from the parts, and the gradient of span vectors; SPLITS >= splits."""
     row = tl.program_id(0)
@@ -305,6 +323,7 @@ def softmax_join(
     y, r, keep, read = row_inputs(
         target, scale, normalizer, None, row, row < rows, C, number(denominator, T), FOLD, False
     )
+    A = adjustment(logit_bias, margin, logit_scale, T, ADJUST)
     part = tl.arange(0, SPLITS)
     there = part < tl.where(read, splits, 0)
     at = parts + row.to(tl.int64) * splits * PART + part * PART
@@ -319,7 +338,7 @@ def softmax_join(
     m = clamp_finite(M)
     d = target_below(z_y, M)
     loss, k, g_y, uniform = softmax_row(
-        d, R, r, number(gamma, T), number(eps, T), D + d, C, number(zeta, T), M, SMOOTH, Z
+        d, R, r, D + d, C, M, softmax_numbers(gamma, eps, zeta, T), A[2], SMOOTH, Z
     )  # fmt: skip
     if first == 0:
         if losses is not None:
@@ -328,17 +347,19 @@ def softmax_join(
     if grad is not None:
         x = row_pointer(logits, row, K, x_n, x_k, INNER)
         g = row_pointer(grad, row, K, g_n, g_k, INNER)
-        write_gradient(x, g, y, read, C, first, first + span, m, k, g_y, uniform, V, VEC, ALIGNED)
+        write_gradient(
+            x, g, y, read, C, first, first + span, m, k, g_y, uniform, A, V, VEC, ALIGNED, ADJUST
+        )  # fmt: skip
 
 
 @kernel
 def softmax_gradient(
-    logits, target, grad, saved, grad_loss,
+    logits, target, grad, logit_bias, margin, saved, grad_loss,
     rows: i32, C: i32, K: i32, x_n: i64, x_k: i64, g_n: i64, g_k: i64,
-    gamma: f64, eps: f64, zeta: f64, span: i32,
+    gamma: f64, eps: f64, zeta: f64, logit_scale: f64, span: i32,
     V: tl.constexpr, VEC: tl.constexpr, T: tl.constexpr,
     INNER: tl.constexpr, ALIGNED: tl.constexpr, SMOOTH: tl.constexpr, Z: tl.constexpr,
-    VECTOR: tl.constexpr,
+    VECTOR: tl.constexpr, ADJUST: tl.constexpr,
 ):  # fmt: skip
     """The gradient of span vectors of a row from what the forward saved: scale, M, R."""
     row = tl.program_id(0)
@@ -351,8 +372,11 @@ def softmax_gradient(
     M = tl.load(saved + rows + row)
     m = clamp_finite(M)
     R = tl.load(saved + rows.to(tl.int64) * 2 + row)
-    d = target_below(tl.load(x + y, read, 0.0).to(T), M)
+    A = adjustment(logit_bias, margin, logit_scale, T, ADJUST)
+    d = target_below(target_logit(x + y, y, read, A, T, ADJUST), M)
     _, k, g_y, uniform = softmax_row(
-        d, R, r, number(gamma, T), number(eps, T), d, C, number(zeta, T), M, SMOOTH, Z
+        d, R, r, d, C, M, softmax_numbers(gamma, eps, zeta, T), A[2], SMOOTH, Z
     )  # fmt: skip
-    write_gradient(x, g, y, read, C, first, first + span, m, k, g_y, uniform, V, VEC, ALIGNED)
+    write_gradient(
+        x, g, y, read, C, first, first + span, m, k, g_y, uniform, A, V, VEC, ALIGNED, ADJUST
+    )  # fmt: skip

@@ -8,6 +8,8 @@ import triton.language as tl
 
 from .rows import (
     INF,
+    adjusted,
+    adjustment,
     clamp_finite,
     exp,
     f64,
@@ -16,14 +18,16 @@ from .rows import (
     kernel,
     number,
     row_inputs,
+    target_logit,
     weighted,
 )
-from .sigmoid import at_target, smoothed
+from .sigmoid import at_target, other_element, sigmoid_numbers
 from .softmax import (
     below,
     more_max_and_sum,
     one_limit,
     save,
+    softmax_numbers,
     softmax_row,
     target_below,
 )
@@ -64,14 +68,16 @@ def class_offset(c, stride_c, UNIT: tl.constexpr):
 
 
 @triton.jit
-def load_tile(x, c, y, C, read, stride_c, UNIT: tl.constexpr, T: tl.constexpr):
+def load_tile(
+    x, c, y, C, read, stride_c, A, UNIT: tl.constexpr, T: tl.constexpr, ADJUST: tl.constexpr
+):
     """(z, others): the logits of the classes c of rows x, -inf where they are not others'."""
     there = (c < C)[:, None] & read[None, :]
     at = x[None, :] + class_offset(c, stride_c, UNIT)[:, None]
     # Lays threads along the rows, whatever the strides: a thread then has whole rows in registers.
     # No wider access can come of it, for nothing is known of the addresses' alignment.
     at = tl.max_contiguous(at, (1, 16))
-    z = tl.load(at, there, -INF).to(T)
+    z = adjusted(tl.load(at, there, -INF).to(T), c[:, None], there, A, ADJUST)
     others = there & (c[:, None] != y[None, :])
     return tl.where(others, z, -INF), others
 
@@ -88,8 +94,9 @@ def store_tile(g, c, C, there, values, stride_c, UNIT: tl.constexpr):
 
 @triton.jit
 def tile_max_and_sum(
-    x, y, read, C, x_c, z_y,
+    x, y, read, C, x_c, z_y, A,
     BLOCK_C: tl.constexpr, T: tl.constexpr, UNIT: tl.constexpr, SMOOTH: tl.constexpr,
+    ADJUST: tl.constexpr,
 ):  # fmt: skip
     """(M, R, D) of rows whose classes are many tiles."""
     M = z_y
@@ -97,7 +104,9 @@ def tile_max_and_sum(
     D = tl.zeros_like(z_y)
     n = tl.zeros_like(z_y)
     for first in range(0, C, BLOCK_C):
-        z, others = load_tile(x, first + tl.arange(0, BLOCK_C), y, C, read, x_c, UNIT, T)
+        z, others = load_tile(
+            x, first + tl.arange(0, BLOCK_C), y, C, read, x_c, A, UNIT, T, ADJUST
+        )  # fmt: skip
         M, R, D, n = more_max_and_sum(M, R, D, n, z, others, 0, SMOOTH)
     return M, R, D
 
@@ -110,13 +119,13 @@ def tile_gradient(z, m, c, y, k, g_y, uniform):
 
 @kernel
 def softmax_tiles(
-    logits, target, grad, scale, normalizer, grad_loss, losses, saved,
+    logits, target, grad, scale, normalizer, logit_bias, margin, grad_loss, losses, saved,
     rows: i32, C: i32, K: i32, x_n: i64, x_c: i32, x_k: i64, g_n: i64, g_c: i32, g_k: i64,
-    gamma: f64, eps: f64, zeta: f64, denominator: f64,
+    gamma: f64, eps: f64, zeta: f64, logit_scale: f64, denominator: f64,
     ROWS: tl.constexpr, BLOCK_C: tl.constexpr, T: tl.constexpr,
     X_UNIT: tl.constexpr, G_UNIT: tl.constexpr, INNER: tl.constexpr,
     SINGLE: tl.constexpr, SMOOTH: tl.constexpr, Z: tl.constexpr, FOLD: tl.constexpr,
-    VECTOR: tl.constexpr, PER_ROW: tl.constexpr,
+    VECTOR: tl.constexpr, PER_ROW: tl.constexpr, ADJUST: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows a program; SINGLE: their classes are one tile, read once, else read twice."""
     n, k_inner, row, there = tile_inputs(rows, K, ROWS, INNER)
@@ -124,10 +133,11 @@ def softmax_tiles(
         target, scale, normalizer, grad_loss, row, there, C, number(denominator, T), FOLD, VECTOR
     )
     x = tile_pointer(logits, n, k_inner, x_n, x_k, X_UNIT)
-    z_y = tl.load(x + class_offset(y, x_c, X_UNIT), read, 0.0).to(T)
+    A = adjustment(logit_bias, margin, logit_scale, T, ADJUST)
+    z_y = target_logit(x + class_offset(y, x_c, X_UNIT), y, read, A, T, ADJUST)
     c = tl.arange(0, BLOCK_C)
     if SINGLE:
-        z, others = load_tile(x, c, y, C, read, x_c, X_UNIT, T)
+        z, others = load_tile(x, c, y, C, read, x_c, A, X_UNIT, T, ADJUST)
     D = tl.zeros_like(z_y)
     if grad_loss is not None:
         M = tl.load(saved + rows + row, there, 0.0)
@@ -139,12 +149,14 @@ def softmax_tiles(
         if SMOOTH:
             D = tl.sum(tl.where(others, t, 0.0), 0)
     else:
-        M, R, D = tile_max_and_sum(x, y, read, C, x_c, z_y, BLOCK_C, T, X_UNIT, SMOOTH)
+        M, R, D = tile_max_and_sum(
+            x, y, read, C, x_c, z_y, A, BLOCK_C, T, X_UNIT, SMOOTH, ADJUST
+        )  # fmt: skip
     R = one_limit(R, z_y, M)
     m = clamp_finite(M)
     d = target_below(z_y, M)
     loss, k, g_y, uniform = softmax_row(
-        d, R, r, number(gamma, T), number(eps, T), D + d, C, number(zeta, T), M, SMOOTH, Z
+        d, R, r, D + d, C, M, softmax_numbers(gamma, eps, zeta, T), A[2], SMOOTH, Z
     )  # fmt: skip
     if losses is not None:
         if PER_ROW:
@@ -161,7 +173,7 @@ def softmax_tiles(
         else:
             for first in range(0, C, BLOCK_C):
                 j = first + c
-                z, others = load_tile(x, j, y, C, read, x_c, X_UNIT, T)
+                z, others = load_tile(x, j, y, C, read, x_c, A, X_UNIT, T, ADJUST)
                 values = tile_gradient(z, m, j, y, k, g_y, uniform)
                 store_tile(g, j, C, there, values, g_c, G_UNIT)
 
@@ -171,19 +183,19 @@ def softmax_tiles(
 
 @kernel
 def sigmoid_tiles(
-    logits, target, grad, scale, normalizer, grad_loss, losses, saved,
+    logits, target, grad, scale, normalizer, logit_bias, margin, grad_loss, losses, saved,
     rows: i32, C: i32, K: i32, x_n: i64, x_c: i32, x_k: i64, g_n: i64, g_c: i32, g_k: i64,
-    gamma: f64, eps: f64, denominator: f64,
+    gamma: f64, gamma_neg: f64, alpha: f64, alpha_neg: f64, clip: f64, eps: f64,
+    logit_scale: f64, denominator: f64,
     ROWS: tl.constexpr, BLOCK_C: tl.constexpr, T: tl.constexpr, G: tl.constexpr,
     X_UNIT: tl.constexpr, G_UNIT: tl.constexpr, INNER: tl.constexpr,
     SMOOTH: tl.constexpr, FOLD: tl.constexpr, VECTOR: tl.constexpr, PER_ROW: tl.constexpr,
+    ALPHA: tl.constexpr, ADJUST: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows a program, BLOCK_C classes at a time: one read, one write."""
     n, k, row, there = tile_inputs(rows, K, ROWS, INNER)
     SHORT: tl.constexpr = logits.dtype.element_ty.primitive_bitwidth == 16
-    gamma = number(gamma, T)
-    eps = number(eps, T)
-    t = eps / C
+    f = sigmoid_numbers(gamma, gamma_neg, alpha, alpha_neg, clip, eps, C, ALPHA, T)
     y, r, keep, read = row_inputs(
         target, scale, normalizer, grad_loss, row, there, C, number(denominator, T), FOLD, VECTOR
     )
@@ -191,21 +203,27 @@ def sigmoid_tiles(
     g = x
     if grad is not None:
         g = tile_pointer(grad, n, k, g_n, g_k, G_UNIT)
-    z_y = tl.load(x + class_offset(y, x_c, X_UNIT), read, 0.0).to(T)
-    L, g_y = at_target(z_y, gamma, eps, t, G, SHORT, SMOOTH)
+    A = adjustment(logit_bias, margin, logit_scale, T, ADJUST)
+    z_y = target_logit(x + class_offset(y, x_c, X_UNIT), y, read, A, T, ADJUST)
+    L_y, g_y = at_target(z_y, f, G, SHORT, SMOOTH)
+    slope = r * A[2]
+    share = tl.zeros_like(z_y) + (number(1.0, T) if SMOOTH else f[3])
+    slope_others = slope * share
+    L = tl.zeros_like(z_y)
     tl.debug_barrier()  # in place: all have read the targets' logits
     for first in range(0, C, BLOCK_C):
         c = first + tl.arange(0, BLOCK_C)
-        z, others = load_tile(x, c, y, C, read, x_c, X_UNIT, T)
-        L_tile, g_tile = smoothed(z, gamma, t, G, SHORT, SMOOTH)
+        z, others = load_tile(x, c, y, C, read, x_c, A, X_UNIT, T, ADJUST)
+        L_tile, g_tile = other_element(z, f, G, SHORT, SMOOTH)
         if SMOOTH:
             L_tile = tl.where(others, L_tile, 0.0)
         L += tl.sum(L_tile, 0)
         if grad is not None:
-            values = r[None, :] * tl.where(c[:, None] == y[None, :], g_y[None, :], g_tile)
+            g_y_tile = (slope * g_y)[None, :]
+            values = tl.where(c[:, None] == y[None, :], g_y_tile, slope_others[None, :] * g_tile)
             store_tile(g, c, C, there, values, g_c, G_UNIT)
     if losses is not None:
-        loss = weighted(r, L)
+        loss = weighted(r, weighted(share, L) + L_y)
         if PER_ROW:
             tl.store(losses + row, loss, there)
         else:

@@ -27,6 +27,24 @@ struct RowScale {
   }
 };
 
+// z = scale (x + bias), and the margin of y taken off its own logit, where a call asks for it.
+template <class T>
+struct Adjustment {
+  const T *bias, *margin;
+  T scale;
+  bool any;
+  explicit Adjustment(const Rows& a)
+      : bias(static_cast<const T*>(a.logit_bias)),
+        margin(static_cast<const T*>(a.margin)),
+        scale(T(a.formula.scale)),
+        any(bias || margin || scale != 1) {}
+  template <class V>
+  V operator()(V x, int64_t c) const {
+    return scale * (bias ? x + bias[c] : x);
+  }
+  T off(int64_t y) const { return margin ? scale * margin[y] : T(0); }
+};
+
 // Where the largest logit is +inf the formulas still have a limit if it is alone: it takes all of
 // p. Writes that row, moved to 0 and -inf (NaN where there is no limit); its maximum is 0.
 template <class S, class Out>

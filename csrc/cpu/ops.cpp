@@ -60,7 +60,10 @@ DType dtype_of(const Tensor& logits) {
     case ScalarType::Float: return DType::Float32;
     case ScalarType::BFloat16: return DType::BFloat16;
     case ScalarType::Half: return DType::Float16;
-    default: throw std::invalid_argument("logits must be float64, float32, bfloat16 or float16");
+    default:
+      throw std::invalid_argument(
+          "logits and soft targets must be float64, float32, bfloat16 or "
+          "float16");
   }
 }
 
@@ -104,7 +107,7 @@ RowWeights row_weights(const int64_t* target, const T* weight, const T* sample_w
   for_blocks(n, [&](int64_t b, int64_t begin, int64_t end) {
     RowWeights p;
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t y = target[i];
+      const int64_t y = target ? target[i] : 0;  // null: no class indices, weight comes later
       if (may_ignore && y == ignored) {
         scale[i] = -1;
         continue;
@@ -133,20 +136,39 @@ RowWeights row_weights(const int64_t* target, const T* weight, const T* sample_w
   return all;
 }
 
+template <class T, class Good>
+void check_all(const T* vector, int64_t C, const char* name, const Good& good, const char* what) {
+  bool all = true;
+  for (int64_t c = 0; c < C; ++c) all &= good(vector[c]);
+  if (all) return;
+  const T* bad = std::find_if_not(vector, vector + C, good);
+  require(false, name, "[", bad - vector, "] = ", *bad, ": must be ", what);
+}
 template <class T>
 void check_weight(const T* weight, int64_t C) {
-  bool good = true;
-  for (int64_t c = 0; c < C; ++c) good &= weight[c] >= 0 && weight[c] < INFINITY;
-  if (good) return;
-  const T* bad = std::find_if_not(weight, weight + C, [](T w) { return w >= 0 && w < INFINITY; });
-  require(false, "weight[", bad - weight, "] = ", *bad, ": weights must be finite and >= 0");
+  check_all(weight, C, "weight", [](T w) { return w >= 0 && w < INFINITY; }, "finite and >= 0");
+}
+
+// The data of a vector in the type that the loss is computed in; null where there is none.
+template <class T>
+const T* data(const OptionalTensor& t, int64_t numel, const char* name) {
+  if (!t) return nullptr;
+  check_vector(*t, sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float, numel, name);
+  return static_cast<const T*>(t->const_data_ptr());
+}
+template <class T>
+const T* finite(const OptionalTensor& t, int64_t numel, const char* name) {
+  const T* vector = data<T>(t, numel, name);
+  if (vector) check_all(vector, numel, name, [](T v) { return v - v == 0; }, "finite");
+  return vector;
 }
 
 template <class T>
 double denominator(Reduction reduction, const OptionalTensor& normalizer, const RowWeights& p) {
-  if (reduction == Reduction::WEIGHTED_MEAN) return p.total;
-  if (reduction != Reduction::MEAN) return 1;
-  if (!normalizer) return p.kept;
+  if (!normalizer) {
+    if (reduction == Reduction::WEIGHTED_MEAN) return p.total;
+    return reduction == Reduction::MEAN ? p.kept : 1;
+  }
   const double value = *static_cast<const T*>(normalizer->const_data_ptr());
   require(value > 0 && value < INFINITY, "normalizer must be positive and finite, got ", value);
   return value;
@@ -185,41 +207,9 @@ struct Inputs {
   Reduction reduction;
 
   static constexpr ScalarType DTYPE = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
-  static const T* data(const OptionalTensor& t, int64_t numel, const char* name) {
-    if (!t) return nullptr;
-    check_vector(*t, DTYPE, numel, name);
-    return static_cast<const T*>(t->const_data_ptr());
-  }
 };
 
-// Makes one number a row, scale_i = r_i / denominator, negative where the row is ignored: validity,
-// weights, ignore_index and reduction end here. Raises for the first value that is wrong.
-template <class T>
-void prologue(const Inputs<T>& in, const Shape& shape, T* scale) {
-  const T* w = in.data(in.weight, shape.C, "weight");
-  const T* s = in.data(in.sample_weight, shape.rows, "sample_weight");
-  in.data(in.normalizer, 1, "normalizer");
-  const int64_t* y = static_cast<const int64_t*>(in.target.const_data_ptr());
-  if (w) check_weight(w, shape.C);
-  const RowWeights p = row_weights<T>(y, w, s, in.ignore_index, shape.rows, shape.C, scale);
-  if (p.bad_target >= 0) {
-    const std::string ignored =
-        in.ignore_index ? " or ignore_index=" + std::to_string(*in.ignore_index) : "";
-    require<std::out_of_range>(false, "target", position(in.target, p.bad_target), " = ",
-                               y[p.bad_target], " is no class: expected 0 <= target < ", shape.C,
-                               ignored, " (", p.bad_targets, " of ", shape.rows, " are wrong)");
-  }
-  if (p.bad_sample >= 0)
-    require(false, "sample_weight", position(*in.sample_weight, p.bad_sample), " = ",
-            s[p.bad_sample], ": sample weights must be finite and >= 0");
-  const double divisor = denominator<T>(in.reduction, in.normalizer, p);
-  if (divisor != 1 && divisor > 0)  // nothing to average: 0 stays 0
-    for_blocks(shape.rows, [&](int64_t, int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) scale[i] = T(scale[i] / divisor);
-    });
-}
-
-// The sum of the row losses, in a fixed order.
+// The sum of one number a row, in a fixed order.
 template <class T>
 double epilogue(const T* row_loss, int64_t rows) {
   std::vector<double> partial((rows + BLOCK - 1) / BLOCK);
@@ -233,14 +223,58 @@ double epilogue(const T* row_loss, int64_t rows) {
   return total;
 }
 
-Rows rows_of(const Tensor& logits, const Tensor& target, const Shape& shape, double gamma,
-             double eps, double zeta) {
-  check_vector(target, ScalarType::Long, shape.rows, "target");
+// Makes one number a row, scale_i = r_i / denominator, negative where the row is ignored: validity,
+// weights, ignore_index and reduction end here. Raises for the first value that is wrong.
+template <class T>
+void prologue(const Inputs<T>& in, const Shape& shape, DType dtype, Rows& a, T* scale) {
+  const T* w = data<T>(in.weight, shape.C, "weight");
+  const T* s = data<T>(in.sample_weight, shape.rows, "sample_weight");
+  data<T>(in.normalizer, 1, "normalizer");
+  if (w) check_weight(w, shape.C);
+  const bool of_rows = !a.dense && !a.formula.per_class;
+  RowWeights p = row_weights<T>(a.target, of_rows ? w : nullptr, s, in.ignore_index, shape.rows,
+                                shape.C, scale);
+  const int64_t* y = a.target;
+  if (p.bad_target >= 0) {
+    const std::string ignored =
+        in.ignore_index ? " or ignore_index=" + std::to_string(*in.ignore_index) : "";
+    require<std::out_of_range>(false, "target", position(in.target, p.bad_target), " = ",
+                               y[p.bad_target], " is no class: expected 0 <= target < ", shape.C,
+                               ignored, " (", p.bad_targets, " of ", shape.rows, " are wrong)");
+  }
+  if (p.bad_sample >= 0)
+    require(false, "sample_weight", position(*in.sample_weight, p.bad_sample), " = ",
+            s[p.bad_sample], ": must be finite and >= 0");
+  if (!of_rows) a.weight = w;  // the row kernel's
+  if (a.dense && w && in.reduction == Reduction::WEIGHTED_MEAN) {
+    run_rows(isa->find(dtype, Family::SOFTMAX, Mode::LABELS, a), a, shape.rows);
+    a.weight = nullptr, p.total = epilogue(scale, shape.rows);
+  }
+  const double divisor = denominator<T>(in.reduction, in.normalizer, p);
+  if (divisor != 1 && divisor > 0)  // nothing to average: 0 stays 0
+    for_blocks(shape.rows, [&](int64_t, int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) scale[i] = T(scale[i] / divisor);
+    });
+}
+
+// Of a loss and of its gradient alike.
+template <class T>
+Rows rows_of(const Tensor& logits, const Tensor& target, const OptionalTensor& logit_bias,
+             const OptionalTensor& margin, const Shape& shape, const Formula& formula) {
   Rows a{};
   a.logits = logits.const_data_ptr(), a.logits_stride = strides_of(logits);
   a.C = shape.C, a.K = shape.K;
-  a.target = static_cast<const int64_t*>(target.const_data_ptr());
-  a.gamma = gamma, a.eps = eps, a.zeta = zeta;
+  if (target.scalar_type() == ScalarType::Long) {
+    check_vector(target, ScalarType::Long, shape.rows, "target");
+    a.target = static_cast<const int64_t*>(target.const_data_ptr());
+  } else {
+    check_shape(target, logits, "target");
+    a.dense = target.const_data_ptr(), a.dense_stride = strides_of(target);
+    a.dense_type = target.scalar_type() == ScalarType::Bool ? DType::Bool : dtype_of(target);
+  }
+  a.logit_bias = finite<T>(logit_bias, shape.C, "logit_bias");
+  a.margin = finite<T>(margin, shape.C, "margin");
+  a.formula = formula;
   return a;
 }
 
@@ -271,42 +305,55 @@ void run_loss(const Tensor& logits, const Inputs<T>& in, Family family, const Sh
     set_saved(a, *saved, family, shape);
     scale = static_cast<T*>(saved->mutable_data_ptr());
   }
-  prologue(in, shape, scale);
+  a.scale = scale;
+  prologue(in, shape, dtype_of(logits), a, scale);
   T* out = static_cast<T*>(loss.mutable_data_ptr());
   T* row_loss = vector ? out : own.get();  // in the place of its scale: a kernel reads that first
-  a.scale = scale, a.loss = row_loss;
+  a.loss = row_loss;
   const Mode mode = grad ? Mode::LOSS_AND_GRAD : Mode::LOSS;
   run_rows(isa->find(dtype_of(logits), family, mode, a), a, shape.rows);
   if (!vector) *out = T(epilogue(row_loss, shape.rows));
 }
 
 void loss(Tensor logits, Tensor target, OptionalTensor weight, OptionalTensor sample_weight,
-          OptionalTensor normalizer, bool sigmoid, double gamma, double label_smoothing,
-          double z_loss, std::optional<int64_t> ignore_index, int64_t reduction, Tensor loss,
-          OptionalTensor grad, OptionalTensor saved) {
+          OptionalTensor normalizer, OptionalTensor logit_bias, OptionalTensor margin, bool sigmoid,
+          double gamma, double gamma_neg, double alpha, double alpha_neg, double clip,
+          double label_smoothing, double z_loss, double logit_scale, bool per_class,
+          std::optional<int64_t> ignore_index, int64_t reduction, Tensor loss, OptionalTensor grad,
+          OptionalTensor saved) {
   const Shape shape(logits);
-  const Family family = family_of(sigmoid);
-  const Rows a = rows_of(logits, target, shape, gamma, label_smoothing, z_loss);
-  const auto run = [&](auto T) {
-    const Inputs<decltype(T)> in{target,     weight,       sample_weight,
-                                 normalizer, ignore_index, reduction_of(reduction)};
-    run_loss(logits, in, family, shape, a, loss, grad, saved);
+  const Formula formula{sigmoid, gamma,           gamma_neg, alpha,       alpha_neg,
+                        clip,    label_smoothing, z_loss,    logit_scale, per_class};
+  const auto run = [&](auto t) {
+    using T = decltype(t);
+    const Inputs<T> in{target,     weight,       sample_weight,
+                       normalizer, ignore_index, reduction_of(reduction)};
+    const Rows a = rows_of<T>(logits, target, logit_bias, margin, shape, formula);
+    run_loss(logits, in, family_of(sigmoid), shape, a, loss, grad, saved);
   };
   if (dtype_of(logits) == DType::Float64) run(double());
   else run(float());
 }
 
-void gradient(Tensor logits, Tensor target, Tensor saved, Tensor grad_loss, bool sigmoid,
-              double gamma, double label_smoothing, double z_loss, Tensor grad) {
+void gradient(Tensor logits, Tensor target, OptionalTensor weight, OptionalTensor logit_bias,
+              OptionalTensor margin, Tensor saved, Tensor grad_loss, bool sigmoid, double gamma,
+              double gamma_neg, double alpha, double alpha_neg, double clip, double label_smoothing,
+              double z_loss, double logit_scale, bool per_class, Tensor grad) {
   const Shape shape(logits);
+  const Formula formula{sigmoid, gamma,           gamma_neg, alpha,       alpha_neg,
+                        clip,    label_smoothing, z_loss,    logit_scale, per_class};
   const Family family = family_of(sigmoid);
-  Rows a = rows_of(logits, target, shape, gamma, label_smoothing, z_loss);
-  set_grad(a, grad, logits);
   const bool f64 = dtype_of(logits) == DType::Float64;
+  Rows a = f64 ? rows_of<double>(logits, target, logit_bias, margin, shape, formula)
+               : rows_of<float>(logits, target, logit_bias, margin, shape, formula);
+  set_grad(a, grad, logits);
   const auto dtype = f64 ? ScalarType::Double : ScalarType::Float;
-  check_vector(saved, dtype, saved_rows(family == Family::SIGMOID) * shape.rows, "saved");
+  check_vector(saved, dtype, saved_rows(sigmoid) * shape.rows, "saved");
   set_saved(a, saved, family, shape);
-  a.scale = saved.const_data_ptr();
+  a.scale = saved.mutable_data_ptr();
+  if (per_class && weight)
+    a.weight = f64 ? static_cast<const void*>(data<double>(weight, shape.C, "weight"))
+                   : data<float>(weight, shape.C, "weight");
   a.grad_loss_per_row = grad_loss.dim() > 0;
   check_vector(grad_loss, dtype, a.grad_loss_per_row ? shape.rows : 1, "grad_loss");
   a.grad_loss = grad_loss.const_data_ptr();

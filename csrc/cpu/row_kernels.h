@@ -59,109 +59,151 @@ double sum_below(const S* x, int64_t C, T M) {
   return D;
 }
 
-// Traffic: one read of the logits from memory (the maximum's pass leaves the row in cache), one
-// write of the gradient.
-template <class S, Mode MODE>
-void softmax_rows(const Rows& a, int64_t begin, int64_t end) {
-  using V = typename Lanes<S>::V;
+// A row of x as it is or, adjusted, in memory of its own: it stays in cache for the passes to come.
+template <class S>
+class AdjustedRow {
   using T = typename Lanes<S>::T;
+  const Adjustment<T> adjustment;
+  const int64_t C;
+  std::unique_ptr<T[]> z;
+
+ public:
+  explicit AdjustedRow(const Rows& a)
+      : adjustment(a), C(a.C), z(adjustment.any ? new T[C] : nullptr) {}
+  bool any() const { return adjustment.any; }
+  const T* operator()(const S* x, int64_t y) {
+    constexpr int64_t N = Lanes<S>::N;
+    const T *bias = adjustment.bias, scale = adjustment.scale;
+    for (int64_t j = 0; j < C; j += N) {
+      const int64_t n = std::min(C - j, N);
+      auto v = n == N ? load(x + j) : load_some(x + j, n);
+      if (bias) v += n == N ? load(bias + j) : load_some(bias + j, n);
+      store_n(z.get() + j, scale * v, n);
+    }
+    z[y] -= adjustment.off(y);
+    return z.get();
+  }
+};
+
+// Traffic: one read of the logits from memory (the maximum's pass leaves the row in cache), one
+// write of the gradient. X: the logits' type, or T where they were adjusted.
+template <class S, Mode MODE, class X, class T = typename Lanes<S>::T>
+void softmax_one_row(const Rows& a, int64_t i, const X* x, int64_t y, T r, S* g, T* scratch) {
+  using V = typename Lanes<S>::V;
   constexpr bool IN_PLACE = std::is_same_v<S, T>;  // e^{z - M} waits in the gradient, or in scratch
   const int64_t C = a.C;
-  const RowScale<T> scale(a);
-  T *loss = static_cast<T*>(a.loss), *M_ = static_cast<T*>(a.M), *R_ = static_cast<T*>(a.R);
-  std::unique_ptr<T[]> scratch(IN_PLACE || MODE == Mode::LOSS ? nullptr : new T[C]);
-  std::unique_ptr<S[]> limit;
-  for (int64_t i = begin; i < end; ++i) {
-    const S* x = static_cast<const S*>(a.logits) + row_offset(a.logits_stride, a.K, i);
-    S* g = static_cast<S*>(a.grad) + row_offset(a.grad_stride, a.K, i);
-    if (scale.ignored(i)) {
-      if constexpr (MODE != Mode::GRAD) loss[i] = 0;
-      if constexpr (MODE != Mode::LOSS) zero_row(g, C);
-      continue;
-    }
-    const int64_t y = a.target[i];
-    T M, R = 0;
-    if constexpr (MODE == Mode::GRAD) {
-      M = M_[i], R = R_[i];
-    } else {
-      V top = V{} - LARGEST<T>;
-      for_negatives(
-          x, C, y, [&](int64_t, V z, int64_t) __attribute__((always_inline)) { top = max(z, top); },
-          [] {});
-      M = max(T(largest(top)), load_one(x + y));
-      if (M_) M_[i] = M;
-    }
-    const T top = M;
-    if (__builtin_expect(M == INF<T>, 0)) {
-      limit.reset(new S[C]);
-      limit_row(x, 1, C, limit.get(), 1);
-      x = limit.get(), M = 0;
-    }
-    const T d = load_one(x + y) - M;
-    const T D = a.eps != 0 && MODE != Mode::GRAD ? T(sum_below(x, C, M)) : T(0);
-    T* e;
-    if constexpr (IN_PLACE) e = g;
-    else e = scratch.get();
-    if constexpr (MODE != Mode::GRAD) {
-      V lanes{};
-      DoubleLanes<V> total;
-      for_negatives(
-          x, C, y,
-          [&](int64_t j, V z, int64_t n) __attribute__((always_inline)) {
-            const V t = exp(z - M);
-            lanes += t;
-            if constexpr (MODE == Mode::LOSS_AND_GRAD) store_n(e + j, t, n);
-          },
-          [&]() __attribute__((always_inline)) { total.add(lanes), lanes = V{}; });
-      R = T(total.sum());
-      if (R_) R_[i] = R;
-    }
-    const SoftmaxRow<V> row = softmax_row<V, T>(V{} + d, V{} + R, V{} + scale(i), T(a.gamma),
-                                                T(a.eps), V{} + D, T(C), T(a.zeta), V{} + top);
-    if constexpr (MODE != Mode::GRAD) loss[i] = lane(row.loss, 0);
-    if constexpr (MODE == Mode::LOSS_AND_GRAD)
-      transform(g, e, C,
-                [&](V t) __attribute__((always_inline)) { return row.k * t - row.uniform; });
-    if constexpr (MODE == Mode::GRAD)
-      transform(g, x, C, [&](V z) __attribute__((always_inline)) {
-        return row.k * exp(z - M) - row.uniform;
-      });
-    if constexpr (MODE != Mode::LOSS) store_one(g + y, T(lane(row.g_y, 0)));
+  const Numbers<T> f = numbers<T>(a.formula);
+  T *M_ = static_cast<T*>(a.M), *R_ = static_cast<T*>(a.R);
+  std::unique_ptr<X[]> limit;
+  T M, R = 0;
+  if constexpr (MODE == Mode::GRAD) {
+    M = M_[i], R = R_[i];
+  } else {
+    V top = V{} - LARGEST<T>;
+    for_negatives(
+        x, C, y, [&](int64_t, V z, int64_t) __attribute__((always_inline)) { top = max(z, top); },
+        [] {});
+    M = max(T(largest(top)), load_one(x + y));
+    if (M_) M_[i] = M;
   }
+  const T top = M;
+  if (__builtin_expect(M == INF<T>, 0)) {
+    limit.reset(new X[C]);
+    limit_row(x, 1, C, limit.get(), 1);
+    x = limit.get(), M = 0;
+  }
+  const T d = load_one(x + y) - M;
+  const T D = f.eps != 0 && MODE != Mode::GRAD ? T(sum_below(x, C, M)) : T(0);
+  T* e;
+  if constexpr (IN_PLACE) e = g;
+  else e = scratch;
+  if constexpr (MODE != Mode::GRAD) {
+    V lanes{};
+    DoubleLanes<V> total;
+    for_negatives(
+        x, C, y,
+        [&](int64_t j, V z, int64_t n) __attribute__((always_inline)) {
+          const V t = exp(z - M);
+          lanes += t;
+          if constexpr (MODE == Mode::LOSS_AND_GRAD) store_n(e + j, t, n);
+        },
+        [&]() __attribute__((always_inline)) { total.add(lanes), lanes = V{}; });
+    R = T(total.sum());
+    if (R_) R_[i] = R;
+  }
+  const SoftmaxRow<V> row =
+      softmax_row<V, T>(V{} + d, V{} + R, V{} + r, V{} + D, T(C), V{} + top, f);
+  if constexpr (MODE != Mode::GRAD) static_cast<T*>(a.loss)[i] = lane(row.loss, 0);
+  if constexpr (MODE == Mode::LOSS_AND_GRAD)
+    transform(g, e, C, [&](V t) __attribute__((always_inline)) { return row.k * t - row.uniform; });
+  if constexpr (MODE == Mode::GRAD)
+    transform(g, x, C,
+              [&](V z) __attribute__((always_inline)) { return row.k * exp(z - M) - row.uniform; });
+  if constexpr (MODE != Mode::LOSS) store_one(g + y, T(lane(row.g_y, 0)));
 }
 
-// Traffic: one read of the logits, one write of the gradient.
-template <class S, Mode MODE, Gamma G, bool SMOOTH>
-void sigmoid_rows(const Rows& a, int64_t begin, int64_t end) {
-  using V = typename Lanes<S>::V;
+template <class S, Mode MODE>
+void softmax_rows(const Rows& a, int64_t begin, int64_t end) {
   using T = typename Lanes<S>::T;
-  const int64_t C = a.C;
-  const T gamma = T(a.gamma), t = T(a.eps) / T(C);  // t: the smoothed target of a negative
   const RowScale<T> scale(a);
-  T* loss = static_cast<T*>(a.loss);
+  AdjustedRow<S> adjusted(a);
+  const std::unique_ptr<T[]> scratch(std::is_same_v<S, T> || MODE == Mode::LOSS ? nullptr
+                                                                                : new T[a.C]);
   for (int64_t i = begin; i < end; ++i) {
     const S* x = static_cast<const S*>(a.logits) + row_offset(a.logits_stride, a.K, i);
     S* g = static_cast<S*>(a.grad) + row_offset(a.grad_stride, a.K, i);
     if (scale.ignored(i)) {
-      if constexpr (MODE != Mode::GRAD) loss[i] = 0;
-      if constexpr (MODE != Mode::LOSS) zero_row(g, C);
+      if constexpr (MODE != Mode::GRAD) static_cast<T*>(a.loss)[i] = 0;
+      if constexpr (MODE != Mode::LOSS) zero_row(g, a.C);
       continue;
     }
     const int64_t y = a.target[i];
     const T r = scale(i);
-    const Element<V> at_y =
-        smoothed<G, IS_HALF<S>, V, T>(V{} + load_one(x + y), gamma, 1 - T(a.eps) + t, SMOOTH);
-    DoubleLanes<V> total;
-    LossSum<G, SMOOTH, IS_HALF<S>, V> sum_L;
-    for_negatives(
-        x, C, y,
-        [&](int64_t j, V z, int64_t n) __attribute__((always_inline)) {
-          const V g_z = sum_L.add(z, gamma, t, [&] { return outside(z, n, y - j); });
-          if constexpr (MODE != Mode::LOSS) store_n(g + j, r * g_z, n);
-        },
-        [&]() __attribute__((always_inline)) { total.add(sum_L.take()); });
-    if constexpr (MODE != Mode::GRAD)
-      loss[i] = T(weighted(double(r), total.sum() + lane(at_y.L, 0)));
-    if constexpr (MODE != Mode::LOSS) store_one(g + y, r * T(lane(at_y.g, 0)));
+    if (adjusted.any()) softmax_one_row<S, MODE>(a, i, adjusted(x, y), y, r, g, scratch.get());
+    else softmax_one_row<S, MODE>(a, i, x, y, r, g, scratch.get());
+  }
+}
+
+// Traffic: one read of the logits, one write of the gradient.
+template <class S, Mode MODE, Gamma G, bool SMOOTH, class X, class T = typename Lanes<S>::T>
+void sigmoid_one_row(const Rows& a, int64_t i, const X* x, int64_t y, T r, S* g) {
+  using V = typename Lanes<S>::V;
+  const int64_t C = a.C;
+  const Numbers<T> f = numbers<T>(a.formula);
+  const T t = f.eps / T(C);  // the smoothed target of the other classes
+  const T others = SMOOTH ? T(1) : f.alpha_neg, slope = r * f.scale, slope_others = slope * others;
+  const Element<V> at_y = at_target<G, SMOOTH, IS_HALF<S>>(V{} + load_one(x + y), T(C), f);
+  DoubleLanes<V> total;
+  LossSum<G, SMOOTH, IS_HALF<S>, V> sum_L;
+  for_negatives(
+      x, C, y,
+      [&](int64_t j, V z, int64_t n) __attribute__((always_inline)) {
+        const V g_z = sum_L.add(z, t, f, [&] { return outside(z, n, y - j); });
+        if constexpr (MODE != Mode::LOSS) store_n(g + j, slope_others * g_z, n);
+      },
+      [&]() __attribute__((always_inline)) { total.add(sum_L.take()); });
+  if constexpr (MODE != Mode::GRAD)
+    static_cast<T*>(a.loss)[i] =
+        T(weighted(double(r), weighted(double(others), total.sum()) + lane(at_y.L, 0)));
+  if constexpr (MODE != Mode::LOSS) store_one(g + y, slope * T(lane(at_y.g, 0)));
+}
+
+template <class S, Mode MODE, Gamma G, bool SMOOTH>
+void sigmoid_rows(const Rows& a, int64_t begin, int64_t end) {
+  using T = typename Lanes<S>::T;
+  const RowScale<T> scale(a);
+  AdjustedRow<S> adjusted(a);
+  for (int64_t i = begin; i < end; ++i) {
+    const S* x = static_cast<const S*>(a.logits) + row_offset(a.logits_stride, a.K, i);
+    S* g = static_cast<S*>(a.grad) + row_offset(a.grad_stride, a.K, i);
+    if (scale.ignored(i)) {
+      if constexpr (MODE != Mode::GRAD) static_cast<T*>(a.loss)[i] = 0;
+      if constexpr (MODE != Mode::LOSS) zero_row(g, a.C);
+      continue;
+    }
+    const int64_t y = a.target[i];
+    const T r = scale(i);
+    if (adjusted.any()) sigmoid_one_row<S, MODE, G, SMOOTH>(a, i, adjusted(x, y), y, r, g);
+    else sigmoid_one_row<S, MODE, G, SMOOTH>(a, i, x, y, r, g);
   }
 }

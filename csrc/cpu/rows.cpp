@@ -25,6 +25,8 @@ namespace CBLOSS_ISA {
 //
 #include "row_kernels.h"
 #include "tile_kernels.h"
+//
+#include "dense_kernels.h"
 
 // A row kernel wants its classes side by side and enough of them to fill vectors.
 constexpr int64_t FEW_CLASSES = 100;
@@ -38,14 +40,22 @@ template <class S, Mode MODE>
 RowKernel find_kernel(Family family, const Rows& a) {
   const bool rows =
       a.C >= FEW_CLASSES && a.logits_stride.c == 1 && (MODE == Mode::LOSS || a.grad_stride.c == 1);
+  if (a.dense || a.formula.per_class) {
+    if (family == Family::SOFTMAX) return softmax_dense<S, MODE>;
+    const bool zero = a.formula.gamma == 0 && a.formula.plain() && !a.formula.per_class;
+    return zero ? sigmoid_dense<S, MODE, Gamma::ZERO> : sigmoid_dense<S, MODE, Gamma::GENERAL>;
+  }
   if (family == Family::SOFTMAX) return rows ? softmax_rows<S, MODE> : softmax_tiles<S, MODE>;
-  if (a.eps != 0)  // not worth code of its own for each gamma
-    return a.gamma == 0 ? sigmoid_kernel<S, MODE, Gamma::ZERO, true>(rows)
-                        : sigmoid_kernel<S, MODE, Gamma::ANY, true>(rows);
-  if (a.gamma == 0) return sigmoid_kernel<S, MODE, Gamma::ZERO, false>(rows);
-  if (a.gamma == 0.5) return sigmoid_kernel<S, MODE, Gamma::HALF, false>(rows);
-  if (a.gamma == 1) return sigmoid_kernel<S, MODE, Gamma::ONE, false>(rows);
-  if (a.gamma == 2) return sigmoid_kernel<S, MODE, Gamma::TWO, false>(rows);
+  const Formula& f = a.formula;
+  if (f.eps != 0)  // not worth code of its own for each gamma
+    return f.gamma == 0 && f.plain() ? sigmoid_kernel<S, MODE, Gamma::ZERO, true>(rows)
+                                     : sigmoid_kernel<S, MODE, Gamma::GENERAL, true>(rows);
+  if (f.gamma_neg != f.gamma || f.clip != 0)
+    return sigmoid_kernel<S, MODE, Gamma::GENERAL, false>(rows);
+  if (f.gamma == 0) return sigmoid_kernel<S, MODE, Gamma::ZERO, false>(rows);
+  if (f.gamma == 0.5) return sigmoid_kernel<S, MODE, Gamma::HALF, false>(rows);
+  if (f.gamma == 1) return sigmoid_kernel<S, MODE, Gamma::ONE, false>(rows);
+  if (f.gamma == 2) return sigmoid_kernel<S, MODE, Gamma::TWO, false>(rows);
   return sigmoid_kernel<S, MODE, Gamma::ANY, false>(rows);
 }
 
@@ -54,6 +64,7 @@ RowKernel find_mode(Family family, Mode mode, const Rows& a) {
   switch (mode) {
     case Mode::LOSS: return find_kernel<S, Mode::LOSS>(family, a);
     case Mode::LOSS_AND_GRAD: return find_kernel<S, Mode::LOSS_AND_GRAD>(family, a);
+    case Mode::LABELS: return label_weights<S>;
     default: return find_kernel<S, Mode::GRAD>(family, a);
   }
 }

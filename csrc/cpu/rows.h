@@ -4,9 +4,9 @@
 
 #include "../call.h"
 
-enum class DType { Float64, Float32, BFloat16, Float16 };
+enum class DType { Float64, Float32, BFloat16, Float16, Bool };
 enum class Family { SOFTMAX, SIGMOID };
-enum class Mode { LOSS, LOSS_AND_GRAD, GRAD };
+enum class Mode { LOSS, LOSS_AND_GRAD, GRAD, LABELS };  // LABELS: scale takes their weights
 
 // Row i is logits[i / K, :, i % K]. Computed in T: double for Float64, else float.
 struct Rows {
@@ -15,12 +15,24 @@ struct Rows {
   Strides logits_stride, grad_stride;
   int64_t C, K;
   const int64_t* target;
-  const void* scale;  // T[rows]: r_i / denominator; negative where the row is ignored
-  void* loss;         // T[rows]
-  void *M, *R;        // T[rows], softmax, for recomputing: written by LOSS, read by GRAD; or null
+  const void* dense;  // a target a class, of dense_type; or null: class indices
+  Strides dense_stride;
+  DType dense_type;
+  const void* weight;  // T[C]: of classes (per_class), or of dense targets' labels; or null
+  void* scale;         // T[rows]: r_i / denominator; negative where the row is ignored
+  void* loss;          // T[rows]
+  void *M, *R;         // T[rows], softmax, for recomputing: written by LOSS, read by GRAD; or null
   const void* grad_loss;  // GRAD: T[1], or T[rows] if grad_loss_per_row
   bool grad_loss_per_row;
-  double gamma, eps, zeta;  // label smoothing, z-loss
+  const void *logit_bias, *margin;  // T[C], or null
+  Formula formula;
+
+  int dense_size() const {
+    return dense_type == DType::Float64   ? 8
+           : dense_type == DType::Float32 ? 4
+           : dense_type == DType::Bool    ? 1
+                                          : 2;
+  }
 };
 
 using RowKernel = void (*)(const Rows&, int64_t begin, int64_t end);

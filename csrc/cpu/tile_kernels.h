@@ -48,6 +48,17 @@ struct Tile {
     }
     for (int64_t c = 0; c < a.C; ++c) z[c] = load(gathered + c * N);
   }
+  // Adjusts the loaded logits; the target's are named apart, as its margin is.
+  void adjust(const Adjustment<T>& adjustment, V* z) const {
+    if (!adjustment.any) return;
+    for (int64_t c = 0; c < a.C; ++c) z[c] = adjustment(z[c], c);
+    if (!adjustment.margin) return;
+    T* lanes = reinterpret_cast<T*>(z);
+    for (int64_t l = 0; l < n; ++l) {
+      const int64_t y_l = lane_index(y, l);
+      if (y_l >= 0 && y_l < a.C) lanes[y_l * N + l] -= adjustment.off(y_l);
+    }
+  }
   void store_grad(const V* z, S* gathered) const {
     S* g = static_cast<S*>(a.grad);
     const Strides& s = a.grad_stride;
@@ -85,11 +96,14 @@ void softmax_tiles(const Rows& a, int64_t begin, int64_t end) {
   using T = typename Lanes<S>::T;
   constexpr int64_t N = Lanes<S>::N;
   const int64_t C = a.C;
+  const Numbers<T> f = numbers<T>(a.formula);
+  const Adjustment<T> adjustment(a);
   std::unique_ptr<V[]> z(new V[C]);
   std::unique_ptr<S[]> gathered(new S[C * N]);
   for (int64_t i = begin; i < end; i += N) {
     const Tile<S> tile(a, i, end);
     tile.load_logits(z.get(), gathered.get());
+    tile.adjust(adjustment, z.get());
     V M = V{} - LARGEST<T>, R{}, D{}, z_y{}, part{};
     for (int64_t c = 0; c < C; ++c) {  // the target is left out, never subtracted
       const auto is_y = tile.is_y(c);
@@ -111,7 +125,7 @@ void softmax_tiles(const Rows& a, int64_t begin, int64_t end) {
         set_lane(M, l, 0);
       }
     const V d = z_y - M;
-    if (MODE != Mode::GRAD && a.eps != 0) {
+    if (MODE != Mode::GRAD && f.eps != 0) {
       for_classes(
           C, [&](int64_t c) { part += tile.is_y(c) ? d : z[c] - M; },
           [&] { D += part, part = V{}; });
@@ -127,8 +141,7 @@ void softmax_tiles(const Rows& a, int64_t begin, int64_t end) {
           if constexpr (MODE != Mode::GRAD) R += part, part = V{};
         });
     if (MODE != Mode::GRAD && a.R) tile.put(a.R, R);
-    const SoftmaxRow<V> row =
-        softmax_row<V, T>(d, R, tile.r, T(a.gamma), T(a.eps), D, T(C), T(a.zeta), top);
+    const SoftmaxRow<V> row = softmax_row<V, T>(d, R, tile.r, D, T(C), top, f);
     if constexpr (MODE != Mode::GRAD) tile.put(a.loss, tile.ignored ? V{} : row.loss);
     if constexpr (MODE != Mode::LOSS) {
       for (int64_t c = 0; c < C; ++c) {
@@ -147,12 +160,16 @@ void sigmoid_tiles(const Rows& a, int64_t begin, int64_t end) {
   using T = typename Lanes<S>::T;
   constexpr int64_t N = Lanes<S>::N;
   const int64_t C = a.C;
-  const T gamma = T(a.gamma), t = T(a.eps) / T(C), t_y = 1 - T(a.eps) + t;
+  const Numbers<T> f = numbers<T>(a.formula);
+  const Adjustment<T> adjustment(a);
+  const T t = f.eps / T(C), others = SMOOTH ? T(1) : f.alpha_neg;
   std::unique_ptr<V[]> z(new V[C]);
   std::unique_ptr<S[]> gathered(new S[C * N]);
   for (int64_t i = begin; i < end; i += N) {
     const Tile<S> tile(a, i, end);
     tile.load_logits(z.get(), gathered.get());
+    tile.adjust(adjustment, z.get());
+    const V slope = tile.r * f.scale, slope_others = slope * others;
     V z_y{}, total{};
     LossSum<G, SMOOTH, IS_HALF<S>, V> sum_L;
     for_classes(
@@ -161,12 +178,13 @@ void sigmoid_tiles(const Rows& a, int64_t begin, int64_t end) {
           const auto is_y = tile.is_y(c);
           z_y = is_y ? z[c] : z_y;
           const V z_c = is_y ? V{} - INF<T> : z[c];  // -inf: its term is 0
-          const V g_c = sum_L.add(z_c, gamma, t, [&] { return is_y; });
-          if constexpr (MODE != Mode::LOSS) z[c] = tile.r * g_c;
+          const V g_c = sum_L.add(z_c, t, f, [&] { return is_y; });
+          if constexpr (MODE != Mode::LOSS) z[c] = slope_others * g_c;
         },
         [&]() __attribute__((always_inline)) { total += sum_L.take(); });
-    const Element<V> at_y = smoothed<G, IS_HALF<S>, V, T>(z_y, gamma, t_y, SMOOTH);
-    const V row_loss = weighted(tile.r, total + at_y.L), g_y = tile.r * at_y.g;
+    const Element<V> at_y = at_target<G, SMOOTH, IS_HALF<S>>(z_y, T(C), f);
+    const V g_y = slope * at_y.g;
+    const V row_loss = weighted(tile.r, weighted(V{} + others, total) + at_y.L);
     if constexpr (MODE != Mode::GRAD) tile.put(a.loss, tile.ignored ? V{} : row_loss);
     if constexpr (MODE != Mode::LOSS) {
       for (int64_t c = 0; c < C; ++c) {

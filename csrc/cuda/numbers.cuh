@@ -10,6 +10,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "../call.h"
+
 #define CB_FN __device__ __forceinline__
 
 namespace cbloss {

@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <string>
+#include <vector>
 
 #include "../ops.h"
 #include "rows.h"
@@ -72,27 +73,6 @@ void check_device(const Tensor& t, const Tensor& logits, const char* name) {
           " must be on the device of the logits");
 }
 
-cbloss::Call call_of(const Tensor& logits, const Tensor& target, const Shape& shape, bool sigmoid,
-                     double gamma, double eps, double zeta) {
-  check_vector(target, ScalarType::Long, shape.rows, "target");
-  constexpr int64_t MOST = INT32_MAX - 4096;  // so that no step past the end wraps around
-  require(shape.rows <= MOST && shape.C <= MOST, "the CUDA kernels take at most ", MOST,
-          " rows and classes, got ", shape.rows, " and ", shape.C);
-  check_device(target, logits, "target");
-  cbloss::Call call{};
-  call.logits = logits.const_data_ptr(), call.logits_stride = strides_of(logits);
-  if (shape.C == 1) call.logits_stride.c = 1;
-  call.rows = shape.rows, call.C = shape.C, call.K = shape.K;
-  call.sigmoid = sigmoid, call.gamma = gamma, call.eps = eps, call.zeta = zeta;
-  call.target = static_cast<const int64_t*>(target.const_data_ptr());
-  return call;
-}
-void set_grad(cbloss::Call& call, const Tensor& grad, const Tensor& logits) {
-  check_grad(grad, logits);
-  check_device(grad, logits, "grad");
-  call.grad = grad.mutable_data_ptr(), call.grad_stride = strides_of(grad);
-  if (call.C == 1) call.grad_stride.c = 1;
-}
 void check_like(const Tensor& t, const Tensor& logits, int64_t numel, const char* name) {
   check_vector(t, compute_type(logits), numel, name);
   check_device(t, logits, name);
@@ -108,12 +88,40 @@ void* buffer(const OptionalTensor& t, const Tensor& logits, int64_t numel, const
   return t->mutable_data_ptr();
 }
 
+cbloss::Call call_of(const Tensor& logits, const Tensor& target, const OptionalTensor& logit_bias,
+                     const OptionalTensor& margin, const Shape& shape, const Formula& formula) {
+  check_vector(target, ScalarType::Long, shape.rows, "target");
+  constexpr int64_t MOST = INT32_MAX - 4096;  // so that no step past the end wraps around
+  require(shape.rows <= MOST && shape.C <= MOST, "the CUDA kernels take at most ", MOST,
+          " rows and classes, got ", shape.rows, " and ", shape.C);
+  check_device(target, logits, "target");
+  cbloss::Call call{};
+  call.logits = logits.const_data_ptr(), call.logits_stride = strides_of(logits);
+  if (shape.C == 1) call.logits_stride.c = 1;
+  call.rows = shape.rows, call.C = shape.C, call.K = shape.K;
+  call.formula = formula;
+  call.logit_bias = input(logit_bias, logits, shape.C, "logit_bias");
+  call.margin = input(margin, logits, shape.C, "margin");
+  call.target = static_cast<const int64_t*>(target.const_data_ptr());
+  return call;
+}
+void set_grad(cbloss::Call& call, const Tensor& grad, const Tensor& logits) {
+  check_grad(grad, logits);
+  check_device(grad, logits, "grad");
+  call.grad = grad.mutable_data_ptr(), call.grad_stride = strides_of(grad);
+  if (call.C == 1) call.grad_stride.c = 1;
+}
+
 void loss(Tensor logits, Tensor target, OptionalTensor weight, OptionalTensor sample_weight,
-          OptionalTensor normalizer, bool sigmoid, double gamma, double label_smoothing,
-          double z_loss, std::optional<int64_t> ignore_index, int64_t reduction, Tensor loss,
-          OptionalTensor grad, OptionalTensor saved) {
+          OptionalTensor normalizer, OptionalTensor logit_bias, OptionalTensor margin, bool sigmoid,
+          double gamma, double gamma_neg, double alpha, double alpha_neg, double clip,
+          double label_smoothing, double z_loss, double logit_scale, bool per_class,
+          std::optional<int64_t> ignore_index, int64_t reduction, Tensor loss, OptionalTensor grad,
+          OptionalTensor saved) {
   const Shape shape(logits);
-  cbloss::Call call = call_of(logits, target, shape, sigmoid, gamma, label_smoothing, z_loss);
+  const Formula formula{sigmoid, gamma,           gamma_neg, alpha,       alpha_neg,
+                        clip,    label_smoothing, z_loss,    logit_scale, per_class};
+  cbloss::Call call = call_of(logits, target, logit_bias, margin, shape, formula);
   call.weight = input(weight, logits, shape.C, "weight");
   call.sample_weight = input(sample_weight, logits, shape.rows, "sample_weight");
   call.normalizer = input(normalizer, logits, 1, "normalizer");
@@ -128,22 +136,22 @@ void loss(Tensor logits, Tensor target, OptionalTensor weight, OptionalTensor sa
     return;
   }
   const Current current(logits);
-  dispatch(logits, [&](auto s) {
-    using S = decltype(s);
-    const int64_t size = cbloss::scratch_size<S>(call, current.device);
-    OptionalTensor scratch;
-    if (size) {
-      scratch = torch::stable::new_empty(loss, {size});
-      call.scratch = scratch->mutable_data_ptr();
-    }
-    check(cbloss::loss<S>(call, current.device));
-  });
+  std::vector<Tensor> scratch;
+  const auto allocate = [&](int64_t size) {
+    return scratch.emplace_back(torch::stable::new_empty(loss, {size})).mutable_data_ptr();
+  };
+  dispatch(logits,
+           [&](auto s) { check(cbloss::loss<decltype(s)>(call, current.device, allocate)); });
 }
 
-void gradient(Tensor logits, Tensor target, Tensor saved, Tensor grad_loss, bool sigmoid,
-              double gamma, double label_smoothing, double z_loss, Tensor grad) {
+void gradient(Tensor logits, Tensor target, OptionalTensor /*weight*/, OptionalTensor logit_bias,
+              OptionalTensor margin, Tensor saved, Tensor grad_loss, bool sigmoid, double gamma,
+              double gamma_neg, double alpha, double alpha_neg, double clip, double label_smoothing,
+              double z_loss, double logit_scale, bool per_class, Tensor grad) {
   const Shape shape(logits);
-  cbloss::Call call = call_of(logits, target, shape, sigmoid, gamma, label_smoothing, z_loss);
+  const Formula formula{sigmoid, gamma,           gamma_neg, alpha,       alpha_neg,
+                        clip,    label_smoothing, z_loss,    logit_scale, per_class};
+  cbloss::Call call = call_of(logits, target, logit_bias, margin, shape, formula);
   set_grad(call, grad, logits);
   call.saved = buffer(saved, logits, saved_rows(sigmoid) * shape.rows, "saved");
   call.grad_loss_per_row = grad_loss.dim() > 0;

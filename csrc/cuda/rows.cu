@@ -25,7 +25,8 @@ Rows<S> typed(const Call& c) {
   a.logits = static_cast<const S*>(c.logits), a.grad = static_cast<S*>(c.grad);
   a.x = c.logits_stride, a.g = c.grad_stride;
   a.rows = int(c.rows), a.C = int(c.C), a.K = int(c.K);
-  a.gamma = T(c.gamma), a.eps = T(c.eps), a.zeta = T(c.zeta);
+  a.f = numbers<T>(c.formula);
+  a.bias = static_cast<const T*>(c.logit_bias), a.margin = static_cast<const T*>(c.margin);
   a.target = c.target, a.saved = static_cast<T*>(c.saved);
   a.weight = static_cast<const T*>(c.weight);
   a.sample_weight = static_cast<const T*>(c.sample_weight);
@@ -53,7 +54,7 @@ struct Plan {
     const bool in_place_backward =
         c.grad_loss && c.grad == c.logits;  // all read the target's logit
     const int wanted = ceil_div(4 * device.multiprocessors, c.rows);
-    if (tiles || c.C <= HELD || wanted < 3 || (in_place_backward && !c.sigmoid)) return;
+    if (tiles || c.C <= HELD || wanted < 3 || (in_place_backward && !c.formula.sigmoid)) return;
     const int step = 8192 / N;
     span = ceil_div(ceil_div(span, std::min(wanted, ceil_div(c.C, 8192))), step) * step;
     splits = ceil_div(c.C / N, span);
@@ -67,43 +68,44 @@ cudaError_t launch(K kernel, dim3 grid, int threads, const Device& device, A... 
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
-// A kernel of THREADS threads a row; single warps go four to a block.
 template <int THREADS, class K>
 cudaError_t launch_rows(K kernel, const Rows<S>& a, int splits, const Device& device) {
-  const int together = THREADS == WARP ? 4 : 1;
-  const dim3 grid(unsigned(ceil_div(a.rows, together)), unsigned(splits));
-  return launch(kernel, grid, THREADS * together, device, a);
+  constexpr int TOGETHER_ = TOGETHER<THREADS>;
+  const dim3 grid(unsigned(ceil_div(a.rows, TOGETHER_)), unsigned(splits));
+  return launch(kernel, grid, THREADS * TOGETHER_, device, a);
 }
 
-template <bool SMOOTH, int THREADS, int ELEMENTS>
+template <bool GENERAL, int THREADS, int ELEMENTS>
 cudaError_t held(const Rows<S>& a, const Device& device) {
-  return launch_rows<THREADS>(softmax_rows<S, SMOOTH, THREADS, ELEMENTS / N>, a, 1, device);
+  return launch_rows<THREADS>(softmax_rows<S, GENERAL, THREADS, ELEMENTS / N>, a, 1, device);
 }
-template <bool SMOOTH>
+template <bool GENERAL>
 cudaError_t softmax(Rows<S> a, const Plan& plan, bool per_row, const Device& device) {
   if (plan.tiles)
-    return launch(softmax_tiles<S, SMOOTH>, dim3(ceil_div(a.rows, TILE)), TILE, device, a, per_row);
+    return launch(softmax_tiles<S, GENERAL>, dim3(ceil_div(a.rows, TILE)), TILE, device, a,
+                  per_row);
   if (a.grad_loss && a.C <= 2048)
-    return launch_rows<WARP>(softmax_apply<S, SMOOTH, true, WARP>, a, plan.splits, device);
+    return launch_rows<WARP>(softmax_apply<S, GENERAL, true, WARP>, a, plan.splits, device);
   if (a.grad_loss)
-    return launch_rows<256>(softmax_apply<S, SMOOTH, true, 256>, a, plan.splits, device);
+    return launch_rows<256>(softmax_apply<S, GENERAL, true, 256>, a, plan.splits, device);
   if constexpr (!F64)
     if (plan.aligned && a.C <= HELD) {
-      if (a.C <= WARP * SMALL) return held<SMOOTH, WARP, SMALL>(a, device);
-      if (a.C <= WARP * MEDIUM) return held<SMOOTH, WARP, MEDIUM>(a, device);
-      if (a.C <= WARP * LARGE) return held<SMOOTH, WARP, LARGE>(a, device);
-      if (a.C <= 128 * MEDIUM) return held<SMOOTH, 128, MEDIUM>(a, device);
-      if (a.C <= 128 * LARGE) return held<SMOOTH, 128, LARGE>(a, device);
-      return held<SMOOTH, 256, LARGE>(a, device);
+      if (a.C <= WARP * SMALL) return held<GENERAL, WARP, SMALL>(a, device);
+      if (a.C <= WARP * MEDIUM) return held<GENERAL, WARP, MEDIUM>(a, device);
+      if (a.C <= WARP * LARGE) return held<GENERAL, WARP, LARGE>(a, device);
+      if (a.C <= 128 * MEDIUM) return held<GENERAL, 128, MEDIUM>(a, device);
+      if (a.C <= 128 * LARGE) return held<GENERAL, 128, LARGE>(a, device);
+      return held<GENERAL, 256, LARGE>(a, device);
     }
-  constexpr int FULL = SMOOTH ? 512 : 1024;  // few rows at a time: L2 holds them for a second read
+  constexpr int FULL = GENERAL ? 512 : 1024;  // few rows at a time: L2 holds them for a second read
   if constexpr (!F64)
     if (plan.splits == 1 && a.C > HELD)
-      return launch_rows<FULL>(softmax_long<S, SMOOTH, FULL>, a, 1, device);
-  if (plan.splits == 1) return launch_rows<256>(softmax_long<S, SMOOTH, 256>, a, 1, device);
-  const cudaError_t error = launch_rows<256>(softmax_parts<S, SMOOTH, 256>, a, plan.splits, device);
+      return launch_rows<FULL>(softmax_long<S, GENERAL, FULL>, a, 1, device);
+  if (plan.splits == 1) return launch_rows<256>(softmax_long<S, GENERAL, 256>, a, 1, device);
+  const cudaError_t error =
+      launch_rows<256>(softmax_parts<S, GENERAL, 256>, a, plan.splits, device);
   if (error) return error;
-  return launch_rows<256>(softmax_apply<S, SMOOTH, false, 256>, a, plan.splits, device);
+  return launch_rows<256>(softmax_apply<S, GENERAL, false, 256>, a, plan.splits, device);
 }
 
 template <Gamma G, bool SMOOTH>
@@ -111,34 +113,38 @@ cudaError_t sigmoid(const Rows<S>& a, const Plan& plan, bool per_row, const Devi
   if (plan.tiles)
     return launch(sigmoid_tiles<S, G, SMOOTH>, dim3(ceil_div(a.rows, TILE)), TILE, device, a,
                   per_row);
-  constexpr int LONG = 128;
+  constexpr int LONG = 128, ITEMS = (G == Gamma::GENERAL ? SMALL : LARGE) / N;  // no spills
   if constexpr (!F64) {
     if (plan.aligned && a.C <= WARP * LARGE)
       return launch_rows<WARP>(sigmoid_rows<S, G, SMOOTH, WARP, SMALL / N, true>, a, 1, device);
     if (plan.aligned && a.C <= LONG * MEDIUM)
       return launch_rows<LONG>(sigmoid_rows<S, G, SMOOTH, LONG, SMALL / N, true>, a, 1, device);
     if (plan.aligned)
-      return launch_rows<LONG>(sigmoid_rows<S, G, SMOOTH, LONG, LARGE / N, true>, a, plan.splits,
+      return launch_rows<LONG>(sigmoid_rows<S, G, SMOOTH, LONG, ITEMS, true>, a, plan.splits,
                                device);
   }
-  constexpr Gamma ANY = G == Gamma::ZERO ? G : Gamma::ANY;  // rare: not worth code of its own
+  constexpr bool KEEP = G == Gamma::ZERO || G == Gamma::GENERAL;
+  constexpr Gamma ANY = KEEP ? G : Gamma::ANY;  // rare: not worth code of its own
   return launch_rows<LONG>(sigmoid_rows<S, ANY, SMOOTH, LONG, SMALL / N, false>, a, plan.splits,
                            device);
 }
 
 // The row kernel of a call; a loss a row, or one a block.
-cudaError_t row_kernel(const Rows<S>& a, const Plan& plan, bool is_sigmoid, bool per_row,
+cudaError_t row_kernel(const Rows<S>& a, const Plan& plan, const Call& c, bool per_row,
                        const Device& device) {
   const auto run = [&](auto kernel) { return kernel(a, plan, per_row, device); };
-  const bool smooth = a.eps != 0;
-  if (!is_sigmoid) return smooth ? run(softmax<true>) : run(softmax<false>);
+  const Formula& f = c.formula;
+  const bool smooth = f.eps != 0, adjusted = c.adjusted();
+  if (!f.sigmoid) return smooth || adjusted ? run(softmax<true>) : run(softmax<false>);
   if (smooth)
-    return a.gamma == 0 ? run(sigmoid<Gamma::ZERO, true>) : run(sigmoid<Gamma::ANY, true>);
-  if (a.gamma == 0) return run(sigmoid<Gamma::ZERO, false>);
+    return f.gamma == 0 && f.plain() && !adjusted ? run(sigmoid<Gamma::ZERO, true>)
+                                                  : run(sigmoid<Gamma::GENERAL, true>);
+  if (adjusted || !f.plain()) return run(sigmoid<Gamma::GENERAL, false>);
+  if (f.gamma == 0) return run(sigmoid<Gamma::ZERO, false>);
   if constexpr (!F64) {
-    if (a.gamma == T(0.5)) return run(sigmoid<Gamma::HALF, false>);
-    if (a.gamma == 1) return run(sigmoid<Gamma::ONE, false>);
-    if (a.gamma == 2) return run(sigmoid<Gamma::TWO, false>);
+    if (f.gamma == 0.5) return run(sigmoid<Gamma::HALF, false>);
+    if (f.gamma == 1) return run(sigmoid<Gamma::ONE, false>);
+    if (f.gamma == 2) return run(sigmoid<Gamma::TWO, false>);
   }
   return run(sigmoid<Gamma::ANY, false>);
 }
@@ -154,26 +160,22 @@ struct Scratch {
       denominators = std::min(MOST_PARTS, ceil_div(c.rows, SHARE));
     const bool per_row = c.reduction == Reduction::NONE;
     if (plan.tiles) losses = per_row ? 0 : ceil_div(c.rows, TILE);
-    else if (c.sigmoid) losses = per_row && plan.splits == 1 ? 0 : c.rows * plan.splits;
+    else if (c.formula.sigmoid) losses = per_row && plan.splits == 1 ? 0 : c.rows * plan.splits;
     else losses = per_row ? 0 : c.rows;
-    if (!c.sigmoid && plan.splits > 1) maxima = c.rows * plan.splits * PART;
+    if (!c.formula.sigmoid && plan.splits > 1) maxima = c.rows * plan.splits * PART;
   }
 };
 
 }  // namespace
 
 template <>
-int64_t scratch_size<S>(const Call& c, const Device& device) {
-  const Scratch s(c, Plan(c, device));
-  return s.denominators + s.losses + s.maxima;
-}
-
-template <>
-cudaError_t loss<S>(const Call& c, const Device& device) {
+cudaError_t loss<S>(const Call& c, const Device& device,
+                    const std::function<void*(int64_t)>& allocate) {
   const Plan plan(c, device);
   const Scratch s(c, plan);
   Rows<S> a = typed(c);
-  T* scratch = static_cast<T*>(c.scratch);
+  const int64_t size = s.denominators + s.losses + s.maxima;
+  T* scratch = size ? static_cast<T*>(allocate(size)) : nullptr;
   if (s.denominators) {
     a.denominators = scratch, a.parts = s.denominators;
     const int share = ceil_div(c.rows, s.denominators);
@@ -191,7 +193,7 @@ cudaError_t loss<S>(const Call& c, const Device& device) {
   a.maxima = s.maxima ? scratch + s.denominators + s.losses : nullptr;
   a.span = plan.span;
   const bool per_row = c.reduction == Reduction::NONE;
-  const cudaError_t error = row_kernel(a, plan, c.sigmoid, per_row, device);
+  const cudaError_t error = row_kernel(a, plan, c, per_row, device);
   if (error || !s.losses) return error;
   const int sums = per_row ? a.rows : 1;
   return launch(epilogue<T>, dim3(unsigned(sums)), BLOCK, device, static_cast<const T*>(a.loss),
@@ -203,7 +205,7 @@ cudaError_t gradient<S>(const Call& c, const Device& device) {
   const Plan plan(c, device);
   Rows<S> a = typed(c);
   a.span = plan.span;
-  return row_kernel(a, plan, c.sigmoid, true, device);
+  return row_kernel(a, plan, c, true, device);
 }
 
 template <>

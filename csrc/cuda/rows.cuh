@@ -27,7 +27,8 @@ struct Rows {
   S* grad;
   Strides x, g;
   int rows, C, K;
-  T gamma, eps, zeta;
+  Numbers<T> f;
+  const T *bias, *margin;
   const int64_t* target;
   T* saved;
   const T *weight, *sample_weight, *grad_loss;
@@ -48,6 +49,27 @@ CB_FN T* row_of(T* base, const Strides& stride, int K, int i) {
   return base + n * stride.n + (i - n * K) * stride.k;
 }
 
+// A kernel of THREADS threads a row; single warps go four to a block.
+template <int THREADS>
+constexpr int TOGETHER = THREADS == WARP ? 4 : 1;
+template <int THREADS>
+CB_FN int row_index() {
+  return blockIdx.x * TOGETHER<THREADS> + threadIdx.x / THREADS;
+}
+
+// z of logit x of a column, for calls that adjust logits; what is beyond the row stays -inf.
+template <bool GENERAL, class S, class T = Compute<S>>
+CB_FN T adjusted(const Rows<S>& a, T x, int column) {
+  if (!GENERAL) return x;
+  if (a.bias && column < a.C) x += a.bias[column];
+  return a.f.scale * x;
+}
+template <bool GENERAL, class S, class T = Compute<S>>
+CB_FN T target_logit(const Rows<S>& a, T x_y, int y) {
+  const T z = adjusted<GENERAL>(a, x_y, y);
+  return GENERAL && a.margin ? z - a.f.scale * a.margin[y] : z;
+}
+
 // A row's target. A row that is not to be read, ignored (not keep) or with a target that is no
 // class (not valid), counts as logits of -inf with a target at 0: loss 0, gradient 0, whatever
 // memory holds.
@@ -56,19 +78,19 @@ struct Row {
   int y;
   bool keep, valid, read;
 };
-template <bool BACKWARD, class S, class T = Compute<S>>
-CB_FN Row<T> target_of(const Rows<S>& a, int i) {
+template <class S, class T = Compute<S>>
+CB_FN Row<T> target_of(const Rows<S>& a, int i, bool backward) {
   const int64_t y = a.target[i];
   const bool valid = y >= 0 && y < a.C;
-  const bool keep = BACKWARD ? !(a.saved[i] < 0) : !(a.ignore && y == a.ignored);
+  const bool keep = backward ? !(a.saved[i] < 0) : !(a.ignore && y == a.ignored);
   return {valid ? int(y) : 0, keep, valid, keep && valid};
 }
 // r_i / denominator, of a backward what the forward saved times grad_loss; 0 where the row is
 // ignored, NaN where its target is no class.
-template <bool BACKWARD, class S, class T = Compute<S>>
-CB_FN T weight_of(const Rows<S>& a, int i, const Row<T>& row) {
+template <class S, class T = Compute<S>>
+CB_FN T weight_of(const Rows<S>& a, int i, const Row<T>& row, bool backward) {
   T r;
-  if (BACKWARD) {
+  if (backward) {
     r = a.saved[i] * a.grad_loss[a.grad_loss_per_row ? i : 0];
   } else {
     r = a.weight && row.valid ? a.weight[row.y] : T(1);
@@ -160,6 +182,7 @@ struct Layout {
       y_vector = vector, y_lane = past_head % N;
     has_y = edge == y || y_vector >= 0;
   }
+  CB_FN int column(int v, int lane) const { return head + v * N + lane; }
   CB_FN bool is_y(int k, int lane) const {
     return y_vector >= 0 && y_vector / THREADS == k && y_lane == lane;
   }

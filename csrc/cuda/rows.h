@@ -3,6 +3,7 @@
 #include <cuda_runtime.h>
 
 #include <cstdint>
+#include <functional>
 
 #include "../call.h"
 
@@ -14,8 +15,8 @@ struct Call {
   void* grad;  // may be logits; or null
   Strides logits_stride, grad_stride;
   int64_t rows, C, K;
-  bool sigmoid;
-  double gamma, eps, zeta;  // label smoothing, z-loss
+  Formula formula;
+  const void *logit_bias, *margin;  // T[C], or null
   const int64_t* target;
   void* saved;  // T[rows] or, for softmax, T[3 rows]: scale, M, R; or null
   // Of the loss, null in a recomputing backward
@@ -23,11 +24,12 @@ struct Call {
   bool ignore;
   int64_t ignored;
   Reduction reduction;
-  void* loss;     // T[1], T[rows] for NONE
-  void* scratch;  // T[scratch_size]
+  void* loss;  // T[1], T[rows] for NONE
   // Of a recomputing backward
   const void* grad_loss;  // T[1], or T[rows] if grad_loss_per_row
   bool grad_loss_per_row;
+
+  bool adjusted() const { return logit_bias || margin || formula.scale != 1; }
 };
 
 // A device's multiprocessors, and the stream to launch into.
@@ -36,11 +38,10 @@ struct Device {
   cudaStream_t stream;
 };
 
-// Elements of T that the loss of this call needs.
+// allocate(n): memory for n of T, which lives until the call returns.
 template <class S>
-int64_t scratch_size(const Call& call, const Device& device);
-template <class S>
-cudaError_t loss(const Call& call, const Device& device);
+cudaError_t loss(const Call& call, const Device& device,
+                 const std::function<void*(int64_t)>& allocate);
 template <class S>
 cudaError_t gradient(const Call& call, const Device& device);
 // g *= factor for numel elements side by side; where the factor is 1 nothing is touched.

@@ -5,6 +5,13 @@
 
 namespace cbloss {
 
+// What other kernels than the general one have no use for is a constant there.
+template <Gamma G, class T>
+CB_FN Numbers<T> used(Numbers<T> f) {
+  if (G != Gamma::GENERAL) f.alpha = f.alpha_neg = f.scale = 1;
+  return f;
+}
+
 // A row, or `span` vectors of it, by THREADS threads: one read of the logits, one write of the
 // gradient.
 template <class S, Gamma G, bool SMOOTH, int THREADS, int ITEMS, bool ALIGNED>
@@ -13,34 +20,39 @@ __global__ void __launch_bounds__(4 * WARP) sigmoid_rows(Rows<S> a) {
   constexpr bool SHORT = IS_HALF<S>;
   constexpr int N = Vec<S>::N;
   const int thread = threadIdx.x % THREADS;
-  const int i = THREADS == WARP ? blockIdx.x * 4 + threadIdx.x / WARP : blockIdx.x;
+  const int i = row_index<THREADS>();
   if (i >= a.rows) return;
-  const Row<T> row = a.grad_loss ? target_of<true>(a, i) : target_of<false>(a, i);
-  const T r = a.grad_loss ? weight_of<true>(a, i, row) : weight_of<false>(a, i, row);
+  const Row<T> row = a.grad_loss ? target_of(a, i, true) : target_of(a, i, false);
+  const T r = a.grad_loss ? weight_of(a, i, row, true) : weight_of(a, i, row, false);
   const S* x = row_of(a.logits, a.x, a.K, i);
   S* g = row_of(a.grad, a.g, a.K, i);
   const Layout<S, THREADS> at(x, a.C, row.y, thread);
   const int begin = blockIdx.y * a.span, end = ::min(begin + a.span, at.whole);
   const bool edges = blockIdx.y == 0;
-  const T t = SMOOTH ? a.eps / a.C : T(0);  // the smoothed target of a negative
+  constexpr bool GENERAL = G == Gamma::GENERAL;
+  const Numbers<T> f = used<G>(a.f);
+  const T t = SMOOTH ? f.eps / a.C : T(0);  // the smoothed target of the other classes
+  const T others = SMOOTH ? T(1) : f.alpha_neg;
+  const T slope = r * f.scale, slope_others = slope * others;
 
-  const auto at_target = [&](T z_y) {
-    const T t_y = 1 - (SMOOTH ? a.eps : T(0)) + t;
-    return smoothed<G, SHORT>(z_y, a.gamma, t_y, SMOOTH);
+  const auto target_element = [&] {
+    const T z_y = row.read ? target_logit<GENERAL>(a, T(x[row.y]), row.y) : T(0);
+    return at_target<G, SMOOTH, SHORT>(z_y, T(a.C), f);
   };
-  T L = 0;
+  T L = 0, L_target = 0;  // of the other classes; of the target, where alpha tells them apart
+  T& L_y = GENERAL ? L_target : L;
   if (edges && at.edge >= 0) {
-    T slope;
-    const T z = row.read ? T(x[at.edge]) : T(0);
+    T g_edge;
     if (at.edge == row.y) {
-      const Element<T> at_y = at_target(z);
-      L = at_y.L, slope = at_y.g;
+      const Element<T> at_y = target_element();
+      L_y += at_y.L, g_edge = slope * at_y.g;
     } else {
       LossSum<G, SMOOTH, SHORT, T> sum;
-      slope = sum.add(row.read ? z : -INF<T>, a.gamma, t, [&] { return !row.read; });
-      L = sum.take();
+      const T z = row.read ? adjusted<GENERAL>(a, T(x[at.edge]), at.edge) : -INF<T>;
+      g_edge = slope_others * sum.add(z, t, f, [&] { return !row.read; });
+      L += sum.take();
     }
-    if (a.grad) g[at.edge] = S(r * slope);
+    if (a.grad) g[at.edge] = S(g_edge);
   }
   for (int first = begin; first < end; first += ITEMS * THREADS) {
     const int left = end - first - thread;
@@ -49,8 +61,8 @@ __global__ void __launch_bounds__(4 * WARP) sigmoid_rows(Rows<S> a) {
     Element<T> at_y{};
     const bool y_here = at.y_vector >= first && at.y_vector < ::min(end, first + ITEMS * THREADS);
     if (y_here) {
-      at_y = at_target(row.read ? T(x[row.y]) : T(0));
-      L += at_y.L;
+      at_y = target_element();
+      L_y += at_y.L;
       at.blank_y(z, first);
     }
     const int stored = a.grad ? left : 0;
@@ -59,21 +71,24 @@ __global__ void __launch_bounds__(4 * WARP) sigmoid_rows(Rows<S> a) {
 #pragma unroll
     for (int k = 0; k < ITEMS; ++k) {
       const bool there = k * THREADS < left;
-      const auto slope = [&](int j) {
-        return r * sum.add(z[k][j], a.gamma, t,
-                           [&] { return !row.read || !there || at.is_y(first / THREADS + k, j); });
+      const auto g_of = [&](int j) {
+        const int column = at.column(first + thread + k * THREADS, j);
+        return slope_others * sum.add(adjusted<GENERAL>(a, z[k][j], column), t, f, [&] {
+          return !row.read || !there || at.is_y(first / THREADS + k, j);
+        });
       };
 #pragma unroll
       for (int j = 0; j < N; j += 2) {
-        const T even = slope(j);
-        z[k].set(j, even, slope(j + 1));
+        const T even = g_of(j);
+        z[k].set(j, even, g_of(j + 1));
       }
       if (k * THREADS < stored) store<S>(p + k * THREADS, z[k], ALIGNED);
     }
     L += sum.take();
-    if (a.grad && y_here) g[row.y] = S(r * at_y.g);  // after its vector
+    if (a.grad && y_here) g[row.y] = S(slope * at_y.g);  // after its vector
   }
   if (!a.loss) return;
+  if (GENERAL) L = weighted(others, L) + L_y;
   L = THREADS == WARP ? sum_warp(L) : sum_block<4 * WARP>(L);
   if (thread > 0) return;
   a.loss[int64_t(i) * gridDim.y + blockIdx.y] = weighted(r, L);

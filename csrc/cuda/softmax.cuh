@@ -19,9 +19,9 @@ CB_FN T below(T z, T clamped_M) {
 }
 
 // Of a part of a row: its largest logit M (at least the lowest finite number), R = sum e^{z - M}
-// and, for smoothing, D = sum (z - M) of the n logits that are not -inf: what is missing and the
-// target count as -inf. The target is in none of the sums.
-template <class T, bool SMOOTH>
+// and, for smoothing (GENERAL), D = sum (z - M) of the n logits that are not -inf: what is missing
+// and the target count as -inf. The target is in none of the sums.
+template <class T, bool GENERAL>
 struct Part {
   T M = -largest_finite<T>(), R = 0, D = 0;
   int n = 0;
@@ -43,12 +43,12 @@ struct Part {
     R += sum;
   }
   CB_FN void add_distance(T z, T t) {
-    if (SMOOTH && z != -INF<T>) D += t, ++n;
+    if (GENERAL && z != -INF<T>) D += t, ++n;
   }
   CB_FN void rebase(T top) {  // a larger maximum
     const T step = clamped(M) - clamped(top);
     R *= exp_exact(step);
-    if (SMOOTH && n > 0) D += T(n) * step;
+    if (GENERAL && n > 0) D += T(n) * step;
     M = top;
   }
   CB_FN void join_lanes() {
@@ -57,7 +57,7 @@ struct Part {
   }
   CB_FN void sum_lanes() {
     R = sum_warp(R);
-    if (SMOOTH) D = sum_warp(D), n = sum_warp(n);
+    if (GENERAL) D = sum_warp(D), n = sum_warp(n);
   }
   // The parts of a block's warps, each that of its lanes: for every thread.
   template <int WARPS>
@@ -77,21 +77,22 @@ struct Part {
   CB_FN void add_part(const T* p) {  // of a maximum that is not above M
     const T step = clamped(p[0]) - clamped(M);
     R += p[1] * exp_exact(step);
-    if (SMOOTH && p[3] > 0) D += p[2] + p[3] * step, n += int(p[3]);
+    if (GENERAL && p[3] > 0) D += p[2] + p[3] * step, n += int(p[3]);
   }
 };
 
 // What follows from a whole row's part; its maximum is the target's too from here on.
-template <class S, bool SMOOTH, class T = Compute<S>>
+template <class S, bool GENERAL, class T = Compute<S>>
 CB_FN SoftmaxRow<T> formula(const Rows<S>& a, const Row<T>& row, T r, T z_y,
-                            Part<T, SMOOTH>& part) {
+                            Part<T, GENERAL>& part) {
   if (z_y > part.M) part.rebase(z_y);
   const T infinite = part.R + (z_y == INF<T> ? 1 : 0);
-  if (part.M == INF<T> && infinite > T(1.5)) part.R = NAN;       // two: no limit
-  if (SMOOTH && row.read && part.n < a.C - 1) part.D = -INF<T>;  // a class is masked
+  if (part.M == INF<T> && infinite > T(1.5)) part.R = NAN;        // two: no limit
+  if (GENERAL && row.read && part.n < a.C - 1) part.D = -INF<T>;  // a class is masked
   const T d = part.M == INF<T> && z_y < INF<T> ? -INF<T> : below(z_y, clamped(part.M));
-  return softmax_row(d, part.R, r, a.gamma, SMOOTH ? a.eps : T(0), part.D + d, T(a.C), a.zeta,
-                     part.M);
+  Numbers<T> f = a.f;
+  if (!GENERAL) f.eps = 0, f.scale = 1;
+  return softmax_row(d, part.R, r, part.D + d, T(a.C), part.M, f);
 }
 template <class S, class T = Compute<S>>
 CB_FN void put_loss(const Rows<S>& a, int i, const Row<T>& row, T r, T loss, T M, T R) {
@@ -111,14 +112,21 @@ struct Exponential {
   CB_FN float operator()(float z) const { return ex2(fmaf(z, LOG2E, -c)); }
 };
 
+// z_j of a vector: adjusted ones wait where their exponentials will be.
+template <bool GENERAL, class S, int N>
+CB_FN float held_logit(const Vec<S>& z, const float (&e)[N], int j) {
+  if constexpr (GENERAL) return e[j];
+  else return z[j];
+}
+
 // A row held in registers by THREADS threads: one read of the logits, one write of the gradient.
-template <class S, bool SMOOTH, int THREADS, int ITEMS>
-__global__ void __launch_bounds__(THREADS == WARP ? 4 * WARP : THREADS) softmax_rows(Rows<S> a) {
+template <class S, bool GENERAL, int THREADS, int ITEMS>
+__global__ void __launch_bounds__(TOGETHER<THREADS>* THREADS) softmax_rows(Rows<S> a) {
   constexpr int N = Vec<S>::N, WARPS = THREADS / WARP;
   const int thread = threadIdx.x % THREADS;
-  const int i = THREADS == WARP ? blockIdx.x * 4 + threadIdx.x / WARP : blockIdx.x;
+  const int i = row_index<THREADS>();
   if (i >= a.rows) return;
-  const Row<float> row = target_of<false>(a, i);
+  const Row<float> row = target_of(a, i, false);
   const S* x = row_of(a.logits, a.x, a.K, i);
   const Layout<S, THREADS> at(x, a.C, row.y, thread);
   const int left = at.whole - thread;  // vectors from this thread's first on
@@ -126,23 +134,32 @@ __global__ void __launch_bounds__(THREADS == WARP ? 4 * WARP : THREADS) softmax_
   Vec<S> z[ITEMS];
   load_tile<THREADS>(z, x + at.head, thread, row.read ? left : 0);
   const bool edge_there = row.read && at.edge >= 0 && at.edge != row.y;
-  const float z_edge = edge_there ? float(x[at.edge]) : -INF<float>;
-  const float z_y = row.read ? float(x[row.y]) : 0.f;
-  const float r = weight_of<false>(a, i, row);  // after the loads: a chain of loads of its own
+  const float z_edge = edge_there ? adjusted<GENERAL>(a, float(x[at.edge]), at.edge) : -INF<float>;
+  const float z_y = row.read ? target_logit<GENERAL>(a, float(x[row.y]), row.y) : 0.f;
+  const float r = weight_of(a, i, row, false);  // after the loads: a chain of loads of its own
   at.blank_y(z, 0);
 
-  Vec<S> top = z[0];
+  float e[ITEMS][N], e_edge, factor = 1, M = larger(z_edge, -FLT_MAX);
+  if constexpr (GENERAL) {
 #pragma unroll
-  for (int k = 1; k < ITEMS; ++k) raise(top, z[k]);
-  float M = larger(z_edge, -FLT_MAX);
+    for (int k = 0; k < ITEMS; ++k)
 #pragma unroll
-  for (int j = 0; j < N; ++j) M = larger(M, top[j]);
+      for (int j = 0; j < N; ++j) {
+        e[k][j] = adjusted<GENERAL>(a, z[k][j], at.column(thread + k * THREADS, j));
+        M = larger(M, e[k][j]);
+      }
+  } else {
+    Vec<S> top = z[0];
+#pragma unroll
+    for (int k = 1; k < ITEMS; ++k) raise(top, z[k]);
+#pragma unroll
+    for (int j = 0; j < N; ++j) M = larger(M, top[j]);
+  }
   M = reduce_warp(M, [](float a, float b) { return larger(a, b); });
 
   // Each warp exponentiates under its own maximum: one barrier joins maxima and sums.
-  Part<float, SMOOTH> part;
+  Part<float, GENERAL> part;
   part.M = M;
-  float e[ITEMS][N], e_edge, factor = 1;
   if (fabsf(M) <= NEAR) {
     const Exponential exponential(M);
     factor = exponential.factor, e_edge = exponential(z_edge);
@@ -150,7 +167,7 @@ __global__ void __launch_bounds__(THREADS == WARP ? 4 * WARP : THREADS) softmax_
     for (int k = 0; k < ITEMS; ++k)
 #pragma unroll
       for (int j = 0; j < N; ++j) {
-        const float z_j = z[k][j];
+        const float z_j = held_logit<GENERAL>(z[k], e[k], j);
         e[k][j] = exponential(z_j), part.add_distance(z_j, z_j - M);
       }
   } else {  // infinity too
@@ -159,7 +176,7 @@ __global__ void __launch_bounds__(THREADS == WARP ? 4 * WARP : THREADS) softmax_
     for (int k = 0; k < ITEMS; ++k)
 #pragma unroll
       for (int j = 0; j < N; ++j) {
-        const float z_j = z[k][j], t = below(z_j, clamped(M));
+        const float z_j = held_logit<GENERAL>(z[k], e[k], j), t = below(z_j, clamped(M));
         e[k][j] = exp(t), part.add_distance(z_j, t);
       }
   }
@@ -192,39 +209,43 @@ __global__ void __launch_bounds__(THREADS == WARP ? 4 * WARP : THREADS) softmax_
 
 // Longer than registers: vectors [first, end) of a row, BATCH of them a thread at a time.
 constexpr int BATCH = 4;
-template <class S, bool SMOOTH, int THREADS, class T = Compute<S>>
-CB_FN Part<T, SMOOTH> part_of(const S* x, const Layout<S, THREADS>& at, const Row<T>& row,
-                              int first, int end, int thread) {
+template <class S, bool GENERAL, int THREADS, class T = Compute<S>>
+CB_FN Part<T, GENERAL> part_of(const Rows<S>& a, const S* x, const Layout<S, THREADS>& at,
+                               const Row<T>& row, int first, int end, int thread) {
   constexpr int N = Vec<S>::N;
-  Part<T, SMOOTH> part;
+  Part<T, GENERAL> part;
   for (; first < end; first += BATCH * THREADS) {
     const int left = row.read ? end - first - thread : 0;
     Vec<S> z[BATCH];
     load_tile<THREADS>(z, x + at.head, first + thread, left);
     at.blank_y(z, first);
-    part.template add<BATCH * N>([&](int j) { return z[j / N][j % N]; });
+    part.template add<BATCH * N>([&](int j) {
+      return adjusted<GENERAL>(a, z[j / N][j % N],
+                               at.column(first + thread + j / N * THREADS, j % N));
+    });
   }
   return part;
 }
 // Adds the edges and joins all threads of the row.
-template <class S, bool SMOOTH, int THREADS, class T>
-CB_FN void join_row(Part<T, SMOOTH>& part, const S* x, const Layout<S, THREADS>& at,
-                    const Row<T>& row, bool edges) {
+template <class S, bool GENERAL, int THREADS, class T>
+CB_FN void join_row(Part<T, GENERAL>& part, const Rows<S>& a, const S* x,
+                    const Layout<S, THREADS>& at, const Row<T>& row, bool edges) {
   const bool there = edges && row.read && at.edge >= 0 && at.edge != row.y;
-  const T z_edge = there ? T(x[at.edge]) : -INF<T>;
+  const T z_edge = there ? adjusted<GENERAL>(a, T(x[at.edge]), at.edge) : -INF<T>;
   part.template add<1>([&](int) { return z_edge; });
   part.join_lanes();
   part.template join_warps<THREADS / WARP>();
 }
-template <class S, int THREADS, class T>
-CB_FN void put_gradient(const S* x, S* g, const Layout<S, THREADS>& at, const Row<T>& row,
-                        int first, int end, int thread, T M, const SoftmaxRow<T>& f) {
+template <bool GENERAL, class S, int THREADS, class T>
+CB_FN void put_gradient(const Rows<S>& a, const S* x, S* g, const Layout<S, THREADS>& at,
+                        const Row<T>& row, int first, int end, int thread, T M,
+                        const SoftmaxRow<T>& f) {
   constexpr int N = Vec<S>::N;
   const T m = clamped(M);
   const int begin = first;
   const bool aligned = reinterpret_cast<uintptr_t>(g + at.head) % 16 == 0;
   if (first == 0 && at.edge >= 0) {
-    const T z = row.read ? T(x[at.edge]) : -INF<T>;
+    const T z = row.read ? adjusted<GENERAL>(a, T(x[at.edge]), at.edge) : -INF<T>;
     g[at.edge] = S(at.edge == row.y ? f.g_y : f.k * exp(below(z, m)) - f.uniform);
   }
   for (; first < end; first += BATCH * THREADS) {
@@ -234,7 +255,10 @@ CB_FN void put_gradient(const S* x, S* g, const Layout<S, THREADS>& at, const Ro
     uint4* p = reinterpret_cast<uint4*>(g + at.head) + first + thread;
 #pragma unroll
     for (int k = 0; k < BATCH; ++k) {
-      const auto slope = [&](int j) { return f.k * exp(below(z[k][j], m)) - f.uniform; };
+      const auto slope = [&](int j) {
+        const T z_j = adjusted<GENERAL>(a, z[k][j], at.column(first + thread + k * THREADS, j));
+        return f.k * exp(below(z_j, m)) - f.uniform;
+      };
 #pragma unroll
       for (int j = 0; j < N; j += 2) z[k].set(j, slope(j), slope(j + 1));
       if (k * THREADS < left) store<S>(p + k * THREADS, z[k], aligned);
@@ -244,54 +268,54 @@ CB_FN void put_gradient(const S* x, S* g, const Layout<S, THREADS>& at, const Ro
 }
 
 // A row by a block, any length: the second read is of what L2 still holds.
-template <class S, bool SMOOTH, int THREADS>
+template <class S, bool GENERAL, int THREADS>
 __global__ void __launch_bounds__(THREADS) softmax_long(Rows<S> a) {
   using T = Compute<S>;
   const int i = blockIdx.x, thread = threadIdx.x;
-  const Row<T> row = target_of<false>(a, i);
+  const Row<T> row = target_of(a, i, false);
   const S* x = row_of(a.logits, a.x, a.K, i);
   const Layout<S, THREADS> at(x, a.C, row.y, thread);
-  const T z_y = row.read ? T(x[row.y]) : T(0);
-  Part<T, SMOOTH> part = part_of<S, SMOOTH>(x, at, row, 0, at.whole, thread);
-  join_row(part, x, at, row, true);
-  const T r = weight_of<false>(a, i, row);
+  const T z_y = row.read ? target_logit<GENERAL>(a, T(x[row.y]), row.y) : T(0);
+  Part<T, GENERAL> part = part_of<S, GENERAL>(a, x, at, row, 0, at.whole, thread);
+  join_row(part, a, x, at, row, true);
+  const T r = weight_of(a, i, row, false);
   const SoftmaxRow<T> f = formula(a, row, r, z_y, part);
   if (thread == 0) put_loss(a, i, row, r, f.loss, part.M, part.R);
   if (!a.grad) return;
   S* g = row_of(a.grad, a.g, a.K, i);
-  put_gradient(x, g, at, row, 0, at.whole, thread, part.M, f);
+  put_gradient<GENERAL>(a, x, g, at, row, 0, at.whole, thread, part.M, f);
 }
 
 // The part of `span` vectors of a row, for few rows of very many classes.
-template <class S, bool SMOOTH, int THREADS>
+template <class S, bool GENERAL, int THREADS>
 __global__ void __launch_bounds__(THREADS) softmax_parts(Rows<S> a) {
   using T = Compute<S>;
   const int i = blockIdx.x, first = blockIdx.y * a.span, thread = threadIdx.x;
-  const Row<T> row = target_of<false>(a, i);
+  const Row<T> row = target_of(a, i, false);
   const S* x = row_of(a.logits, a.x, a.K, i);
   const Layout<S, THREADS> at(x, a.C, row.y, thread);
   const int end = ::min(first + a.span, at.whole);
-  Part<T, SMOOTH> part = part_of<S, SMOOTH>(x, at, row, first, end, thread);
-  join_row(part, x, at, row, first == 0);
+  Part<T, GENERAL> part = part_of<S, GENERAL>(a, x, at, row, first, end, thread);
+  join_row(part, a, x, at, row, first == 0);
   if (thread > 0) return;
   T* p = a.maxima + (int64_t(i) * gridDim.y + blockIdx.y) * PART;
   part.put(p);
-  p[PART - 1] = row.read ? T(x[row.y]) : T(0);
+  p[PART - 1] = row.read ? target_logit<GENERAL>(a, T(x[row.y]), row.y) : T(0);
 }
 
 // The gradient of `span` vectors of a row, from its parts (and the loss) or from what a forward
 // saved.
-template <class S, bool SMOOTH, bool BACKWARD, int THREADS>
-__global__ void __launch_bounds__(THREADS == WARP ? 4 * WARP : THREADS) softmax_apply(Rows<S> a) {
+template <class S, bool GENERAL, bool BACKWARD, int THREADS>
+__global__ void __launch_bounds__(TOGETHER<THREADS>* THREADS) softmax_apply(Rows<S> a) {
   using T = Compute<S>;
   const int thread = threadIdx.x % THREADS, first = blockIdx.y * a.span;
-  const int i = THREADS == WARP ? blockIdx.x * 4 + threadIdx.x / WARP : blockIdx.x;
+  const int i = row_index<THREADS>();
   if (i >= a.rows) return;
-  const Row<T> row = target_of<BACKWARD>(a, i);
+  const Row<T> row = target_of(a, i, BACKWARD);
   const S* x = row_of(a.logits, a.x, a.K, i);
-  const T r = weight_of<BACKWARD>(a, i, row);
+  const T r = weight_of(a, i, row, BACKWARD);
   T z_y;
-  Part<T, SMOOTH> part;
+  Part<T, GENERAL> part;
   if (!BACKWARD) {
     const T* p = a.maxima + int64_t(i) * gridDim.y * PART;
     const int lane = threadIdx.x % WARP, parts = gridDim.y;
@@ -302,7 +326,7 @@ __global__ void __launch_bounds__(THREADS == WARP ? 4 * WARP : THREADS) softmax_
     part.sum_lanes();
   } else {
     part.M = a.saved[int64_t(a.rows) + i], part.R = a.saved[int64_t(a.rows) * 2 + i];
-    z_y = row.read ? T(x[row.y]) : T(0);
+    z_y = row.read ? target_logit<GENERAL>(a, T(x[row.y]), row.y) : T(0);
     if (THREADS == WARP) __syncwarp();  // in place: all have read it
     else __syncthreads();
   }
@@ -312,7 +336,7 @@ __global__ void __launch_bounds__(THREADS == WARP ? 4 * WARP : THREADS) softmax_
   const Layout<S, THREADS> at(x, a.C, row.y, thread);
   const int end = ::min(first + a.span, at.whole);
   S* g = row_of(a.grad, a.g, a.K, i);
-  put_gradient(x, g, at, row, first, end, thread, part.M, f);
+  put_gradient<GENERAL>(a, x, g, at, row, first, end, thread, part.M, f);
 }
 
 }  // namespace cbloss

@@ -17,6 +17,7 @@ DTYPES = ("float", "double", "__nv_bfloat16", "__half")
 FLAGS = [
     *("-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"),
     *("-Wno-unknown-pragmas", "-ffp-contract=fast", "-U_FORTIFY_SOURCE", "-DUSE_CUDA"),
+    "-fno-strict-aliasing",  # a word of memory is read as a pair of halves, as nvcc allows
     *("-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{HERE / 'host'}"),
     *(f"-isystem{TORCH / path}" for path in ("include", "include/torch/csrc/api/include")),
     *(["-mfma", "-mf16c"] if platform.machine() == "x86_64" else []),

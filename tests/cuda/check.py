@@ -15,12 +15,13 @@ import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cbloss_fused import cuda, ops, reference
+from cbloss_fused.call import Formula, Inputs, formula
 
 DTYPES = {
     "float32": torch.float32,
@@ -89,6 +90,21 @@ def cases(dtypes: list[str], share: int) -> Iterator[Case]:
             yield Case(sigmoid, DTYPES[dtype], C, gamma, eps, seed)
 
 
+def drawn_formula(case: Case, draw: random.Random, adjustable: bool) -> Formula:
+    """The case's, with options of its family; adjustable: z may be rounded once more."""
+    options: dict[str, Any] = {}
+    if adjustable and draw.random() < 0.4:
+        options["logit_scale"] = draw.choice((0.5, 1.25))
+    if not case.sigmoid:
+        options["z_loss"] = draw.choice((0.0, 0.0, 1e-3))
+    elif draw.random() < 0.4:
+        options["gamma_neg"] = draw.choice((None, 0.0, 3.0))
+        options["alpha"] = draw.choice((None, 0.25, 1.0))
+        options["clip"] = draw.choice((0.0, 0.05))
+    activation = ("softmax", "sigmoid")[case.sigmoid]
+    return formula(activation, case.gamma, label_smoothing=case.eps, **options)
+
+
 def run(case: Case, library: ctypes.CDLL) -> None:
     """Loss with gradient, loss alone and recomputed gradient; raises where one is wrong."""
     draw, generator = random.Random(case.seed), torch.Generator().manual_seed(case.seed)
@@ -107,7 +123,7 @@ def run(case: Case, library: ctypes.CDLL) -> None:
     x[0, 0], x[1, y[1]] = 15, 4 * spread
     if not case.sigmoid and draw.random() < 0.3:
         x += 3e4  # alike but for the last digits
-    zeta = 0.0 if case.sigmoid or draw.random() < 0.7 else 1e-3
+    numbers = drawn_formula(case, draw, spread <= 3 and x.abs().max() < 100)
     ignore = draw.choice((-100, None, int(y[2])))
     if ignore == -100:
         y[2] = -100
@@ -118,19 +134,22 @@ def run(case: Case, library: ctypes.CDLL) -> None:
     sample = torch.rand(N, generator=generator).to(compute) + 0.5
     reduction = draw.choice(range(4))
     normalizer = torch.tensor(7, dtype=compute) if reduction == 1 and draw.random() < 0.3 else None
-    options = (
+    options: list[Tensor | None] = [
         weight if draw.random() < 0.7 else None,
         sample if draw.random() < 0.5 else None,
         normalizer,
-    )
+        None,
+        None,
+    ]
+    if numbers.logit_scale != 1:
+        for at in (3, 4):
+            vector = torch.rand(case.C, generator=generator).to(compute)
+            options[at] = vector if draw.random() < 0.7 else None
     if draw.random() < 0.2:
         x[1, draw.randrange(case.C)] = draw.choice((float("nan"), -float("inf")))
-    want, slope, _ = reference.loss_and_grad(
-        x.double(), y, *(None if v is None else v.double() for v in options),
-        activation=("softmax", "sigmoid")[case.sigmoid], gamma=case.gamma,
-        label_smoothing=case.eps, z_loss=zeta, ignore_index=ignore,
-        reduction=("none", "mean", "weighted_mean", "sum")[reduction],
-    )  # fmt: skip
+    reduced = ("none", "mean", "weighted_mean", "sum")[reduction]
+    exact = Inputs(y, *(None if v is None else v.double() for v in options))
+    want, slope, _ = reference.loss_and_grad(x.double(), exact, numbers, ignore, reduced)
 
     def inner(t: Tensor) -> Tensor:
         return t if K == 1 else t.view(N // K, K, case.C).transpose(1, 2)
@@ -138,7 +157,6 @@ def run(case: Case, library: ctypes.CDLL) -> None:
     memory = Memory(draw.random() < 0.5, draw.choice((0, 1, 3, 5)))
     logits, target = memory.copy(x), memory.copy(y)
     vectors = [None if v is None else memory.copy(v) for v in options]
-    formula = (case.sigmoid, case.gamma, case.eps, zeta)
     nan = torch.full((), float("nan"), dtype=compute)
     loss = memory.copy(nan.expand(want.shape).contiguous())
     in_place = draw.random() < 0.3
@@ -146,7 +164,7 @@ def run(case: Case, library: ctypes.CDLL) -> None:
     source = grad if in_place else logits
     operator, again = ops.losses["cuda"], ops.gradients["cuda"]
     operator(
-        inner(source), target, *vectors, *formula, ignore, reduction, loss, inner(grad), None
+        inner(source), target, *vectors, *numbers, ignore, reduction, loss, inner(grad), None
     )  # fmt: skip
     check(case, "loss", loss, want, TOLERANCE[case.dtype][0], want.abs())
     # With smoothing eps p and eps / C may cancel: what is left is relative to these.
@@ -155,12 +173,12 @@ def run(case: Case, library: ctypes.CDLL) -> None:
 
     saved = memory.copy(nan.expand(1 if case.sigmoid else 3, N).contiguous())
     loss.fill_(float("nan"))
-    operator(inner(logits), target, *vectors, *formula, ignore, reduction, loss, None, saved)
+    operator(inner(logits), target, *vectors, *numbers, ignore, reduction, loss, None, saved)
     check(case, "loss alone", loss, want, TOLERANCE[case.dtype][0], want.abs())
     incoming = memory.copy(torch.full(want.shape, 2.0, dtype=compute))
     source = memory.copy(x)
     grad = source if in_place else memory.copy(torch.full_like(x, float("nan")))
-    again(inner(source), target, saved, incoming, *formula, inner(grad))
+    again(inner(source), target, None, *vectors[3:], saved, incoming, *numbers, inner(grad))
     check(case, "recomputed", grad, 2 * slope, TOLERANCE[case.dtype][1], 2 * largest)
     assert torch.equal(logits.nan_to_num(), x.nan_to_num()), f"{case}: the logits were changed"
     memory.free()

@@ -71,7 +71,7 @@ FAULTS = (
     Fault("what the base lacks is forgotten", "softmax.cuh",
           "factor(ex2(-fmaf(M, LOG2E, -c)))", "factor(1)"),
     Fault("smoothing counts the target", "softmax.cuh",
-          "if (SMOOTH && z != -INF<T>) D +=", "if (SMOOTH) D +="),
+          "if (GENERAL && z != -INF<T>) D +=", "if (GENERAL) D +="),
     Fault("the target's gradient is stored by no thread", "softmax.cuh",
           "if (at.has_y) g[row.y]", "if (at.edge >= 0 && at.has_y) g[row.y]"),
     Fault("the wrong half of a pair", "rows.cuh",

@@ -1,0 +1,105 @@
+"""Losses that people train with, by the formulas of their papers and by their packages."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import DEVICE, loss_and_grad, sample
+
+from cbloss_fused import class_balanced_loss, ldam_margin, logit_adjustment
+
+COUNTS = torch.logspace(3, 0, 10, dtype=torch.float64).round()
+
+
+def data(C=10):
+    logits, target, weight, _ = sample(C, torch.float64)
+    rows = target >= 0
+    return logits[rows], target[rows], weight.double()
+
+
+def assert_same(backend, function, options, logits, target, weight=None):
+    """Loss and gradient of a plain formula, and ours."""
+    leaf = logits.clone().requires_grad_()
+    want = function(leaf)
+    want.backward()
+    loss, grad = loss_and_grad(backend, logits, target, weight, **options)
+    torch.testing.assert_close(loss, want.detach(), rtol=1e-11, atol=1e-13)
+    torch.testing.assert_close(grad, leaf.grad, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("tau", (1.0, 0.5), ids=str)
+def test_logit_adjustment_and_balanced_softmax(backend, tau):
+    """Menon et al., equation 10: -log softmax(f + tau log pi); balanced softmax is tau = 1."""
+    logits, target, _ = data()
+    prior = (COUNTS / COUNTS.sum()).log().float().double() * tau  # a vector counts as float32
+    bias = logit_adjustment(COUNTS, tau)
+    torch.testing.assert_close(bias.double(), prior, rtol=1e-6, atol=0)
+    assert_same(
+        backend,
+        lambda x: F.cross_entropy(x + bias.double().to(DEVICE), target),
+        {"logit_bias": bias.to(DEVICE)},
+        logits,
+        target,
+    )
+
+
+def test_ldam(backend):
+    """Cao et al., equations 12 and 13: s (z_y - Delta_y), Delta_c = C n_c^(-1/4), s = 30."""
+    logits, target, weight = data()
+    cosine = F.normalize(logits, dim=1)
+    margin = ldam_margin(COUNTS, max_margin=0.5)
+    want = COUNTS**-0.25 * (0.5 / (COUNTS**-0.25).max())
+    torch.testing.assert_close(margin.double(), want, rtol=1e-6, atol=0)
+    margin = margin.to(DEVICE)
+
+    def ldam(x):
+        z = 30 * (x - F.one_hot(target, 10) * margin.double()[target].unsqueeze(1))
+        return F.cross_entropy(z, target, weight)
+
+    options = {"margin": margin, "logit_scale": 30.0, "reduction": "weighted_mean"}
+    assert_same(backend, ldam, options, cosine, target, weight)
+
+
+@pytest.mark.parametrize("clip", (0.0, 0.05), ids=str)
+@pytest.mark.parametrize("gammas", ((1.0, 4.0), (0.0, 2.0), (0.5, 0.0)), ids=str)
+def test_asymmetric_loss(backend, gammas, clip):
+    """Ridnik et al., equations 4 to 7."""
+    logits, target, _ = data()
+    t = F.one_hot(target, 10)
+
+    def asymmetric(x):
+        p = torch.sigmoid(x)
+        p_m = (p - clip).clamp(min=0)
+        positive = torch.sigmoid(-x) ** gammas[0] * -F.logsigmoid(x)
+        negative = p_m.clamp(min=1e-30) ** gammas[1] * -torch.log1p(-p_m.clamp(max=1 - 1e-15))
+        return (t * positive + (1 - t) * negative).sum() / len(target)
+
+    options = {"activation": "sigmoid", "gamma": gammas[0], "gamma_neg": gammas[1], "clip": clip}
+    assert_same(backend, asymmetric, options, logits.clamp(-12, 12), target)
+
+
+@pytest.mark.parametrize("alpha", (0.25, 1.0, 0.0), ids=str)
+@pytest.mark.parametrize("gamma", (0.0, 2.0), ids=str)
+def test_alpha_balanced_focal_loss(backend, gamma, alpha):
+    """Lin et al., equation 5."""
+    logits, target, _ = data(131)
+    t = F.one_hot(target, 131).double()
+
+    def focal(x):
+        nll = F.binary_cross_entropy_with_logits(x, t, reduction="none")
+        p_t = torch.exp(-nll)
+        alpha_t = alpha * t + (1 - alpha) * (1 - t)
+        return (alpha_t * (1 - p_t) ** gamma * nll).sum() / len(target)
+
+    options = {"activation": "sigmoid", "gamma": gamma, "alpha": alpha}
+    assert_same(backend, focal, options, logits.clamp(-12, 12), target)
+
+
+def test_a_margin_is_taken_off_the_target_alone():
+    logits = torch.zeros(2, 3)
+    loss = class_balanced_loss(
+        logits, torch.tensor([0, 2]), margin=torch.tensor([1.0, 50.0, 2.0]), reduction="none"
+    )
+    want = torch.log(torch.tensor([2 + 2.718281828**-1, 2 + 2.718281828**-2]))
+    torch.testing.assert_close(loss, want + torch.tensor([1.0, 2.0]))

@@ -1,0 +1,68 @@
+"""return_stats: what each class contributes, beside the same loss and gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import DTYPES, FAMILIES, IGNORED, loss_and_grad, name_of, oracle, sample
+
+from cbloss_fused import class_balanced_loss
+
+FAMILY = pytest.mark.parametrize("family", FAMILIES)
+
+
+@pytest.mark.parametrize("reduction", ("mean", "weighted_mean", "sum"))
+@pytest.mark.parametrize("C", (2, 10, 131), ids="C{}".format)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@FAMILY
+def test_stats_are_sums_over_the_rows_of_a_class(backend, family, dtype, C, reduction):
+    logits, target, weight, sample_weight = sample(C, dtype)
+    options = {
+        "activation": family, "gamma": 0.5, "reduction": reduction, "sample_weight": sample_weight,
+        "logit_bias": weight, "margin": weight / 2, "logit_scale": 1.5,
+    }  # fmt: skip
+    leaf = logits.clone().requires_grad_()
+    loss, stats = class_balanced_loss(
+        leaf, target, weight, return_stats=True, backend=backend.argument, **options
+    )
+    (loss * 3).backward()
+    want, grad = loss_and_grad(backend, logits, target, weight, recompute=False, **options)
+    torch.testing.assert_close(loss.detach(), want)
+    if dtype.itemsize > 2:  # rounded twice
+        torch.testing.assert_close(leaf.grad, 3 * grad)
+
+    keep = target != IGNORED
+    x, y, s = logits[keep].double(), target[keep], sample_weight[keep]
+    rows, _ = oracle(x, y, weight, **options | {"sample_weight": s, "reduction": "none"})
+    total, g = oracle(x, y, weight, **options | {"sample_weight": s})
+    z = (x + weight - torch.nn.functional.one_hot(y, C) * weight / 2) * 1.5
+    p = z.softmax(1) if family == "softmax" else z.sigmoid()
+    at = torch.arange(len(y), device=y.device), y
+    for c in range(C):
+        of_class = y == c
+        assert stats.rows[c] == of_class.sum()
+        got = torch.stack((stats.loss[c], stats.gradient[c], stats.probability[c])).double()
+        share = rows[of_class].sum() * total / rows.sum()
+        want = torch.stack((share, g[at][of_class].abs().sum(), p[at][of_class].mean()))
+        tolerance = 1e-2 if dtype.itemsize == 2 else 1e-4 if dtype == torch.float32 else 1e-9
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=1e-6, equal_nan=True)
+
+
+def test_stats_of_an_image_and_of_nothing(backend):
+    logits = torch.randn(2, 5, 3, 4, generator=torch.Generator().manual_seed(0))
+    target = torch.arange(24).reshape(2, 3, 4) % 5
+    for y in (target, torch.full_like(target, IGNORED)):
+        loss, stats = class_balanced_loss(logits, y, return_stats=True, backend=backend.argument)
+        torch.testing.assert_close(stats.loss.sum(), loss)
+        assert stats.rows.sum() == (y != IGNORED).sum()
+    assert stats.probability.isnan().all()
+
+
+@pytest.mark.parametrize("options", (
+    {"reduction": "none"}, {"recompute": True}, {"backend": "reference"},
+    {"target": torch.ones(3, 4)},
+), ids=str)  # fmt: skip
+def test_stats_refuse(options):
+    arguments = {"input": torch.zeros(3, 4), "target": torch.tensor([0, 1, 2])} | options
+    with pytest.raises(ValueError, match="return_stats"):
+        class_balanced_loss(**arguments, return_stats=True)
