@@ -6,7 +6,7 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.1
 VENV := .venv
 BIN := $(VENV)/bin
-KERNEL_TESTS := $(addprefix tests/test_,autograd.py edge.py finite.py layouts.py kernels.py modules.py oracle.py triton.py)
+KERNEL_TESTS := $(addprefix tests/test_,autograd.py dense.py edge.py finite.py layouts.py kernels.py modules.py oracle.py presets.py stats.py triton.py)
 SANITIZED := "cuda and (C1000 or C7 or C9 or split or otherwise or scaling)"
 CUDA_PATHS = PATH="$$PATH:$$CUDA_HOME/bin:/usr/local/cuda/bin"; export PATH
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)

@@ -166,6 +166,13 @@ struct SoftplusSum {
     Q = Q * u + e;
     return z < T{} ? e * s : s;
   }
+  // sigma(z) - t for any target t, exact where it is nearly 0.
+  CB_FN T multiply(T z, T t) {
+    const T one = constant<T>(1), e = exp<SHORT>(neg_abs(z)), u = one + e, larger = rcp(u);
+    const T smaller = e * larger;
+    Q = Q * u + e;
+    return (one - t) * (z < T{} ? smaller : larger) - t * (z < T{} ? larger : smaller);
+  }
   CB_FN T value() const {
     const T one = constant<T>(1), half = constant<T>(0.5f), S = one + Q, m = divide(Q, S);
     return linear + (m <= half ? m * log1m_over(min(half, m)) : log(S));

@@ -97,7 +97,7 @@ def test_z_loss(backend, dtype, gamma, C, eps):
 
 @given(data=st.data())
 @settings(
-    max_examples=25 if INTERPRETED else 60,
+    max_examples=12 if INTERPRETED else 40,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @DTYPE

@@ -13,8 +13,13 @@ void copy_as(const void* row, int64_t stride, int64_t C, T* out) {
 }
 
 // A row of z and t; both end in a whole vector: z = -inf, t = 0.
+template <class T>
+struct Dense {
+  T *z, *t;
+  int64_t padded;
+};
 template <class S>
-class DenseRow {
+class DenseRow : public Dense<typename Lanes<S>::T> {
   using V = typename Lanes<S>::V;
   using T = typename Lanes<S>::T;
   static constexpr int64_t N = Lanes<S>::N;
@@ -23,15 +28,12 @@ class DenseRow {
   std::unique_ptr<T[]> memory;
 
  public:
-  const int64_t padded;
-  T *z, *t;
-  explicit DenseRow(const Rows& a)
-      : a(a),
-        adjustment(a),
-        memory(new T[2 * ((a.C + N - 1) / N * N)]),
-        padded((a.C + N - 1) / N * N),
-        z(memory.get()),
-        t(z + padded) {}
+  using Dense<T>::z, Dense<T>::t, Dense<T>::padded;
+  explicit DenseRow(const Rows& a) : a(a), adjustment(a) {
+    padded = (a.C + N - 1) / N * N;
+    memory.reset(new T[2 * padded]);
+    z = memory.get(), t = z + padded;
+  }
   void read(int64_t i) {
     const S* x = static_cast<const S*>(a.logits) + row_offset(a.logits_stride, a.K, i);
     const int64_t stride = a.logits_stride.c;
@@ -88,7 +90,7 @@ CB_FN void for_vectors(int64_t padded, const Body& body, const Flush& flush) {
 
 // Softmax: the largest logit is left out of the sums, as a class index is elsewhere.
 template <class S, Mode MODE>
-auto dense_softmax(const Rows& a, DenseRow<S>& row, typename Lanes<S>::T r) {
+CB_ROW double dense_softmax(const Rows& a, const Dense<S>& row, S r) {
   using V = typename Lanes<S>::V;
   using T = typename Lanes<S>::T;
   constexpr int64_t N = Lanes<S>::N;
@@ -132,7 +134,7 @@ auto dense_softmax(const Rows& a, DenseRow<S>& row, typename Lanes<S>::T r) {
 }
 
 template <class S, Mode MODE, Gamma G>
-auto dense_sigmoid(const Rows& a, DenseRow<S>& row, typename Lanes<S>::T r) {
+CB_ROW double dense_sigmoid(const Rows& a, const Dense<S>& row, S r) {
   using V = typename Lanes<S>::V;
   using T = typename Lanes<S>::T;
   constexpr int64_t N = Lanes<S>::N;
@@ -157,6 +159,10 @@ auto dense_sigmoid(const Rows& a, DenseRow<S>& row, typename Lanes<S>::T r) {
           const V L = weighted(w, e.L);
           sum_L.L += n < N && uniform != 0 ? (outside(z, n, -1) ? V{} : L) : L;
           g = w * e.g;
+        } else if constexpr (G == Gamma::ZERO) {
+          const V missed = outside(z, n, -1) ? V{} : t * max(V{}, -z);
+          sum_L.softplus.linear += (one - t) * max(V{}, z) + missed;
+          g = sum_L.softplus.multiply(z, t);
         } else {
           g = sum_L.add(z, t, f, [&] { return outside(z, n, -1); });
         }
@@ -195,13 +201,15 @@ void dense_rows(const Rows& a, int64_t begin, int64_t end, const Row& run) {
 
 template <class S, Mode MODE>
 void softmax_dense(const Rows& a, int64_t begin, int64_t end) {
-  dense_rows<S, MODE>(a, begin, end,
-                      [&](auto& row, auto r) { return dense_softmax<S, MODE>(a, row, r); });
+  dense_rows<S, MODE>(a, begin, end, [&](auto& row, auto r) {
+    return dense_softmax<decltype(r), MODE>(a, row, r);
+  });
 }
 template <class S, Mode MODE, Gamma G>
 void sigmoid_dense(const Rows& a, int64_t begin, int64_t end) {
-  dense_rows<S, MODE>(a, begin, end,
-                      [&](auto& row, auto r) { return dense_sigmoid<S, MODE, G>(a, row, r); });
+  dense_rows<S, MODE>(a, begin, end, [&](auto& row, auto r) {
+    return dense_sigmoid<decltype(r), MODE, G>(a, row, r);
+  });
 }
 
 // For a denominator that is the sum of r_i: scale_i times the mean weight of the row's labels.

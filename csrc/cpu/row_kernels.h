@@ -85,16 +85,29 @@ class AdjustedRow {
   }
 };
 
+template <class S, class T>
+void narrow_row(const T* from, S* to, int64_t C) {
+  constexpr int64_t N = Lanes<S>::N;
+  for (int64_t j = 0; j < C; j += N) {
+    const int64_t n = std::min(C - j, N);
+    store_n(to + j, n == N ? load(from + j) : load_some(from + j, n), n);
+  }
+}
+
+// Not inlined: adjusted rows of half types take the code of float rows.
+#define CB_ROW __attribute__((noinline))
+
 // Traffic: one read of the logits from memory (the maximum's pass leaves the row in cache), one
-// write of the gradient. X: the logits' type, or T where they were adjusted.
-template <class S, Mode MODE, class X, class T = typename Lanes<S>::T>
-void softmax_one_row(const Rows& a, int64_t i, const X* x, int64_t y, T r, S* g, T* scratch) {
+// write of the gradient.
+template <class S, Mode MODE, class T = typename Lanes<S>::T>
+CB_ROW void softmax_one_row(const Rows& a, int64_t i, const S* x, int64_t y, T r, S* g,
+                            T* scratch) {
   using V = typename Lanes<S>::V;
   constexpr bool IN_PLACE = std::is_same_v<S, T>;  // e^{z - M} waits in the gradient, or in scratch
   const int64_t C = a.C;
   const Numbers<T> f = numbers<T>(a.formula);
   T *M_ = static_cast<T*>(a.M), *R_ = static_cast<T*>(a.R);
-  std::unique_ptr<X[]> limit;
+  std::unique_ptr<S[]> limit;
   T M, R = 0;
   if constexpr (MODE == Mode::GRAD) {
     M = M_[i], R = R_[i];
@@ -108,7 +121,7 @@ void softmax_one_row(const Rows& a, int64_t i, const X* x, int64_t y, T r, S* g,
   }
   const T top = M;
   if (__builtin_expect(M == INF<T>, 0)) {
-    limit.reset(new X[C]);
+    limit.reset(new S[C]);
     limit_row(x, 1, C, limit.get(), 1);
     x = limit.get(), M = 0;
   }
@@ -159,14 +172,20 @@ void softmax_rows(const Rows& a, int64_t begin, int64_t end) {
     }
     const int64_t y = a.target[i];
     const T r = scale(i);
-    if (adjusted.any()) softmax_one_row<S, MODE>(a, i, adjusted(x, y), y, r, g, scratch.get());
-    else softmax_one_row<S, MODE>(a, i, x, y, r, g, scratch.get());
+    if (!adjusted.any()) {
+      softmax_one_row<S, MODE>(a, i, x, y, r, g, scratch.get());
+    } else if constexpr (std::is_same_v<S, T>) {
+      softmax_one_row<S, MODE>(a, i, adjusted(x, y), y, r, g, scratch.get());
+    } else {
+      softmax_one_row<T, MODE>(a, i, adjusted(x, y), y, r, scratch.get(), scratch.get());
+      if constexpr (MODE != Mode::LOSS) narrow_row(scratch.get(), g, a.C);
+    }
   }
 }
 
 // Traffic: one read of the logits, one write of the gradient.
-template <class S, Mode MODE, Gamma G, bool SMOOTH, class X, class T = typename Lanes<S>::T>
-void sigmoid_one_row(const Rows& a, int64_t i, const X* x, int64_t y, T r, S* g) {
+template <class S, Mode MODE, Gamma G, bool SMOOTH, class T = typename Lanes<S>::T>
+CB_ROW void sigmoid_one_row(const Rows& a, int64_t i, const S* x, int64_t y, T r, S* g) {
   using V = typename Lanes<S>::V;
   const int64_t C = a.C;
   const Numbers<T> f = numbers<T>(a.formula);
@@ -193,6 +212,8 @@ void sigmoid_rows(const Rows& a, int64_t begin, int64_t end) {
   using T = typename Lanes<S>::T;
   const RowScale<T> scale(a);
   AdjustedRow<S> adjusted(a);
+  const std::unique_ptr<T[]> scratch(
+      std::is_same_v<S, T> || MODE == Mode::LOSS || !adjusted.any() ? nullptr : new T[a.C]);
   for (int64_t i = begin; i < end; ++i) {
     const S* x = static_cast<const S*>(a.logits) + row_offset(a.logits_stride, a.K, i);
     S* g = static_cast<S*>(a.grad) + row_offset(a.grad_stride, a.K, i);
@@ -203,7 +224,13 @@ void sigmoid_rows(const Rows& a, int64_t begin, int64_t end) {
     }
     const int64_t y = a.target[i];
     const T r = scale(i);
-    if (adjusted.any()) sigmoid_one_row<S, MODE, G, SMOOTH>(a, i, adjusted(x, y), y, r, g);
-    else sigmoid_one_row<S, MODE, G, SMOOTH>(a, i, x, y, r, g);
+    if (!adjusted.any()) {
+      sigmoid_one_row<S, MODE, G, SMOOTH>(a, i, x, y, r, g);
+    } else if constexpr (std::is_same_v<S, T>) {
+      sigmoid_one_row<S, MODE, G, SMOOTH>(a, i, adjusted(x, y), y, r, g);
+    } else {
+      sigmoid_one_row<T, MODE, G, SMOOTH>(a, i, adjusted(x, y), y, r, scratch.get());
+      if constexpr (MODE != Mode::LOSS) narrow_row(scratch.get(), g, a.C);
+    }
   }
 }
