@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import DEVICE, loss_and_grad, sample
 
+from bench import presets
 from cbloss_fused import class_balanced_loss, ldam_margin, logit_adjustment
 
 COUNTS = torch.logspace(3, 0, 10, dtype=torch.float64).round()
@@ -94,6 +95,16 @@ def test_alpha_balanced_focal_loss(backend, gamma, alpha):
 
     options = {"activation": "sigmoid", "gamma": gamma, "alpha": alpha}
     assert_same(backend, focal, options, logits.clamp(-12, 12), target)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="their packages are compared once, on the CPU")
+def test_every_line_of_the_migration_table():
+    """balanced-loss, where it is installed, and PyTorch's own, in float32."""
+    x, y, t = presets.data()
+    for preset in presets.presets(y, t):
+        loss, grad = presets.difference(preset, x)
+        assert loss < 1e-6, preset.theirs
+        assert grad < 1e-5, preset.theirs
 
 
 def test_a_margin_is_taken_off_the_target_alone():
