@@ -62,6 +62,7 @@ class StoredGradientAndRows(StoredGradient):
         ctx.inplace = False
         rest = (losses, grad.detach(), saved)
         ctx.mark_non_differentiable(*rest)
+        ctx.set_materialize_grads(False)  # an N x C of zeros for the gradient's gradient
         return losses.sum(), *rest
 
     @staticmethod

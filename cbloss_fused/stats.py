@@ -69,5 +69,8 @@ def class_stats(
     rows = torch.stack((torch.ones_like(p), losses.reshape(y.shape), g_y, p)).flatten(1)
     if ignore_index is not None:
         rows = rows.masked_fill(target.flatten() == ignore_index, 0.0)
-    count, loss, gradient, probability = rows.new_zeros(4, C).index_add_(1, y.flatten(), rows)
+    # One vector: of more dimensions index_add_ takes a call a row.
+    into = y.flatten() + C * torch.arange(4, device=y.device).unsqueeze(1)
+    sums = rows.new_zeros(4 * C).index_add_(0, into.flatten(), rows.flatten())
+    count, loss, gradient, probability = sums.reshape(4, C)
     return ClassStats(count, loss, gradient, probability / count)
