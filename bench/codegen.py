@@ -83,11 +83,13 @@ def recorded() -> Iterator[list[Launch]]:
 def launches(
     shape: tuple[int, ...], dtype: torch.dtype, activation: str, gamma: float, *,
     grad: bool = True, weight: bool = True, recompute: bool = False, bias: bool = False,
-    **options: Any,
+    dense: bool = False, **options: Any,
 ) -> list[Launch]:  # fmt: skip
     """Of one forward, or of a recomputing backward, with every row's options in use."""
     logits = torch.empty(shape, dtype=dtype, device="meta")
     target = torch.empty(shape[:1] + shape[2:], dtype=torch.int64, device="meta")
+    if dense:
+        target = torch.empty_like(logits)
     loss = ops.new_loss(logits, target, 1)
     w = loss.new_empty(shape[1]) if weight else None
     numbers = formula(activation, gamma, **options)

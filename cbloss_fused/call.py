@@ -7,6 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+REDUCTIONS = ("none", "mean", "weighted_mean", "sum")  # the operators take the index
+
 
 class Formula(NamedTuple):
     """The numbers of a loss, in the order in which the operators take them."""

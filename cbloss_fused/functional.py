@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import ops, reference, spec
 from .autograd import recomputed_gradient, stored_gradient, stored_gradient_and_rows
-from .call import Formula, Inputs, is_dense
+from .call import REDUCTIONS, Formula, Inputs, is_dense
 from .stats import ClassStats, class_stats, denominator
 
 
@@ -77,7 +77,7 @@ def class_balanced_loss(
         sample_weight: shape of target, finite and >= 0.
         class_weighting: "sample": weight[target] multiplies the row, as in the paper; "class":
             weight[j] multiplies class j's term, "sigmoid" only and not with "weighted_mean".
-            With it, and with soft targets, GPUs take eager formulas: only the CPU's are fused.
+            It and soft targets are fused on the CPU and in Triton, to which "cuda" leaves them.
         ignore_index: rows with this target have no influence, whatever they hold; None: no row.
         reduction: "none", "sum", "mean" (over the rows that are not ignored, as in the paper) or
             "weighted_mean" (divided by Σ r, what F.cross_entropy calls "mean").
@@ -163,7 +163,7 @@ def class_balanced_loss(
     inputs = spec.as_operators_take(inputs, input)
     if return_stats:
         return _loss_and_stats(input, inputs, formula, ignore_index, reduction, backend)
-    options = spec.Spec(formula, ignore_index, spec.REDUCTIONS.index(reduction), inplace, backend)
+    options = spec.Spec(formula, ignore_index, REDUCTIONS.index(reduction), inplace, backend)
     if not input.requires_grad or not torch.is_grad_enabled():
         loss = ops.new_loss(input, inputs.target, options.reduction)
         ops.run_loss(input, inputs, options, loss, None, None)

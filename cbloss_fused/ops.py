@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import cuda, kernels, reference
-from .call import Formula, Inputs, is_dense
+from .call import REDUCTIONS, Formula, Inputs, is_dense
 from .reference import compute_dtype
-from .spec import REDUCTIONS, Spec, check_values
+from .spec import Spec, check_values
 
 _FORMULA = (
     "bool sigmoid, float gamma, float gamma_neg, float alpha, float alpha_neg, float clip, "
@@ -256,11 +256,11 @@ gradients: dict[str | None, Any] = {
 
 
 def _serving(target: Tensor, spec: Spec) -> str | None:
-    """Who computes a call: on GPUs soft targets and per-class weights have eager formulas alone."""
-    eager = (spec.formula.per_class or is_dense(target)) and not (
-        target.is_cpu and spec.backend in (None, "cpu")
-    )
-    return "reference" if eager else spec.backend
+    """Who computes a call: CUDA C++ leaves soft targets and per-class weights to Triton."""
+    by_class = spec.formula.per_class or is_dense(target)
+    if by_class and (spec.backend == "cuda" or (target.is_cuda and spec.backend is None)):
+        return "triton" if kernels.available and target.is_cuda else "reference"
+    return spec.backend
 
 
 def run_loss(
@@ -323,7 +323,8 @@ def backends() -> dict[str, str]:
         gpu = f"{cpp}; backend='triton' for Triton's"
     else:
         gpu = f"{triton}; {cpp}" + ("; backend='cuda' for them" if cuda.device else "")
-    gpu += "; eager formulas for soft targets and class_weighting='class'"
+    if kernels.available:
+        gpu += "; soft targets and class_weighting='class' always in Triton"
     if not torch.cuda.is_available():
         gpu += "; no GPU here"
     return {"cpu": cpu, "cuda": gpu, "other": "reference: no kernels for other devices"}

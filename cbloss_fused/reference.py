@@ -234,6 +234,15 @@ def loss_and_grad(
 
     scale (rows) is r_i / denominator, negative where the row is ignored: what `gradient` takes.
     """
+    y, scale = row_scale(logits, inputs, f, ignore_index, reduction)
+    L, grad = _rows(logits, y, scale, inputs, f)
+    return L if reduction == "none" else L.sum(), grad, scale
+
+
+def row_scale(
+    logits: Tensor, inputs: Inputs, f: Formula, ignore_index: int | None, reduction: str
+) -> tuple[Tensor, Tensor]:
+    """Targets in range, or soft ones as they are; r_i / denominator, negative where ignored."""
     y, keep, valid = _classes(inputs.target, logits.shape[1], ignore_index)
     dtype = compute_dtype(logits.dtype)
     r = _row_weights(y, inputs, f, dtype)
@@ -247,8 +256,7 @@ def loss_and_grad(
         scale = torch.where(keep, scale, -1.0)
     if valid is not None:
         scale = torch.where(valid, scale, nan)
-    L, grad = _rows(logits, y, scale, inputs, f)
-    return L if reduction == "none" else L.sum(), grad, scale
+    return y, scale
 
 
 def gradient(

@@ -14,11 +14,10 @@ import torch
 from torch import Tensor
 
 from . import cuda, kernels
-from .call import Formula, Inputs, formula, is_dense
+from .call import REDUCTIONS, Formula, Inputs, formula, is_dense
 from .reference import compute_dtype
 
 ACTIVATIONS = ("softmax", "sigmoid")
-REDUCTIONS = ("none", "mean", "weighted_mean", "sum")  # the operators take the index
 BACKENDS = ("cpu", "triton", "cuda", "reference")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (

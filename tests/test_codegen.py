@@ -193,6 +193,27 @@ def test_label_smoothing_and_loss_alone_do_not_spill(activation, gamma, smoothin
             assert grad or read.straight.stores == 0
 
 
+OPTIONS = {
+    "adjusted": {"bias": True, "logit_scale": 2.0},
+    "asymmetric": {"gamma_neg": 4.0, "clip": 0.05},
+    "alpha": {"alpha": 0.25},
+    "soft": {"dense": True},
+    "soft-asymmetric": {"dense": True, "gamma_neg": 4.0, "clip": 0.05, "alpha": 0.25},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("activation", ("softmax", "sigmoid"))
+def test_options_compile_without_spills(activation, name):
+    """What the interpreter runs, the compiler may refuse."""
+    if activation == "softmax" and name not in ("adjusted", "soft"):
+        pytest.skip("an option of the sigmoid family")
+    for launch in row_kernel(
+        launches((4096, 8142), torch.bfloat16, activation, 0.0, **OPTIONS[name])
+    ):
+        assert_sound(launch, "sm_90")
+
+
 @pytest.mark.parametrize("shape", ((32, 10), (4096, 8142), (8, 131072), (8, 19, 64, 64)), ids=str)
 @pytest.mark.parametrize("activation", ("softmax", "sigmoid"))
 def test_at_most_three_launches_and_one_backward(activation, shape):

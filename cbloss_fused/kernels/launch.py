@@ -13,9 +13,10 @@ import triton
 from torch import Tensor
 from triton.runtime import driver
 
-from ..call import Formula, Inputs
+from .. import reference
+from ..call import REDUCTIONS, Formula, Inputs, is_dense
 from ..reference import compute_dtype
-from .plan import Call, Device, Plan, Step, plan, scaling
+from .plan import Call, Device, Plan, Step, dense, plan, scaling
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 _kept: dict[tuple[Any, ...], Any] = {}
@@ -25,10 +26,12 @@ def loss(logits: Tensor, *arguments: Any) -> bool:
     """The operator cbloss_fused::loss, see ops.py; False: too large for the kernels' indices."""
     inputs, formula = Inputs(*arguments[:6]), Formula(*arguments[6:16])
     ignore_index, reduction, loss, grad, saved = arguments[16:]
-    rows, C = inputs.target.numel(), logits.shape[1]
+    rows, C = logits.numel() // logits.shape[1], logits.shape[1]
     if rows == 0:
         loss.zero_()
         return True
+    if formula.per_class or is_dense(inputs.target):
+        return _dense_loss(logits, inputs, formula, ignore_index, reduction, loss, grad, saved)
     _check(inputs.target, torch.int64, rows)
     for vector, numel in zip(inputs[1:], (C, rows, 1, C, C), strict=True):
         if vector is not None:
@@ -71,9 +74,13 @@ def gradient(
 ) -> bool:
     """The operator cbloss_fused::gradient, see ops.py; False: as above."""
     *numbers, grad = arguments
-    formula, rows = Formula(*numbers), target.numel()
+    formula, rows = Formula(*numbers), logits.numel() // logits.shape[1]
     if rows == 0:
         return True
+    if formula.per_class or is_dense(target):
+        inputs = Inputs(target, weight, logit_bias=logit_bias, margin=margin)
+        scale = saved.flatten()[:rows]
+        return _run_dense(logits, inputs, formula, scale, grad_loss, None, grad)
     _check(target, torch.int64, rows)
     _check(saved, compute_dtype(logits.dtype), (1 if formula.sigmoid else 3) * rows)
     for vector in (logit_bias, margin):
@@ -99,6 +106,57 @@ def gradient(
         return False
     inputs = Inputs(target, logit_bias=logit_bias, margin=margin)
     run(steps, (logits, *inputs, grad_loss, None, grad, saved, None, None, None, None), logits)
+    return True
+
+
+def _dense_loss(
+    logits: Tensor, inputs: Inputs, formula: Formula, ignore_index: int | None, reduction: int,
+    loss: Tensor, grad: Tensor | None, saved: Tensor | None,
+) -> bool:  # fmt: skip
+    """Soft targets, weights of classes: what is one number a row is left to PyTorch."""
+    shape, name = logits.shape[:1] + logits.shape[2:], REDUCTIONS[reduction]
+    by_row = {"sample_weight": inputs.sample_weight, "target": inputs.target}
+    shaped = {k: v.reshape(shape) for k, v in by_row.items() if v is not None and not is_dense(v)}
+    if inputs.sample_weight is not None:
+        shaped["sample_weight"] = inputs.sample_weight.reshape(shape)
+    scaled = inputs._replace(**shaped)
+    scale = reference.row_scale(logits, scaled, formula, ignore_index, name)[1].flatten()
+    losses = loss.reshape(-1) if name == "none" else loss.new_empty(scale.shape)
+    if not _run_dense(logits, inputs, formula, scale, None, losses, grad):
+        return False
+    if name != "none":
+        loss.copy_(losses.sum())
+    if saved is not None:
+        saved.zero_()[0].copy_(scale)
+    return True
+
+
+def _run_dense(
+    logits: Tensor, inputs: Inputs, formula: Formula, scale: Tensor, grad_loss: Tensor | None,
+    losses: Tensor | None, grad: Tensor | None,
+) -> bool:  # fmt: skip
+    weight = inputs.weight if formula.per_class else None
+    target = inputs.target.view(torch.uint8) if inputs.target.dtype is torch.bool else inputs.target
+    call = Call(
+        logits.shape,
+        logits.dtype,
+        logits.stride(),
+        None if grad is None else grad.stride(),
+        True,
+        formula,
+        device_of(logits),
+        logits.device.index,
+        backward=losses is None,
+        vector=grad_loss is not None and grad_loss.dim() > 0,
+        weight=weight is not None,
+        logit_bias=inputs.logit_bias is not None,
+        margin=inputs.margin is not None,
+    )
+    steps = dense(call, target.stride() if is_dense(inputs.target) else None)
+    if steps is None:
+        return False
+    tensors = (logits, target, weight, None, None, inputs.logit_bias, inputs.margin, grad_loss)
+    run(steps, (*tensors, None, grad, None, scale, losses, None, None), logits)
     return True
 
 

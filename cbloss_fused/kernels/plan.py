@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from ..call import Formula
+from . import dense as dense_kernels
 from . import rows as step_kernels
 from . import sigmoid as sigmoid_kernels
 from . import softmax as softmax_kernels
@@ -21,9 +22,10 @@ from . import tiles as tile_kernels
 
 PARTIALS: int = step_kernels.PARTIALS.value
 SHARE = 1024  # rows of a prologue's step
+GENERAL: int = sigmoid_kernels.GENERAL.value
 FEW_CLASSES = 128  # up to here a thread takes whole rows
 HELD = 16384  # elements of a row that a program's registers hold
-NONE, MEAN, WEIGHTED_MEAN = 0, 1, 2  # of spec.REDUCTIONS
+NONE, MEAN, WEIGHTED_MEAN = 0, 1, 2  # of call.REDUCTIONS
 
 # The tensors of a call, by which steps name them; the last three are scratch.
 SLOTS = (
@@ -121,7 +123,7 @@ def config(rows: int, C: int, itemsize: int, sigmoid: bool, smooth: bool, device
 
     64 elements a thread: enough loads in flight to hide memory, and set-up cost is shared. A row
     that fits (softmax: HELD; sigmoid needs no more than its edges, 8192 keeps warps few, less with
-    smoothing, which computes twice) is one tile; a longer one loops. There softmax reads twice, so
+    smoothing or a general formula, which compute twice) is one tile; a longer one loops. There softmax reads twice, so
     few rows at a time, by many warps each, keep the second read in L2. Fewer rows than would fill
     the device: several programs a row.
     """
@@ -252,8 +254,8 @@ def _compute_type(call: Call) -> Any:
 
 def _config(call: Call) -> Config:
     N, C, K = _sizes(call)
-    smooth = call.formula.label_smoothing != 0
-    return config(N * K, C, call.dtype.itemsize, call.formula.sigmoid, smooth, call.device)
+    twice = call.formula.label_smoothing != 0 or _gamma_kind(call.formula) >= GENERAL
+    return config(N * K, C, call.dtype.itemsize, call.formula.sigmoid, twice, call.device)
 
 
 def _outputs(call: Call, parts: int, rows: int) -> tuple[str | None, ...]:
@@ -409,6 +411,41 @@ def _gradient(call: Call) -> Step:
     )
 
 
+@lru_cache(maxsize=1024)
+def dense(call: Call, t_strides: tuple[int, ...] | None) -> Plan | None:
+    """The step of soft targets, or of class indices (no strides) with weights of classes."""
+    N, C, K = _sizes(call)
+    if max(8 * N * K, C) >= 2**31:
+        return None
+    f = call.formula
+    strides = [s if len(s) == 3 else (*s, 0) for s in (call.x_strides, t_strides or (0, 0),
+                                                       call.g_strides or (0, 0))]  # fmt: skip
+    classes = min(triton.next_power_of_2(C), 1024)
+    rows = max(1, 2048 // classes)
+    sizes = (N * K, C, K, *strides[0], *strides[1], *strides[2])
+    tile = (rows, classes, _compute_type(call))
+    grad = None if call.g_strides is None else "grad"
+    incoming = "grad_loss" if call.backward else None
+    losses = None if call.backward else "losses"
+    pointers: tuple[str | None, ...]
+    constants: tuple[Any, ...]
+    numbers: tuple[float, ...]
+    if f.sigmoid:
+        plain = f.gamma_neg == f.gamma and not has_alpha(f)
+        kind = _gamma_kind(f) if plain or f.clip else GENERAL
+        weight = "weight" if call.weight else None
+        pointers = ("logits", "target", weight, grad, "scale", *_adjusting(call), incoming, losses)
+        constants = (*tile, kind, has_alpha(f), _adjusts(call), t_strides is None, call.vector)
+        kernel, numbers = dense_kernels.sigmoid_dense, (*sizes, *_sigmoid_numbers(call))
+    else:
+        bias = _adjusting(call)[0]
+        pointers = ("logits", "target", grad, "scale", bias, incoming, losses)
+        smooth, z = f.label_smoothing != 0, f.z_loss != 0
+        constants = (*tile, smooth, z, _adjusts(call), call.vector)
+        kernel, numbers = dense_kernels.softmax_dense, (*sizes, *_softmax_numbers(call))
+    return Plan((Step(kernel, (triton.cdiv(N * K, rows),), pointers, numbers, constants, 4),))
+
+
 def has_alpha(f: Formula) -> bool:
     return (f.alpha, f.alpha_neg) != (1, 1)
 
@@ -417,6 +454,6 @@ def _gamma_kind(f: Formula) -> int:
     if f.clip:
         return sigmoid_kernels.CLIPPED.value
     if f.gamma_neg != f.gamma or (f.label_smoothing and has_alpha(f)):
-        return sigmoid_kernels.GENERAL.value
+        return GENERAL
     kinds = {0.0: sigmoid_kernels.ZERO, 0.5: sigmoid_kernels.HALF, 1.0: sigmoid_kernels.ONE}
     return kinds.get(f.gamma, sigmoid_kernels.TWO if f.gamma == 2 else sigmoid_kernels.ANY).value

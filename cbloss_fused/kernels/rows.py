@@ -16,7 +16,8 @@ POINTERS = (
     "scale losses parts"
 )
 NUMBERS = (
-    "rows C K x_n x_c x_k g_n g_c g_k gamma gamma_neg alpha alpha_neg clip eps zeta logit_scale "
+    "rows C K x_n x_c x_k t_n t_c t_k g_n g_c g_k "
+    "gamma gamma_neg alpha alpha_neg clip eps zeta logit_scale "
     "denominator ignored splits span count numel"
 )
 kernel = triton.jit(do_not_specialize=[*POINTERS.split(), *NUMBERS.split()])
