@@ -123,9 +123,9 @@ def config(rows: int, C: int, itemsize: int, sigmoid: bool, smooth: bool, device
 
     64 elements a thread: enough loads in flight to hide memory, and set-up cost is shared. A row
     that fits (softmax: HELD; sigmoid needs no more than its edges, 8192 keeps warps few, less with
-    smoothing or a general formula, which compute twice) is one tile; a longer one loops. There softmax reads twice, so
-    few rows at a time, by many warps each, keep the second read in L2. Fewer rows than would fill
-    the device: several programs a row.
+    smoothing or a general formula, which compute twice) is one tile; a longer one loops. There
+    softmax reads twice, so few rows at a time, by many warps each, keep the second read in L2.
+    Fewer rows than would fill the device: several programs a row.
     """
     VEC = 16 // itemsize
     vectors = max(C // VEC, 1)
