@@ -101,8 +101,9 @@ class ClassBalancedLoss(torch.nn.Module):
         target: Tensor,
         sample_weight: Tensor | None = None,
         normalizer: float | Tensor | None = None,
-    ) -> Tensor:
-        """The loss; sample_weight and normalizer change from batch to batch, so they come here."""
+        return_stats: bool = False,
+    ) -> Any:
+        """The loss, or (loss, ClassStats); what changes from batch to batch comes here."""
         return class_balanced_loss(
             input,
             target,
@@ -111,6 +112,7 @@ class ClassBalancedLoss(torch.nn.Module):
             margin=self.margin,
             sample_weight=sample_weight,
             normalizer=normalizer,
+            return_stats=return_stats,
             **self.options,
         )
 
