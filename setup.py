@@ -125,6 +125,13 @@ def gpus_here() -> list[str]:
     return re.findall(r"^\d+\.\d+$", found, re.MULTILINE)
 
 
+def covered(gpu: str, names: list[str]) -> bool:
+    """Whether code for one of these runs on that GPU: one of its major version, none newer."""
+    major, minor = gpu.split(".")
+    listed = (name.removesuffix("+PTX").split(".") for name in names)
+    return any(m == major and int(n) <= int(minor) for m, n in listed)
+
+
 def architectures(nvcc: str) -> list[str]:
     """nvcc's flags for TORCH_CUDA_ARCH_LIST, "8.0;9.0a;10.0+PTX"; by default ours and this GPU's,
     as far as nvcc knows them."""
@@ -132,7 +139,7 @@ def architectures(nvcc: str) -> list[str]:
     known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, check=True)
     names = re.split(r"[; ]+", (asked or ARCHITECTURES).strip("; "))
     if asked is None:
-        names = [gpu for gpu in sorted(set(gpus_here())) if gpu not in ARCHITECTURES] + names
+        names = [gpu for gpu in sorted(set(gpus_here())) if not covered(gpu, names)] + names
     flags = []
     for each in names:
         found = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", each)
@@ -272,7 +279,7 @@ if __name__ == "__main__":
         ext_modules=[
             Extension(
                 "cbloss_fused._C",
-                sources=["csrc/module.cpp", "csrc/cpu/ops.cpp"],
+                sources=["csrc/module.cpp", "csrc/cpu/ops.cpp", "csrc/cpu/stats.cpp"],
                 depends=[*HEADERS, "csrc/cpu/rows.cpp"],
                 language="c++",
                 py_limited_api=True,

@@ -99,11 +99,11 @@ def launches(
         if recompute:
             saved = ops.new_saved(logits, numbers.sigmoid)
             kernels.load().gradient(
-                logits, target, None, *adjusting, saved, loss, *numbers, gradient
+                logits, target, None, *adjusting, saved, loss, numbers, gradient
             )
         else:
             kernels.load().loss(
-                logits, target, w, None, None, *adjusting, *numbers, -100, 1, loss, gradient, None
+                logits, target, w, None, None, *adjusting, numbers, -100, 1, loss, gradient, None
             )
     return found
 

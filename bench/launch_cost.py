@@ -105,8 +105,8 @@ def calls(backend: str, scale: Callable[..., Any]) -> dict[str, Callable[[], Any
     w = torch.rand(8142)
     loss, rows, grad = torch.empty(()), torch.empty(32), torch.empty_like(x)
     numbers, operator = formula("sigmoid", 0.5), ops.losses[backend]
-    plain = (x, *Inputs(y), *numbers, None)
-    full = (x, *Inputs(y, w), *numbers, -100)
+    plain = (x, *Inputs(y), numbers, None)
+    full = (x, *Inputs(y, w), numbers, -100)
 
     def allocated() -> None:
         operator(*full, 1, ops.new_loss(x, y, 1), ops.co_aligned(x), None)

@@ -77,9 +77,9 @@ def main() -> None:
     print(
         "# Machine code of the CUDA kernels\n\n"
         f"`python -m bench.nvcc --architecture {architecture}`, CUDA"
-        f" {version[1] if version else '?'}. Rows held in registers or read once, every option"
-        " compiled in, no label smoothing. Counted, not timed: a thread's path without an edge or"
-        " the target.\n"
+        f" {version[1] if version else '?'}. Rows held in registers or read once, no label"
+        " smoothing; general: with gamma_neg, clip, alpha or adjusted logits. Counted, not timed: a"
+        " thread's path without an edge or the target.\n"
     )
     heads = (
         "kernel", "dtype", "threads a row", "elements a thread", "regs", "instr/el", "MUFU/el",
@@ -91,6 +91,15 @@ def main() -> None:
             f"| {x.kernel} | {x.dtype} | {x.threads} | {x.elements} | {x.registers} | "
             f"{x.instructions:.1f} | {x.special:.2f} | {x.loads}, {x.stores} |"
         )
+    spills = [
+        f"- `{name}`: {code.stack} bytes, {code.local} accesses"
+        for name, code in sass.read_library(path).items()
+        if code.stack and "double" not in name
+    ]
+    print(
+        "\nKernels with a stack, float64 apart:"
+        + ("\n\n" + "\n".join(spills) if spills else " none")
+    )
 
 
 if __name__ == "__main__":

@@ -47,26 +47,32 @@ class StoredGradient(torch.autograd.Function):
         return grad, None, None
 
 
-class StoredGradientAndRows(StoredGradient):
-    """The same with every row's loss and what a recomputing forward saves, for statistics."""
+class StoredGradientAndStats(StoredGradient):
+    """The same, and (4, C) statistics of the classes from what the pass leaves."""
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, logits: Tensor, inputs: Inputs, spec: Spec
-    ) -> tuple[Tensor, ...]:
-        grad = ops.new_grad(logits)
-        losses = ops.new_loss(logits, inputs.target, 0)
-        saved = ops.new_saved(logits, spec.formula.sigmoid)
+    ) -> tuple[Tensor, Tensor]:
+        target, _, _, _, logit_bias, margin = inputs
+        formula, ignore_index = spec.formula, spec.ignore_index
+        grad, saved = ops.new_grad(logits), ops.new_saved(logits, formula.sigmoid)
+        losses, loss = (ops.new_loss(logits, target, per_row) for per_row in (0, 1))
         ops.run_loss(logits, inputs, spec, losses, grad, saved)
+        stats = loss.new_empty(4, logits.shape[1])
+        ops.class_stats(
+            logits, target, logit_bias, margin, losses, grad, saved, formula, ignore_index,
+            stats, loss,
+        )  # fmt: skip
         ctx.save_for_backward(grad)
         ctx.inplace = False
-        rest = (losses, grad.detach(), saved)
-        ctx.mark_non_differentiable(*rest)
-        ctx.set_materialize_grads(False)  # an N x C of zeros for the gradient's gradient
-        return losses.sum(), *rest
+        ctx.mark_non_differentiable(stats)
+        return loss, stats
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(  # type: ignore[override]
+        ctx: Any, grad_loss: Tensor, _: Tensor
+    ) -> tuple[Tensor | None, ...]:
         return StoredGradient.backward(ctx, grad_loss)
 
 
@@ -95,7 +101,8 @@ class RecomputedGradient(torch.autograd.Function):
             _refuse_double_backward()
         logits, *vectors, saved = ctx.saved_tensors
         grad = logits.detach() if ctx.spec.inplace else ops.new_grad(logits)
-        ops.run_gradient(logits, vectors, saved, grad_loss, ctx.spec, grad)
+        run = ops.gradients[ctx.spec.backend]
+        run(logits, *vectors, saved, grad_loss.contiguous(), ctx.spec.formula, grad)
         if ctx.spec.inplace:
             torch.autograd.graph.increment_version(logits)
         return grad, None, None
@@ -108,9 +115,9 @@ def stored_gradient(logits: Tensor, inputs: Inputs, spec: Spec) -> Tensor:
     return _apply_stored(logits, inputs, spec)
 
 
-def stored_gradient_and_rows(logits: Tensor, inputs: Inputs, spec: Spec) -> tuple[Tensor, ...]:
-    """(loss, losses of the rows, gradient, saved); spec.reduction is "none"."""
-    return StoredGradientAndRows.apply(logits, inputs, spec)  # type: ignore[no-untyped-call]
+def stored_gradient_and_stats(logits: Tensor, inputs: Inputs, spec: Spec) -> tuple[Tensor, Tensor]:
+    """The loss and statistics (4, C) of its classes, see `stats.class_stats`."""
+    return StoredGradientAndStats.apply(logits, inputs, spec)  # type: ignore[no-untyped-call]
 
 
 def recomputed_gradient(logits: Tensor, inputs: Inputs, spec: Spec) -> Tensor:

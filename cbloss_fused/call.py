@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,8 +11,11 @@ from torch import Tensor
 REDUCTIONS = ("none", "mean", "weighted_mean", "sum")  # the operators take the index
 
 
+TINY = 1.2e-38  # float32's smallest normal number, rounded up
+
+
 class Formula(NamedTuple):
-    """The numbers of a loss, in the order in which the operators take them."""
+    """The numbers of a loss: what the operators take as float[], in this order."""
 
     sigmoid: bool
     gamma: float
@@ -23,6 +27,12 @@ class Formula(NamedTuple):
     z_loss: float
     logit_scale: float
     per_class: bool  # weight multiplies classes, not rows
+
+    @classmethod
+    def of(cls, numbers: Sequence[float]) -> Formula:
+        """From what an operator was given."""
+        sigmoid, *rest, per_class = numbers
+        return cls._make((bool(sigmoid), *rest, bool(per_class)))
 
 
 def formula(
@@ -37,23 +47,21 @@ def formula(
     class_weighting: str = "sample",
 ) -> Formula:
     """From the options of `class_balanced_loss`, which spec.py checks."""
+    if gamma_neg is None:
+        gamma_neg = gamma
+    # Below float32's normal numbers nothing changes a loss: 0, which kernels have code for.
     return Formula(
         activation == "sigmoid",
-        _seen(gamma),
-        _seen(gamma if gamma_neg is None else gamma_neg),
+        float(gamma) if gamma > TINY else 0.0,
+        float(gamma_neg) if gamma_neg > TINY else 0.0,
         1.0 if alpha is None else float(alpha),
         1.0 if alpha is None else 1.0 - float(alpha),
-        _seen(clip),
+        float(clip) if clip > TINY else 0.0,
         float(label_smoothing),
         float(z_loss),
         float(logit_scale),
         class_weighting == "class",
     )
-
-
-def _seen(number: float) -> float:
-    """What float32 has no normal number for changes no loss: 0, which kernels know by heart."""
-    return float(number) if number > 1.2e-38 else 0.0
 
 
 class Inputs(NamedTuple):
@@ -65,6 +73,16 @@ class Inputs(NamedTuple):
     normalizer: Tensor | None = None
     logit_bias: Tensor | None = None
     margin: Tensor | None = None
+
+    def by_row(self, logits: Tensor) -> Inputs:
+        """What is one a row in the shape of the rows of (N, C) or (N, C, K) logits."""
+        shape = logits.shape[:1] + logits.shape[2:]
+        found = self
+        if not is_dense(self.target):
+            found = found._replace(target=self.target.reshape(shape))
+        if self.sample_weight is not None:
+            found = found._replace(sample_weight=self.sample_weight.reshape(shape))
+        return found
 
 
 def is_dense(target: Tensor) -> bool:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from . import ops, reference, spec
-from .autograd import recomputed_gradient, stored_gradient, stored_gradient_and_rows
+from .autograd import recomputed_gradient, stored_gradient, stored_gradient_and_stats
 from .call import REDUCTIONS, Formula, Inputs, is_dense
-from .stats import ClassStats, class_stats, denominator
+from .stats import ClassStats
 
 
 def class_balanced_loss(
@@ -139,31 +139,20 @@ def class_balanced_loss(
     if return_stats:
         spec.check_stats(dense, reduction, inplace, recompute, backend)
     if backend == "reference":
-        return _reference_loss(
-            input,
-            inputs,
-            ignore_index=ignore_index,
-            reduction=reduction,
-            activation=activation,
-            gamma=gamma,
-            gamma_neg=gamma_neg,
-            alpha=alpha,
-            clip=clip,
-            label_smoothing=label_smoothing,
-            z_loss=z_loss,
-            logit_scale=logit_scale,
-            class_weighting=class_weighting,
-        )
+        return _eager_loss(input, inputs, formula, ignore_index, reduction)
     spec.check_kernel(input, backend)
-    shape = input.shape
     if inplace:
         spec.check_inplace(input)
+    if dense or formula.per_class:
+        backend = ops.serving_classes(input, backend)
+    shape = input.shape
     if input.dim() != 2:  # (C,) and (N, C, d1, ..., dk): the operators know (N, C) and (N, C, K)
         input = input.unsqueeze(0) if input.dim() == 1 else input.flatten(2)
     inputs = spec.as_operators_take(inputs, input)
-    if return_stats:
-        return _loss_and_stats(input, inputs, formula, ignore_index, reduction, backend)
     options = spec.Spec(formula, ignore_index, REDUCTIONS.index(reduction), inplace, backend)
+    if return_stats:
+        loss, stats = stored_gradient_and_stats(input, inputs, options)
+        return loss, ClassStats(*stats)
     if not input.requires_grad or not torch.is_grad_enabled():
         loss = ops.new_loss(input, inputs.target, options.reduction)
         ops.run_loss(input, inputs, options, loss, None, None)
@@ -176,33 +165,18 @@ def class_balanced_loss(
     return loss
 
 
-def _loss_and_stats(
-    input: Tensor, inputs: Inputs, formula: Formula, ignore_index: int | None, reduction: str,
-    backend: str | None,
-) -> tuple[Tensor, ClassStats]:  # fmt: skip
-    like = input.new_empty((), dtype=reference.compute_dtype(input.dtype))
-    inputs = inputs._replace(normalizer=denominator(inputs, ignore_index, reduction, like))
-    options = spec.Spec(formula, ignore_index, 0, False, backend)
-    loss, *rows = stored_gradient_and_rows(input, inputs, options)
-    with torch.no_grad():
-        return loss, class_stats(input, inputs, formula, ignore_index, *rows)
-
-
-def _reference_loss(input: Tensor, inputs: Inputs, **options: Any) -> Tensor:
+def _eager_loss(
+    input: Tensor, inputs: Inputs, formula: Formula, ignore_index: int | None, reduction: str
+) -> Tensor:
     if input.device.type == "cpu" and not reference.tracing():
         spec.check_values(inputs)
-    one_row = input.dim() == 1
-    if one_row:
-        rows = {"target": inputs.target.unsqueeze(0)}
-        if inputs.sample_weight is not None:
-            rows["sample_weight"] = inputs.sample_weight.unsqueeze(0)
-        input, inputs = input.unsqueeze(0), inputs._replace(**rows)
-    target, weight, sample_weight, divisor, logit_bias, margin = inputs
-    loss = reference.loss(
-        input, target, weight, sample_weight, divisor, logit_bias=logit_bias, margin=margin,
-        **options,
-    )  # fmt: skip
-    return loss.reshape(()) if one_row else loss
+    if input.dim() > 1:
+        return reference.eager_loss(input, inputs, formula, ignore_index, reduction)
+    inputs = inputs._replace(target=inputs.target.unsqueeze(0))
+    if inputs.sample_weight is not None:
+        inputs = inputs._replace(sample_weight=inputs.sample_weight.unsqueeze(0))
+    loss = reference.eager_loss(input.unsqueeze(0), inputs, formula, ignore_index, reduction)
+    return loss.reshape(())
 
 
 def check_target(target: Tensor, num_classes: int, ignore_index: int | None = -100) -> None:

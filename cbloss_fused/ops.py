@@ -1,9 +1,10 @@
 """The operators: schemas, fake kernels, what implements them where, backends().
 
 loss fills its buffers, which the caller allocates:
-    loss   0-d, or for reduction "none" like target
+    loss   0-d, or a loss a row, whatever the reduction divides by
     grad   like logits: the gradient of the loss (for reduction "none": of the sum); or None
     saved  (1, rows) or, for softmax, (3, rows): scale, M, R, for gradient; or None
+_class_stats sums what these hold by class, (4, C), and adds up the row losses.
 Where a device has no kernel, the reference computes both.
 """
 
@@ -24,29 +25,27 @@ from . import cuda, kernels, reference
 from .call import REDUCTIONS, Formula, Inputs, is_dense
 from .reference import compute_dtype
 from .spec import Spec, check_values
+from .stats import class_stats as eager_class_stats
 
-_FORMULA = (
-    "bool sigmoid, float gamma, float gamma_neg, float alpha, float alpha_neg, float clip, "
-    "float label_smoothing, float z_loss, float logit_scale, bool per_class"
-)
 _LOSS = (
     "(Tensor logits, Tensor target, Tensor? weight, Tensor? sample_weight, Tensor? normalizer, "
-    f"Tensor? logit_bias, Tensor? margin, {_FORMULA}, "
-    "int? ignore_index, int reduction, Tensor(a!) loss, Tensor(b!)? grad, Tensor(c!)? saved) -> ()"
+    "Tensor? logit_bias, Tensor? margin, float[] formula, int? ignore_index, int reduction, "
+    "Tensor(a!) loss, Tensor(b!)? grad, Tensor(c!)? saved) -> ()"
 )
 _GRADIENT = (
     "(Tensor logits, Tensor target, Tensor? weight, Tensor? logit_bias, Tensor? margin, "
-    f"Tensor saved, Tensor grad_loss, {_FORMULA}, Tensor(a!) grad) -> ()"
+    "Tensor saved, Tensor grad_loss, float[] formula, Tensor(a!) grad) -> ()"
 )
 _library = torch.library.Library("cbloss_fused", "DEF")
-for _overload in (
-    "",
-    ".triton",
-    ".cuda",
-    ".reference",
-):  # the device's own choice; a backend that was asked for
+_OVERLOADS = ("", ".triton", ".cuda", ".reference")  # the device's choice; a backend asked for
+for _overload in _OVERLOADS:
     _library.define(f"loss{_overload}{_LOSS}")
     _library.define(f"gradient{_overload}{_GRADIENT}")
+_library.define(
+    "_class_stats(Tensor logits, Tensor target, Tensor? logit_bias, Tensor? margin, Tensor losses, "
+    "Tensor grad, Tensor saved, float[] formula, int? ignore_index, Tensor(a!) stats, "
+    "Tensor(b!) loss) -> ()"
+)
 _library.define("_set_isa(str name) -> str")
 _library.define("_scale(Tensor(a!) grad, Tensor grad_loss, int numel) -> ()")
 for _name in ("_cuda_architectures", "_cuda_unusable"):
@@ -148,35 +147,39 @@ def _span(shape: Sequence[int], strides: Sequence[int]) -> int:
     return sum((n - 1) * s for n, s in zip(shape, strides, strict=True)) + 1
 
 
-def _rows_of(logits: Tensor, vector: Tensor) -> Tensor:
-    """A target or sample weights in the shape of the rows of (N, C) or (N, C, K) logits."""
-    return vector.reshape(logits.shape[:1] + logits.shape[2:])
-
-
-def _loss(logits: Tensor, *arguments: Any) -> None:
+def _loss(
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    normalizer: Tensor | None,
+    logit_bias: Tensor | None,
+    margin: Tensor | None,
+    formula: Sequence[float],
+    ignore_index: int | None,
+    reduction: int,
+    loss: Tensor,
+    grad: Tensor | None,
+    saved: Tensor | None,
+) -> None:
     """The operator loss in eager PyTorch."""
-    tensors, numbers, rest = arguments[:6], arguments[6:16], arguments[16:]
-    ignore_index, reduction, loss, grad, saved = rest
-    inputs = Inputs(*tensors)
     _warn_once(logits.device.type)
+    f = Formula.of(formula)
+    inputs = Inputs(target, weight, sample_weight, normalizer, logit_bias, margin)
     if logits.device.type == "cpu":  # here, where the message can name target's own index
-        if not is_dense(inputs.target):
-            reference.check_target(inputs.target, logits.shape[1], ignore_index)
+        if not is_dense(target):
+            reference.check_target(target, logits.shape[1], ignore_index)
         check_values(inputs)
-    if not is_dense(inputs.target):
-        inputs = inputs._replace(target=_rows_of(logits, inputs.target))
-    if inputs.sample_weight is not None:
-        inputs = inputs._replace(sample_weight=_rows_of(logits, inputs.sample_weight))
-    L, gradient, scale = reference.loss_and_grad(
-        logits, inputs, Formula(*numbers), ignore_index, REDUCTIONS[reduction]
-    )
-    loss.copy_(L.reshape(loss.shape))
+    inputs = inputs.by_row(logits)
+    name = REDUCTIONS[reduction]
+    L, gradient, scale = reference.loss_and_grad(logits, inputs, f, ignore_index, name)
+    loss.copy_(L.reshape(loss.shape) if loss.dim() else L.sum())
     if grad is not None:
         grad.copy_(gradient)
     if saved is not None:
         saved.zero_()[0].copy_(scale.flatten())
-        if len(saved) > 1 and not is_dense(inputs.target):
-            M, R = reference.max_and_sum(logits, inputs, scale < 0, Formula(*numbers).logit_scale)
+        if len(saved) > 1 and not is_dense(target):
+            M, R = reference.max_and_sum(logits, inputs, scale < 0, f.logit_scale)
             saved[1].copy_(M.flatten())
             saved[2].copy_(R.flatten())
 
@@ -189,16 +192,34 @@ def _gradient(
     margin: Tensor | None,
     saved: Tensor,
     grad_loss: Tensor,
-    *arguments: Any,
+    formula: Sequence[float],
+    grad: Tensor,
 ) -> None:
     """The operator gradient in eager PyTorch."""
-    *numbers, grad = arguments
-    if not is_dense(target):
-        target = _rows_of(logits, target)
-    inputs = Inputs(target, weight, logit_bias=logit_bias, margin=margin)
-    scale = _rows_of(logits, saved[0])
-    incoming = _rows_of(logits, grad_loss) if grad_loss.dim() else grad_loss
-    grad.copy_(reference.gradient(logits, inputs, scale, incoming, Formula(*numbers)))
+    inputs = Inputs(target, weight, logit_bias=logit_bias, margin=margin).by_row(logits)
+    rows = logits.shape[:1] + logits.shape[2:]
+    incoming = grad_loss.reshape(rows) if grad_loss.dim() else grad_loss
+    scale = saved[0].reshape(rows)
+    grad.copy_(reference.gradient(logits, inputs, scale, incoming, Formula.of(formula)))
+
+
+def _class_stats(
+    logits: Tensor,
+    target: Tensor,
+    logit_bias: Tensor | None,
+    margin: Tensor | None,
+    losses: Tensor,
+    grad: Tensor,
+    saved: Tensor,
+    formula: Sequence[float],
+    ignore_index: int | None,
+    stats: Tensor,
+    loss: Tensor,
+) -> None:
+    """The operator _class_stats in eager PyTorch."""
+    inputs, f = Inputs(target, logit_bias=logit_bias, margin=margin), Formula.of(formula)
+    stats.copy_(eager_class_stats(logits, inputs, losses, grad, saved, f, ignore_index))
+    loss.copy_(losses.sum())
 
 
 def _triton_loss(*arguments: Any) -> None:
@@ -217,14 +238,13 @@ PREFERRED = "cuda"
 
 # autograd.py differentiates: below it the dispatcher need not look for gradients again. They only
 # write: nothing to fake.
-for _name in (
-    f"{n}{o}" for n in ("loss", "gradient") for o in ("", ".triton", ".cuda", ".reference")
-):
+for _name in ("_class_stats", *(f"{n}{o}" for n in ("loss", "gradient") for o in _OVERLOADS)):
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
     _library.impl(_name, torch.library.fallthrough_kernel, "ADInplaceOrView")
     torch.library.register_fake(f"cbloss_fused::{_name}", lambda *_: None, lib=_library)
 _library.impl("loss", _loss, "CompositeExplicitAutograd")
 _library.impl("gradient", _gradient, "CompositeExplicitAutograd")
+_library.impl("_class_stats", _class_stats, "CompositeExplicitAutograd")
 _library.impl("loss.reference", _loss, "CompositeExplicitAutograd")
 _library.impl("gradient.reference", _gradient, "CompositeExplicitAutograd")
 if cuda.device is not None and (PREFERRED == "cuda" or not kernels.available):
@@ -238,6 +258,7 @@ if kernels.available:
 
 loss = torch.ops.cbloss_fused.loss.default
 gradient = torch.ops.cbloss_fused.gradient.default
+class_stats = torch.ops.cbloss_fused._class_stats
 # By what was asked for; None: the device's own choice.
 losses: dict[str | None, Any] = {
     None: loss,
@@ -255,39 +276,26 @@ gradients: dict[str | None, Any] = {
 }
 
 
-def _serving(target: Tensor, spec: Spec) -> str | None:
-    """Who computes a call: CUDA C++ leaves soft targets and per-class weights to Triton."""
-    by_class = spec.formula.per_class or is_dense(target)
-    if by_class and (spec.backend == "cuda" or (target.is_cuda and spec.backend is None)):
-        return "triton" if kernels.available and target.is_cuda else "reference"
-    return spec.backend
+def serving_classes(input: Tensor, backend: str | None) -> str | None:
+    """Who serves soft targets and weights of classes: CUDA C++ leaves them to Triton."""
+    if backend == "cuda" or (input.is_cuda and backend is None):
+        return "triton" if kernels.available and input.is_cuda else "reference"
+    return backend
 
 
 def run_loss(
     logits: Tensor, inputs: Inputs, spec: Spec, loss: Tensor, grad: Tensor | None,
     saved: Tensor | None,
 ) -> None:  # fmt: skip
-    """Fill the buffers by the backend that was asked for."""
-    losses[_serving(inputs.target, spec)](
-        logits, *inputs, *spec.formula, spec.ignore_index, spec.reduction, loss, grad, saved
-    )
-
-
-def run_gradient(
-    logits: Tensor, vectors: Sequence[Tensor | None], saved: Tensor, grad_loss: Tensor, spec: Spec,
-    grad: Tensor,
-) -> None:  # fmt: skip
-    """The recomputing backward; vectors: target, weight, logit_bias, margin."""
-    target = vectors[0]
-    assert target is not None
-    gradients[_serving(target, spec)](
-        logits, *vectors, saved, grad_loss.contiguous(), *spec.formula, grad
+    """Fill the buffers by the backend that serves."""
+    losses[spec.backend](
+        logits, *inputs, spec.formula, spec.ignore_index, spec.reduction, loss, grad, saved
     )
 
 
 def _warn_once(device: str) -> None:
     global _warned
-    no_gpu = f"Triton is not installed; CUDA C++: {cuda.missing}"
+    no_gpu = f"Triton is not installed; CUDA C++: {cuda.missing or 'has none for this call'}"
     why = {"cpu": missing, "cuda": no_gpu}.get(device)
     if why is not None and not _warned:
         _warned = True

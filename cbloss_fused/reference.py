@@ -38,27 +38,31 @@ def loss(
     reduction: str = "mean",
     **options: Any,
 ) -> Tensor:
-    """The class-balanced loss as a differentiable eager expression; options: see `call.formula`."""
-    f = formula(**options)
+    """`eager_loss` of the options of `class_balanced_loss`, unchecked."""
     inputs = Inputs(target, weight, sample_weight, normalizer, logit_bias, margin)
+    return eager_loss(logits, inputs, formula(**options), ignore_index, reduction)
+
+
+def eager_loss(
+    logits: Tensor, inputs: Inputs, f: Formula, ignore_index: int | None, reduction: str
+) -> Tensor:
+    """The class-balanced loss as a differentiable eager expression."""
     z = logits.to(compute_dtype(logits.dtype))
-    y, keep, valid = _classes(target, z.shape[1], ignore_index)
+    y, keep, valid = _classes(inputs.target, z.shape[1], ignore_index)
     if keep is not None:  # selected away, never multiplied by 0
         z = torch.where(keep.unsqueeze(1), z, 0.0)
     z = _adjusted(z, y, inputs, f.logit_scale)
-    w = None if weight is None or not f.per_class else _along_classes(weight, z)
-    dense = is_dense(target)
     if f.sigmoid:
-        t = target.to(z.dtype) if dense else _one_hot(z, y)
-        L = _sigmoid_loss(z, _smooth(t, f.label_smoothing), f, w)
-    elif dense:
-        L = _soft(z, target.to(z.dtype), f)
+        L = _sigmoid_loss(z, _targets(z, y, f.label_smoothing), f, _class_weight(z, inputs, f))
+    elif is_dense(y):
+        L = _soft_loss(z, _targets(z, y, f.label_smoothing), f)
     else:
         L = _softmax_loss(z, y.unsqueeze(1), f)
     if valid is not None:
         L = torch.where(valid, L, nan)
     r = _row_weights(y, inputs, f, L.dtype)
-    return _reduce(L if r is None else _weighted(r, L), r, keep, reduction, normalizer)
+    L = L if r is None else _weighted(r, L)
+    return _reduce(L, r, keep, reduction, inputs.normalizer)
 
 
 def _adjusted(z: Tensor, y: Tensor, inputs: Inputs, scale: float) -> Tensor:
@@ -74,12 +78,16 @@ def _along_classes(vector: Tensor, z: Tensor) -> Tensor:
     return vector.to(z.dtype).reshape(-1, *[1] * (z.dim() - 2))
 
 
-def _one_hot(z: Tensor, y: Tensor) -> Tensor:
-    return torch.zeros_like(z).scatter(1, y.unsqueeze(1), 1.0)
+def _targets(z: Tensor, y: Tensor, eps: float) -> Tensor:
+    """A target a class: (1-eps) t + eps/C, t soft as given or the one-hot of a class index."""
+    t = y.to(z.dtype) if is_dense(y) else torch.zeros_like(z).scatter(1, y.unsqueeze(1), 1.0)
+    return (1 - eps) * t + eps / z.shape[1] if eps else t
 
 
-def _smooth(t: Tensor, eps: float) -> Tensor:
-    return (1 - eps) * t + eps / t.shape[1] if eps else t
+def _class_weight(z: Tensor, inputs: Inputs, f: Formula) -> Tensor | None:
+    if not f.per_class or inputs.weight is None:
+        return None
+    return _along_classes(inputs.weight, z)
 
 
 def _softmax_loss(z: Tensor, y: Tensor, f: Formula) -> Tensor:
@@ -105,16 +113,14 @@ def _softmax_loss(z: Tensor, y: Tensor, f: Formula) -> Tensor:
     return L + eps / z.shape[1] * spread
 
 
-def _soft(z: Tensor, t: Tensor, f: Formula) -> Tensor:
-    """(1-eps) sum_j t_j (lse - z_j) + eps/C sum_j (lse - z_j) + zeta lse^2.
+def _soft_loss(z: Tensor, t: Tensor, f: Formula) -> Tensor:
+    """sum_j t_j (lse - z_j) + zeta lse^2, t smoothed.
 
     lse - z_j = (lse - z_top) + (z_top - z_j), the first exact as p_top -> 1.
     """
     top = z.argmax(1, keepdim=True)
     nll = -F.logsigmoid(-_log_odds_against(z, top))
-    t = _smooth(t, f.label_smoothing)
-    below = torch.where(t == 0, 0.0, t * (z.gather(1, top) - z))
-    L = t.sum(1) * nll + below.sum(1)
+    L = t.sum(1) * nll + torch.where(t == 0, 0.0, t * (z.gather(1, top) - z)).sum(1)
     return L + f.z_loss * torch.logsumexp(z, 1) ** 2 if f.z_loss else L
 
 
@@ -182,21 +188,21 @@ def softmax_row(
 
 
 def soft_row(
-    R: Tensor, r: Tensor, T: Tensor, T_others: Tensor, B: Tensor, D: Tensor | float,
+    R: Tensor, r: Tensor, W: Tensor, W_others: Tensor, B: Tensor, D: Tensor | float,
     C: int, M: Tensor, f: Formula,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(loss, k, g_top, uniform, hard) of a row with soft targets t.
 
-    From M = z_top, R = sum_{j != top} e^{z_j - M}, T = sum_j t_j, T_others without the top's,
+    From M = z_top, R = sum_{j != top} e^{z_j - M}, W = sum_j t_j, W_others without the top's,
     B = sum_j t_j (z_j - M), D = sum_j (z_j - M):
     d loss/d z_j = k e^{z_j - M} - uniform - hard t_j for j != top, g_top for j = top.
     """
     eps, zeta = f.label_smoothing, f.z_loss
     S = 1 + R
     q, nll = R / S, torch.log1p(R)  # of the top: exact as p -> 1
-    loss = _weighted(r, (1 - eps) * (T * nll - B))
+    loss = _weighted(r, (1 - eps) * (W * nll - B))
     hard, uniform = r * (1 - eps), r * (eps / C)
-    k, g_top = hard * T / S, hard * (T_others - T * q)
+    k, g_top = hard * W / S, hard * (W_others - W * q)
     if eps:
         loss = loss + _weighted(r, eps / C * (C * nll - D))
         k, g_top = k + r * eps / S, g_top + r * eps * (1 - q) - uniform
@@ -230,13 +236,13 @@ def loss_and_grad(
     ignore_index: int | None = -100,
     reduction: str = "mean",
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, gradient of the sum of what reduction adds up, scale) by the explicit formulas.
+    """(row losses that reduction adds up, gradient of their sum, scale) by the explicit formulas.
 
     scale (rows) is r_i / denominator, negative where the row is ignored: what `gradient` takes.
     """
     y, scale = row_scale(logits, inputs, f, ignore_index, reduction)
     L, grad = _rows(logits, y, scale, inputs, f)
-    return L if reduction == "none" else L.sum(), grad, scale
+    return L, grad, scale
 
 
 def row_scale(
@@ -249,9 +255,9 @@ def row_scale(
     if r is None:
         r = logits.new_ones(logits.shape[:1] + logits.shape[2:], dtype=dtype)
     scale = r
-    if inputs.normalizer is not None or reduction not in ("none", "sum"):
-        denominator = _denominator(r, keep, reduction, inputs.normalizer)
-        scale = torch.where(denominator != 0, r / denominator, r)
+    if reduction not in ("none", "sum"):
+        divisor = _denominator(r, keep, reduction, inputs.normalizer)
+        scale = torch.where(divisor != 0, r / divisor, r)
     if keep is not None:
         scale = torch.where(keep, scale, -1.0)
     if valid is not None:
@@ -287,13 +293,12 @@ def _rows(
         y = y.clamp(0, C - 1)
     z = _adjusted(z, y, inputs, f.logit_scale)
     if f.sigmoid:
-        t = _smooth(y.to(z.dtype) if dense else _one_hot(z, y), eps)
+        t, w = _targets(z, y, eps), _class_weight(z, inputs, f)
         L_0, g_0 = sigmoid_element(z, f.gamma_neg, f.clip)
         L_1, g_1 = sigmoid_element(-z, f.gamma)
         t_0, t_1 = f.alpha_neg * (1 - t), f.alpha * t
         L, grad = _weighted(t_0, L_0) + _weighted(t_1, L_1), t_0 * g_0 - t_1 * g_1
-        if f.per_class and inputs.weight is not None:
-            w = _along_classes(inputs.weight, z)
+        if w is not None:
             L, grad = _weighted(w, L), w * grad
         L, grad = _weighted(r, L.sum(1, keepdim=True)), r * grad
     else:
@@ -308,8 +313,8 @@ def _rows(
         if dense:
             t = y.to(z.dtype)
             B = torch.where(t == 0, 0.0, t * (z - M)).sum(1, keepdim=True)
-            T, T_others = (v.sum(1, keepdim=True) for v in (t, t.scatter(1, top, 0.0)))
-            L, k, g_top, uniform, hard = soft_row(R, r, T, T_others, B, D, C, M, f)
+            W, W_others = (v.sum(1, keepdim=True) for v in (t, t.scatter(1, top, 0.0)))
+            L, k, g_top, uniform, hard = soft_row(R, r, W, W_others, B, D, C, M, f)
             grad = (k * e - uniform - hard * t).scatter(1, top, g_top)
         else:
             d = z.gather(1, top) - M
@@ -389,8 +394,8 @@ def _row_weights(y: Tensor, inputs: Inputs, f: Formula, dtype: torch.dtype) -> T
         w = inputs.weight.to(dtype)
         if is_dense(y):
             t = y.to(dtype)
-            T, W = t.sum(1), (t * _along_classes(w, t)).sum(1)
-            r = torch.where(T != 0, W / T, 1.0)
+            labels, weights = t.sum(1), (t * _along_classes(w, t)).sum(1)
+            r = torch.where(labels != 0, weights / labels, 1.0)
         else:
             r = w[y]
     if inputs.sample_weight is None:
@@ -411,6 +416,7 @@ def _finite(M: Tensor) -> Tensor:
 def _denominator(
     r: Tensor, keep: Tensor | None, reduction: str, normalizer: Tensor | None
 ) -> Tensor:
+    """What a mean divides by, 0-d."""
     if normalizer is not None:
         return normalizer.to(r.dtype)
     if reduction == "weighted_mean":
@@ -431,5 +437,5 @@ def _reduce(
         return L
     if reduction == "sum":
         return L.sum()
-    denominator = _denominator(torch.ones_like(L) if r is None else r, keep, reduction, normalizer)
-    return L.sum() / torch.where(denominator != 0, denominator, 1.0)  # nothing to average: 0
+    divisor = _denominator(torch.ones_like(L) if r is None else r, keep, reduction, normalizer)
+    return L.sum() / torch.where(divisor != 0, divisor, 1.0)  # nothing to average: 0

@@ -25,7 +25,6 @@ INTEGERS = (
     *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
 )
 
-
 WEIGHTINGS = ("sample", "class")
 
 
@@ -36,7 +35,7 @@ class Spec(NamedTuple):
     ignore_index: int | None
     reduction: int
     inplace: bool
-    backend: str | None  # asked for, whatever the device would choose
+    backend: str | None  # that serves; None: whatever the device chooses
 
 
 def check_options(
@@ -150,13 +149,15 @@ def check_tensors(input: Tensor, inputs: Inputs) -> None:
     device = input.device
     if target.device != device:
         raise ValueError(f"target must be on input's device {device}, got {target.device}")
-    if inputs.sample_weight is not None:
-        _check_vector("sample_weight", inputs.sample_weight, rows, device)
-    for name, vector in (
-        ("weight", inputs.weight), ("logit_bias", inputs.logit_bias), ("margin", inputs.margin),
-    ):  # fmt: skip
-        if vector is not None:
-            _check_vector(name, vector, (C,), device)
+    _, weight, sample_weight, _, logit_bias, margin = inputs
+    if weight is not None:
+        _check_vector("weight", weight, (C,), device)
+    if sample_weight is not None:
+        _check_vector("sample_weight", sample_weight, rows, device)
+    if logit_bias is not None:
+        _check_vector("logit_bias", logit_bias, (C,), device)
+    if margin is not None:
+        _check_vector("margin", margin, (C,), device)
 
 
 def check_dense(inputs: Inputs, formula: Formula, ignore_index: int | None) -> None:
@@ -294,14 +295,19 @@ def as_operators_take(inputs: Inputs, input: Tensor) -> Inputs:
     elif target.dtype is not torch.int64 or not target.is_contiguous():
         target = target.to(torch.int64).contiguous()
     dtype = compute_dtype(input.dtype)
-    return Inputs(
-        target, _as_vector(weight, dtype), _as_vector(sample_weight, dtype), normalizer,
-        _as_vector(logit_bias, dtype), _as_vector(margin, dtype),
-    )  # fmt: skip
+    if weight is not None:
+        weight = _as_vector(weight, dtype)
+    if sample_weight is not None:
+        sample_weight = _as_vector(sample_weight, dtype)
+    if logit_bias is not None:
+        logit_bias = _as_vector(logit_bias, dtype)
+    if margin is not None:
+        margin = _as_vector(margin, dtype)
+    return Inputs(target, weight, sample_weight, normalizer, logit_bias, margin)
 
 
-def _as_vector(vector: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if vector is None or (vector.dtype is dtype and vector.is_contiguous()):
+def _as_vector(vector: Tensor, dtype: torch.dtype) -> Tensor:
+    if vector.dtype is dtype and vector.is_contiguous():
         return vector
     return vector.to(dtype).contiguous()
 

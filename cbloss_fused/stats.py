@@ -13,6 +13,9 @@ from .call import Formula, Inputs
 class ClassStats(NamedTuple):
     """Of the rows of each class, by their targets: (C,) vectors in the type of the loss.
 
+    On a GPU a target that is no class makes class 0 or C - 1 NaN, as it does its row.
+
+    >>> import torch
     >>> from cbloss_fused import class_balanced_loss
     >>> logits, target = torch.zeros(4, 2, requires_grad=True), torch.tensor([0, 0, 0, 1])
     >>> loss, stats = class_balanced_loss(logits, target, return_stats=True)
@@ -26,33 +29,16 @@ class ClassStats(NamedTuple):
     probability: Tensor  # mean p of the target, softmax or sigmoid; NaN where there is no row
 
 
-def denominator(inputs: Inputs, ignore_index: int | None, reduction: str, like: Tensor) -> Tensor:
-    """What reduction divides by, 0-d, 1 where there is nothing to average."""
-    target, weight, sample_weight, normalizer, *_ = inputs
-    if normalizer is not None:
-        return normalizer
-    if reduction == "sum":
-        return like.new_ones(())
-    r = torch.ones_like(target, dtype=like.dtype)
-    if reduction == "weighted_mean":
-        if weight is not None:
-            r = weight[target.clamp(0, len(weight) - 1)]
-        if sample_weight is not None:
-            r = r * sample_weight
-    if ignore_index is not None:
-        r = torch.where(target == ignore_index, 0.0, r)
-    total = r.sum()
-    return torch.where(total > 0, total, 1.0)
-
-
 def class_stats(
-    logits: Tensor, inputs: Inputs, f: Formula, ignore_index: int | None,
-    losses: Tensor, grad: Tensor, saved: Tensor,
-) -> ClassStats:  # fmt: skip
-    """From (N, C) or (N, C, K) logits, row losses, the gradient and what a forward saves."""
-    C = logits.shape[1]
-    target = inputs.target.reshape(logits.shape[:1] + logits.shape[2:])
-    y = target.clamp(0, C - 1)
+    logits: Tensor, inputs: Inputs, losses: Tensor, grad: Tensor, saved: Tensor, f: Formula,
+    ignore_index: int | None,
+) -> Tensor:  # fmt: skip
+    """(4, C): rows, sums of losses and of |gradient at the target|, mean p, by the target's class.
+
+    losses, grad, saved: what a forward leaves, of rows by their class indices.
+    """
+    C, inputs = logits.shape[1], inputs.by_row(logits)
+    y = inputs.target.clamp(0, C - 1)
     at = y.unsqueeze(1)
     z_y = logits.gather(1, at).squeeze(1).to(losses.dtype)
     for vector, sign in ((inputs.logit_bias, 1), (inputs.margin, -1)):
@@ -66,11 +52,11 @@ def class_stats(
         e_y = (z_y - M).exp()
         p = e_y / (R + e_y)
     g_y = grad.gather(1, at).squeeze(1).to(losses.dtype).abs()
-    rows = torch.stack((torch.ones_like(p), losses.reshape(y.shape), g_y, p)).flatten(1)
+    added = torch.stack((torch.ones_like(p), losses.reshape(y.shape), g_y, p)).flatten(1)
     if ignore_index is not None:
-        rows = rows.masked_fill(target.flatten() == ignore_index, 0.0)
+        added = added.masked_fill(inputs.target.flatten() == ignore_index, 0.0)
     # One vector: of more dimensions index_add_ takes a call a row.
     into = y.flatten() + C * torch.arange(4, device=y.device).unsqueeze(1)
-    sums = rows.new_zeros(4 * C).index_add_(0, into.flatten(), rows.flatten())
-    count, loss, gradient, probability = sums.reshape(4, C)
-    return ClassStats(count, loss, gradient, probability / count)
+    sums = added.new_zeros(4 * C).index_add_(0, into.flatten(), added.flatten()).reshape(4, C)
+    sums[3] /= sums[0]
+    return sums

@@ -138,7 +138,7 @@ def ldam_margin(counts: Vector, max_margin: float = 0.5) -> Tensor:
         ValueError: a class without samples; a wrong shape or value.
         TypeError: counts are not real numbers.
     Source: Cao et al., Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss,
-        NeurIPS 2019 (arXiv 1906.07413), equation 12.
+        NeurIPS 2019 (arXiv 1906.07413), the LDAM loss.
 
     >>> ldam_margin([160, 10])
     tensor([0.2500, 0.5000])

@@ -15,4 +15,4 @@ struct Formula {
   bool plain() const { return gamma_neg == gamma && clip == 0 && alpha == 1 && alpha_neg == 1; }
 };
 
-enum class Reduction { NONE, MEAN, WEIGHTED_MEAN, SUM };  // in the order of spec.REDUCTIONS
+enum class Reduction { NONE, MEAN, WEIGHTED_MEAN, SUM };  // in the order of call.REDUCTIONS

@@ -8,6 +8,7 @@
 #include <optional>
 #include <sstream>
 #include <stdexcept>
+#include <vector>
 
 #include "call.h"
 
@@ -52,6 +53,11 @@ inline void check_shape(const Tensor& t, const Tensor& logits, const char* name)
 inline void check_grad(const Tensor& grad, const Tensor& logits) {
   check_shape(grad, logits, "grad");
   require(grad.scalar_type() == logits.scalar_type(), "grad must have the dtype of logits");
+}
+
+inline Formula formula_of(const std::vector<double>& n) {  // in the order of call.py
+  require(n.size() == 10, "formula must have 10 numbers, got ", n.size());
+  return {n[0] != 0, n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9] != 0};
 }
 
 inline Reduction reduction_of(int64_t number) {

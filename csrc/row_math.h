@@ -3,9 +3,8 @@
 // T is a number or a vector of numbers, Scalar its element. A backend includes this text in its own
 // namespace, after CB_FN and what T needs (vec.h on the CPU): arithmetic, comparison and ?: lane by
 // lane; constant, largest_finite, neg_abs, log, exp, exp_minus_half, power, divide, rcp, rsqrt,
-// log1p_neg for double;
-// min and max, which are NaN where their second argument is: NaN in, NaN out. SHORT: results end in
-// a half type, so exp and log1m_over may use shorter polynomials.
+// log1p_neg for double; min and max, which are NaN where their second argument is: NaN in, NaN out.
+// SHORT: results end in a half type, so exp and log1m_over may use shorter polynomials.
 
 // The focal exponents with code of their own; GENERAL also knows gamma_neg, clip and, with
 // smoothing, alpha.
@@ -166,12 +165,12 @@ struct SoftplusSum {
     Q = Q * u + e;
     return z < T{} ? e * s : s;
   }
-  // sigma(z) - t for any target t, exact where it is nearly 0.
-  CB_FN T multiply(T z, T t) {
-    const T one = constant<T>(1), e = exp<SHORT>(neg_abs(z)), u = one + e, larger = rcp(u);
-    const T smaller = e * larger;
+  CB_FN T add(T z, T t) {  // any target; returns sigma(z) - t, exact where it is nearly 0
+    const T zero{}, one = constant<T>(1), e = exp<SHORT>(neg_abs(z)), u = one + e, larger = rcp(u);
+    const T smaller = e * larger, s = z < zero ? smaller : larger, c = z < zero ? larger : smaller;
     Q = Q * u + e;
-    return (one - t) * (z < T{} ? smaller : larger) - t * (z < T{} ? larger : smaller);
+    linear += weighted(one - t, max(zero, z)) + weighted(t, max(zero, -z));
+    return (one - t) * s - t * c;
   }
   CB_FN T value() const {
     const T one = constant<T>(1), half = constant<T>(0.5f), S = one + Q, m = divide(Q, S);
@@ -201,22 +200,21 @@ CB_FN Element<T> negative(T z, const Numbers<Scalar>& f) {
 }
 
 // An element with any target t: alpha t L(z, 1) + (1 - alpha) (1 - t) L(z, 0).
-template <Gamma G, bool SHORT, class T, class Target, class Scalar>
-CB_FN Element<T> mixed(T z, Target t, const Numbers<Scalar>& f) {
+template <Gamma G, bool SHORT, class T, class Scalar>
+CB_FN Element<T> mixed(T z, T t, const Numbers<Scalar>& f) {
   const Element<T> one = sigmoid_element<G, SHORT>(-z, f.gamma), zero = negative<G, SHORT>(z, f);
-  Target t_1 = t, t_0 = 1 - t;
-  if constexpr (G == Gamma::GENERAL) t_1 *= f.alpha, t_0 *= f.alpha_neg;
-  return {t_1 * one.L + t_0 * zero.L, t_0 * zero.g - t_1 * one.g};
+  const T t_1 = t * f.alpha, t_0 = (1 - t) * f.alpha_neg;
+  return {weighted(t_1, one.L) + weighted(t_0, zero.L), t_0 * zero.g - t_1 * one.g};
 }
 
 // The element of the target class. Without smoothing, alpha_neg is left to the whole row's sums.
 template <Gamma G, bool SMOOTH, bool SHORT, class T, class Scalar>
 CB_FN Element<T> at_target(T z_y, Scalar C, const Numbers<Scalar>& f) {
   if constexpr (SMOOTH) {
-    return mixed<G, SHORT>(z_y, 1 - f.eps + f.eps / C, f);
+    return mixed<G, SHORT>(z_y, T{} + (1 - f.eps + f.eps / C), f);
   } else {
     const Element<T> one = sigmoid_element<G, SHORT>(-z_y, f.gamma);
-    return {f.alpha * one.L, -f.alpha * one.g};
+    return {weighted(T{} + f.alpha, one.L), -f.alpha * one.g};
   }
 }
 
@@ -236,7 +234,7 @@ struct LossSum {
       return softplus.multiply(z) - t;
     } else {
       Element<V> e;
-      if constexpr (SMOOTH) e = mixed<G, SHORT>(z, t, f);
+      if constexpr (SMOOTH) e = mixed<G, SHORT>(z, zero + t, f);
       else e = negative<G, SHORT>(z, f);
       if constexpr (SMOOTH) L += excluded() ? zero : e.L;
       else L += e.L;

@@ -80,12 +80,14 @@ class Backend:
             if self.fallback:
                 patch.setattr(ops, "loss", ops._loss)
                 patch.setattr(ops, "gradient", ops._gradient)
+                patch.setattr(ops, "class_stats", ops._class_stats)
                 patch.setitem(ops.losses, None, ops._loss)
                 patch.setitem(ops.gradients, None, ops._gradient)
             if self.gpu:
                 patch.setattr(ops, "loss", ops.losses[self.argument])
                 patch.setattr(ops, "gradient", ops.gradients[self.argument])
                 patch.setattr(ops, "new_grad", _co_aligned)
+                patch.setattr(ops, "class_stats", ops._class_stats)  # which a GPU takes
             if self.isa:
                 best = torch.ops.cbloss_fused._set_isa(self.isa).split()[0]
             try:
@@ -106,9 +108,9 @@ class Backend:
         """As if the GPU had so many, where it is not a real one."""
         with pytest.MonkeyPatch.context() as patch:
             if self.argument == "triton":
-                from cbloss_fused.kernels import launch, plan
+                from cbloss_fused.kernels import launch, layout
 
-                device = plan.Device(multiprocessors, 32)
+                device = layout.Device(multiprocessors, 32)
                 patch.setattr(launch, "device_of", lambda tensor: device)
             elif EMULATOR is not None:
                 patch.setattr(EMULATOR.setting("multiprocessors"), "value", multiprocessors)
@@ -170,9 +172,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of the many combinations, as many as the interpreter or a GPU's compiler has time for.
+    """Of the many combinations, as many as there is time for where kernels are slow.
 
-    A fixed choice: one of SHARE by a hash of its name, a quarter of these for long rows.
+    A fixed choice by a hash of the name: interpreted or compiled one of SHARE, a quarter of these
+    for long rows; emulated one of CUDA_SHARE.
     """
     kept, left_out = [], []
     for item in items:
@@ -183,9 +186,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             kept.append(item)
             continue
         C = callspec.params.get("C", 0)
-        share = SHARE * (4 if isinstance(C, int) and C >= 1000 else 1)
-        if backend.argument == "cuda":
-            share = CUDA_SHARE
+        long = isinstance(C, int) and C >= 1000
+        share = CUDA_SHARE if backend.argument == "cuda" else SHARE * (4 if long else 1)
         (left_out if zlib.crc32(item.nodeid.encode()) % share else kept).append(item)
     config.hook.pytest_deselected(items=left_out)
     items[:] = kept
@@ -250,7 +252,7 @@ def operator_arguments(
     """Arguments of the operator loss before its buffers, a loss buffer, the formula's numbers."""
     numbers = formula(family, gamma, label_smoothing=label_smoothing)
     number = REDUCTIONS.index(reduction)
-    arguments = (logits, *Inputs(target, *vectors), *numbers, IGNORED, number)
+    arguments = (logits, *Inputs(target, *vectors), numbers, IGNORED, number)
     return arguments, ops.new_loss(logits, target, number), numbers
 
 

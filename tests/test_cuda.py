@@ -113,7 +113,7 @@ def test_the_operator_refuses_what_would_leave_its_buffers(emulated):
     with pytest.raises(ValueError, match="within grad's storage"):
         torch.ops.cbloss_fused._scale(torch.ones(8), torch.tensor(2.0), 9)
     x, y = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
-    arguments = (x, *Inputs(y), *formula(), None, 1)
+    arguments = (x, *Inputs(y), formula(), None, 1)
     with pytest.raises(ValueError, match="loss must be 1 contiguous"):
         ops.losses["cuda"](*arguments, torch.zeros(2), None, None)
     with pytest.raises(ValueError, match="grad must have the shape"):

@@ -198,6 +198,19 @@ def test_a_padded_gradient_lies_as_its_logits(monkeypatch):
 
 # Under torch -------------------------------------------------------------------------------------
 
+
+@pytest.mark.parametrize("C", (10, 300), ids="C{}".format)
+@FAMILY
+def test_a_normalizer_of_nan_is_not_lost(gpu, family, C):
+    """Its value is not looked at: loss and gradient are NaN, not those of another denominator."""
+    logits, target = problem(4, C, torch.float32)
+    loss, grad = loss_and_grad(
+        gpu, logits, target, activation=family, normalizer=torch.tensor(float("nan"))
+    )
+    assert loss.isnan()
+    assert grad.isnan().all()
+
+
 TORCH_WARNS = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 
@@ -216,7 +229,7 @@ def test_opcheck(gpu, family, shape):
     incoming = torch.ones_like(loss)
     torch.library.opcheck(
         ops.gradients[gpu.argument],
-        (logits, target, None, None, None, saved, incoming, *formula, grad),
+        (logits, target, None, None, None, saved, incoming, formula, grad),
     )
 
 

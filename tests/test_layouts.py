@@ -185,7 +185,7 @@ def test_nothing_outside_is_read_or_written(backend, family, dtype, C):
     saved = ops.new_saved(logits, family == "sigmoid")
     ops.loss(*arguments, loss, grad, None)
     ops.loss(*arguments, got, None, saved)
-    ops.gradient(logits, target, *NONE, saved, torch.ones_like(loss), *formula, again)
+    ops.gradient(logits, target, *NONE, saved, torch.ones_like(loss), formula, again)
     for offset in range(10):
         buffer, x = framed(logits, offset, offset % 4, nan)
         out, g = framed(torch.full_like(logits, nan), 9 - offset, offset % 3, sentinel)
@@ -199,7 +199,7 @@ def test_nothing_outside_is_read_or_written(backend, family, dtype, C):
 
         ops.loss(x, y, *arguments[2:], got, None, s)
         g.fill_(nan)
-        ops.gradient(x, y, *NONE, s, torch.ones_like(loss), *formula, g)
+        ops.gradient(x, y, *NONE, s, torch.ones_like(loss), formula, g)
         assert backend.same(s, saved)
         assert backend.same(g, again)
         assert (outside(out, g) == sentinel).all()

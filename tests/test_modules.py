@@ -187,6 +187,17 @@ def test_set_beta_and_update_counts_change_the_buffer_in_place():
     assert loss_fn.weight is weight
 
 
+def test_weights_may_change_before_a_recomputing_backward():
+    """They are in what the forward left: the gradient is of the weights that made the loss."""
+    loss_fn = ClassBalancedLoss(COUNTS, 0.9, recompute=True)
+    _, want = run(loss_fn, TARGET)
+    leaf = LOGITS.clone().requires_grad_()
+    loss = loss_fn(leaf * 1, TARGET)
+    loss_fn.set_beta(0.99)
+    loss.backward()
+    assert torch.equal(leaf.grad, want)
+
+
 @pytest.mark.parametrize("change", ("set_beta(1.5)", "update_counts([1, 2])",
                                     "update_counts([1, -1, 0, 0])"))  # fmt: skip
 def test_a_change_that_is_wrong_changes_nothing(change):

@@ -47,7 +47,7 @@ def test_opcheck(family, dtype, shape, reduction, vectors):
     ops.loss(*inputs, loss, None, saved)
     incoming = torch.ones_like(loss)
     torch.library.opcheck(
-        ops.gradient, (logits, target, None, None, None, saved, incoming, *formula, grad)
+        ops.gradient, (logits, target, None, None, None, saved, incoming, formula, grad)
     )
 
 

@@ -46,7 +46,7 @@ def test_logit_adjustment_and_balanced_softmax(backend, tau):
 
 
 def test_ldam(backend):
-    """Cao et al., equations 12 and 13: s (z_y - Delta_y), Delta_c = C n_c^(-1/4), s = 30."""
+    """Cao et al.: s (z_y - Delta_y), Delta_c = C n_c^(-1/4), s = 30."""
     logits, target, weight = data()
     cosine = F.normalize(logits, dim=1)
     margin = ldam_margin(COUNTS, max_margin=0.5)

@@ -13,9 +13,9 @@ pytest.importorskip("triton")
 from conftest import DEVICE, INTERPRETED
 
 from cbloss_fused import class_balanced_loss, kernels
-from cbloss_fused.kernels import plan
+from cbloss_fused.kernels import layout
 
-H100 = plan.Device(132, 32)
+H100 = layout.Device(132, 32)
 
 
 @pytest.mark.parametrize("sigmoid", (False, True))
@@ -26,7 +26,7 @@ def test_configurations_cover_every_row(sigmoid, itemsize):
     for smooth in (False, True):
         for rows in (1, 8, 200, 4096):
             for C in (129, 1000, 8142, 8192, 8193, 16_384, 16_385, 50_000, 131_072, 2**20, 2**24):
-                found = plan.config(rows, C, itemsize, sigmoid, smooth, H100)
+                found = layout.config(rows, C, itemsize, sigmoid, smooth, H100)
                 assert found.splits * found.span >= C // VEC > (found.splits - 1) * found.span
                 assert found.span % found.V == 0
                 assert 2048 * found.warps >= found.V * VEC

@@ -182,13 +182,10 @@ def sigmoid_dense(
             x, t, c, y, C, there_read, x_c, t_c, A, T, ADJUST, INDEX
         )  # fmt: skip
         t_j = (1.0 - f[5]) * t_j + f[6]
-        # What has no part in the loss must be finite: 0 * inf is NaN.
-        z = tl.where(t_j == 0, tl.maximum(z, -1e30, tl.PropagateNan.ALL), z)
-        z = tl.where(t_j == 1, tl.minimum(z, 1e30, tl.PropagateNan.ALL), z)
         L_j, g_j = mixed(z, t_j, f, G, SHORT)
         if weight is not None:
             w = tl.load(weight + c, c < C, 0.0)[None, :]
-            L_j = w * tl.where((w == 0) & (L_j == INF), 0.0, L_j)
+            L_j = weighted(w, L_j)
             g_j *= w
         L += tl.sum(tl.where(inside, L_j, 0.0), 1)
         if grad is not None:

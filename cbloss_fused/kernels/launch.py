@@ -5,6 +5,7 @@ Nothing synchronises and nothing but scratch is allocated, so a CUDA graph can h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -16,7 +17,8 @@ from triton.runtime import driver
 from .. import reference
 from ..call import REDUCTIONS, Formula, Inputs, is_dense
 from ..reference import compute_dtype
-from .plan import Call, Device, Plan, Step, dense, plan, scaling
+from .layout import Device
+from .plan import Call, Plan, Step, dense, plan, scaling
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 _kept: dict[tuple[Any, ...], Any] = {}
@@ -24,8 +26,8 @@ _kept: dict[tuple[Any, ...], Any] = {}
 
 def loss(logits: Tensor, *arguments: Any) -> bool:
     """The operator cbloss_fused::loss, see ops.py; False: too large for the kernels' indices."""
-    inputs, formula = Inputs(*arguments[:6]), Formula(*arguments[6:16])
-    ignore_index, reduction, loss, grad, saved = arguments[16:]
+    inputs, formula = Inputs(*arguments[:6]), Formula.of(arguments[6])
+    ignore_index, reduction, loss, grad, saved = arguments[7:]
     rows, C = logits.numel() // logits.shape[1], logits.shape[1]
     if rows == 0:
         loss.zero_()
@@ -52,6 +54,7 @@ def loss(logits: Tensor, *arguments: Any) -> bool:
         margin=inputs.margin is not None,
         ignore_index=ignore_index,
         reduction=reduction,
+        per_row=loss.dim() > 0,
         saved=saved is not None,
     )
     steps = plan(call)
@@ -70,11 +73,11 @@ def gradient(
     margin: Tensor | None,
     saved: Tensor,
     grad_loss: Tensor,
-    *arguments: Any,
+    numbers: Sequence[float],
+    grad: Tensor,
 ) -> bool:
     """The operator cbloss_fused::gradient, see ops.py; False: as above."""
-    *numbers, grad = arguments
-    formula, rows = Formula(*numbers), logits.numel() // logits.shape[1]
+    formula, rows = Formula.of(numbers), logits.numel() // logits.shape[1]
     if rows == 0:
         return True
     if formula.per_class or is_dense(target):
@@ -114,17 +117,13 @@ def _dense_loss(
     loss: Tensor, grad: Tensor | None, saved: Tensor | None,
 ) -> bool:  # fmt: skip
     """Soft targets, weights of classes: what is one number a row is left to PyTorch."""
-    shape, name = logits.shape[:1] + logits.shape[2:], REDUCTIONS[reduction]
-    by_row = {"sample_weight": inputs.sample_weight, "target": inputs.target}
-    shaped = {k: v.reshape(shape) for k, v in by_row.items() if v is not None and not is_dense(v)}
-    if inputs.sample_weight is not None:
-        shaped["sample_weight"] = inputs.sample_weight.reshape(shape)
-    scaled = inputs._replace(**shaped)
-    scale = reference.row_scale(logits, scaled, formula, ignore_index, name)[1].flatten()
-    losses = loss.reshape(-1) if name == "none" else loss.new_empty(scale.shape)
+    name = REDUCTIONS[reduction]
+    scale = reference.row_scale(logits, inputs.by_row(logits), formula, ignore_index, name)[1]
+    scale = scale.flatten()
+    losses = loss.reshape(-1) if loss.dim() else loss.new_empty(scale.shape)
     if not _run_dense(logits, inputs, formula, scale, None, losses, grad):
         return False
-    if name != "none":
+    if not loss.dim():
         loss.copy_(losses.sum())
     if saved is not None:
         saved.zero_()[0].copy_(scale)

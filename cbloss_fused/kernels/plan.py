@@ -19,13 +19,12 @@ from . import rows as step_kernels
 from . import sigmoid as sigmoid_kernels
 from . import softmax as softmax_kernels
 from . import tiles as tile_kernels
+from .layout import FEW_CLASSES, Config, Device, config, dense_config, tile_config
 
 PARTIALS: int = step_kernels.PARTIALS.value
 SHARE = 1024  # rows of a prologue's step
 GENERAL: int = sigmoid_kernels.GENERAL.value
-FEW_CLASSES = 128  # up to here a thread takes whole rows
-HELD = 16384  # elements of a row that a program's registers hold
-NONE, MEAN, WEIGHTED_MEAN = 0, 1, 2  # of call.REDUCTIONS
+MEAN, WEIGHTED_MEAN = 1, 2  # of call.REDUCTIONS
 
 # The tensors of a call, by which steps name them; the last three are scratch.
 SLOTS = (
@@ -33,13 +32,6 @@ SLOTS = (
     "grad_loss",
     *("loss", "grad", "saved", "scale", "losses", "parts"),
 )
-
-
-class Device(NamedTuple):
-    """Multiprocessors, threads a warp."""
-
-    sms: int
-    warp: int
 
 
 class Call(NamedTuple):
@@ -63,6 +55,7 @@ class Call(NamedTuple):
     margin: bool = False
     ignore_index: int | None = None
     reduction: int = MEAN
+    per_row: bool = False  # a loss a row
     saved: bool = False
 
 
@@ -105,61 +98,6 @@ def scaling(numel: int, itemsize: int, device: Device, ordinal: int | None) -> P
     return Plan((Step(kernel, (programs,), pointers, (numel,), constants, 4),))
 
 
-# Layouts ------------------------------------------------------------------------------------------
-
-
-class Config(NamedTuple):
-    """A row over programs: tiles of V 16-byte vectors, warps, splits of span vectors."""
-
-    V: int
-    warps: int
-    one: bool  # the row is one tile
-    splits: int
-    span: int
-
-
-def config(rows: int, C: int, itemsize: int, sigmoid: bool, smooth: bool, device: Device) -> Config:
-    """The layout of rows whose classes lie side by side.
-
-    64 elements a thread: enough loads in flight to hide memory, and set-up cost is shared. A row
-    that fits (softmax: HELD; sigmoid needs no more than its edges, 8192 keeps warps few, less with
-    smoothing or a general formula, which compute twice) is one tile; a longer one loops. There
-    softmax reads twice, so few rows at a time, by many warps each, keep the second read in L2.
-    Fewer rows than would fill the device: several programs a row.
-    """
-    VEC = 16 // itemsize
-    vectors = max(C // VEC, 1)
-    V = triton.next_power_of_2(vectors)
-    held = (8192 >> 2 * smooth if sigmoid else HELD) >> (itemsize == 8)
-    if held >= V * VEC:
-        return Config(V, max(1, min(V * VEC // (64 * device.warp), 8)), True, 1, V)
-    splits = min(triton.cdiv(vectors * VEC, 4096), triton.cdiv(4 * device.sms, rows))
-    if sigmoid or rows < 2 * device.sms:
-        lanes, warps = 4096 >> (sigmoid and smooth), 4
-    else:
-        splits = 1
-        lanes, warps = (8192, 16) if C * itemsize <= 65536 else (16384, 32)
-    V = lanes // VEC >> (itemsize == 8)
-    span = triton.cdiv(triton.cdiv(vectors, splits), V) * V
-    return Config(V, max(1, warps * 32 // device.warp), False, triton.cdiv(vectors, span), span)
-
-
-def tile_config(C: int, sigmoid: bool, inner: bool) -> tuple[int, int, bool]:
-    """(rows, classes, whether these are all) of a tile, at most 32 elements a thread of 4 warps.
-
-    Softmax holds all classes where they are few. Sigmoid needs but some at a time: where rows lie
-    side by side in memory, few enough not to compute much for nothing (19 classes are 5 times 4);
-    else enough for the stores of a row to fill what memory moves.
-    """
-    classes = triton.next_power_of_2(C)
-    if not sigmoid and classes <= FEW_CLASSES:
-        return min(128, 4096 // classes), classes, True
-    if sigmoid and inner:
-        padded = {n: triton.cdiv(C, n) * n for n in (4, 8)}
-        return 128, 8 if padded[8] <= 1.1 * padded[4] else 4, False
-    return 128, min(classes, 32), False
-
-
 # Plans --------------------------------------------------------------------------------------------
 
 
@@ -185,12 +123,12 @@ def plan(call: Call) -> Plan | None:
     else:
         steps, parts_size = _softmax_rows(call, r)
         parts = rows
-    direct = call.reduction == NONE and parts <= rows  # the row kernel writes the losses themselves
+    direct = call.per_row and parts <= rows  # the row kernel writes the losses themselves
     if r.prologue is not None and parts_size == 0:
         shares = triton.cdiv(rows, triton.cdiv(rows, PARTIALS * SHARE) * SHARE)
         steps.insert(0, Step(step_kernels.prologue, (shares,), *r.prologue, 4))
     if not direct:
-        count, programs = (parts // rows, rows) if call.reduction == NONE else (parts, 1)
+        count, programs = (parts // rows, rows) if call.per_row else (parts, 1)
         block, warps = (1024, 4) if count <= 4096 else (16384, 32)
         pointers = ("losses", "loss")
         steps.append(Step(step_kernels.epilogue, (programs,), pointers, (count,), (block,), warps))
@@ -260,7 +198,7 @@ def _config(call: Call) -> Config:
 
 def _outputs(call: Call, parts: int, rows: int) -> tuple[str | None, ...]:
     """losses, saved"""
-    direct = call.reduction == NONE and parts <= rows
+    direct = call.per_row and parts <= rows
     return "loss" if direct else "losses", "saved" if call.saved else None
 
 
@@ -312,7 +250,7 @@ def _tiles(call: Call, r: RowScales | None) -> Step:
         pointers = (*_sources(call, r), None, *_outputs(call, N * K, N * K))
         denominator, fold = r.denominator, r.fold
     sizes, smooth = (N * K, C, K, *x, *g), call.formula.label_smoothing != 0
-    options = (fold, call.vector, call.reduction == NONE)
+    options = (fold, call.vector, call.per_row)
     layout = (x_unit, g_unit, inner)
     T = _compute_type(call)
     if call.formula.sigmoid:
@@ -420,8 +358,7 @@ def dense(call: Call, t_strides: tuple[int, ...] | None) -> Plan | None:
     f = call.formula
     strides = [s if len(s) == 3 else (*s, 0) for s in (call.x_strides, t_strides or (0, 0),
                                                        call.g_strides or (0, 0))]  # fmt: skip
-    classes = min(triton.next_power_of_2(C), 1024)
-    rows = max(1, 2048 // classes)
+    rows, classes = dense_config(C)
     sizes = (N * K, C, K, *strides[0], *strides[1], *strides[2])
     tile = (rows, classes, _compute_type(call))
     grad = None if call.g_strides is None else "grad"

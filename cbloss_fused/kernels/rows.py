@@ -113,7 +113,7 @@ def log1m_over(m, SHORT: tl.constexpr):
 @triton.jit
 def weighted(r, loss):
     """r * loss where an overflowed loss of a row without weight counts 0, not 0 * inf = NaN."""
-    return r * tl.where((r == 0) & (loss == INF), 0.0, loss)
+    return r * tl.where(r == 0, tl.where(loss == INF, 0.0, loss), loss)
 
 
 # A row's inputs ----------------------------------------------------------------------------------

@@ -134,7 +134,7 @@ def mixed(z, t, f, G: tl.constexpr, SHORT: tl.constexpr):
     if G >= GENERAL:
         t_1 *= f[2]
         t_0 *= f[3]
-    return t_1 * L_1 + t_0 * L_0, t_0 * g_0 - t_1 * g_1
+    return weighted(t_1, L_1) + weighted(t_0, L_0), t_0 * g_0 - t_1 * g_1
 
 
 @triton.jit
@@ -155,7 +155,7 @@ def at_target(z_y, f, G: tl.constexpr, SHORT: tl.constexpr, SMOOTH: tl.constexpr
     """(L, g) of the target's element, which is that of 1 - t at -z."""
     if not SMOOTH:
         L, g = sigmoid_element(-z_y, f[0], G, SHORT)
-        return f[2] * L, -f[2] * g
+        return weighted(number(f[2], z_y.dtype), L), -f[2] * g
     elif G == ZERO:
         t = f[5] - f[6]
         s, _, _, tail = logistic(-z_y, SHORT, False)
@@ -261,7 +261,7 @@ def sigmoid_rows(
         L_edge = tl.where(others, L_edge, 0.0)
     L_y, g_y = at_target(z_y, f, G, SHORT, SMOOTH)
     slope = r * A[2]
-    share = number(1.0, T) if SMOOTH else f[3]
+    share = number(1.0, T) if SMOOTH else number(f[3], T)
     slope_others = slope * share
     L = weighted(share, tl.sum(L_edge)) + tl.where(split == 0, L_y, 0.0)
     if grad is not None:

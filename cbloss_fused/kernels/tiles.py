@@ -207,7 +207,7 @@ def sigmoid_tiles(
     z_y = target_logit(x + class_offset(y, x_c, X_UNIT), y, read, A, T, ADJUST)
     L_y, g_y = at_target(z_y, f, G, SHORT, SMOOTH)
     slope = r * A[2]
-    share = tl.zeros_like(z_y) + (number(1.0, T) if SMOOTH else f[3])
+    share = number(1.0, T) if SMOOTH else number(f[3], T)
     slope_others = slope * share
     L = tl.zeros_like(z_y)
     tl.debug_barrier()  # in place: all have read the targets' logits

@@ -39,8 +39,14 @@ struct Adjustment {
         scale(T(a.formula.scale)),
         any(bias || margin || scale != 1) {}
   template <class V>
-  V operator()(V x, int64_t c) const {
+  V operator()(V x, int64_t c) const {  // a vector of rows
     return scale * (bias ? x + bias[c] : x);
+  }
+  void apply(T* z, int64_t C) const {  // a vector of classes
+    if (bias)
+      for (int64_t c = 0; c < C; ++c) z[c] = scale * (z[c] + bias[c]);
+    else if (scale != 1)
+      for (int64_t c = 0; c < C; ++c) z[c] *= scale;
   }
   T off(int64_t y) const { return margin ? scale * margin[y] : T(0); }
 };

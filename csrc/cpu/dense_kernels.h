@@ -2,13 +2,28 @@
 // their own: logits and targets are copied to memory that stays in cache, whatever their types and
 // strides, then vectors of classes.
 
+// out = the C numbers of a row in any type; those side by side in whole vectors.
 template <class T, class Q>
 void copy_as(const void* row, int64_t stride, int64_t C, T* out) {
   const Q* q = static_cast<const Q*>(row);
-  if constexpr (IS_HALF<Q>) {
-    for (int64_t j = 0; j < C; ++j) out[j] = load_one(q + j * stride);
-  } else {
-    for (int64_t j = 0; j < C; ++j) out[j] = T(q[j * stride]);
+  if constexpr (IS_HALF<Q> && std::is_same_v<T, float>)
+    if (stride == 1) return copy_row(q, out, C);
+  const auto one = [](const Q* p) {
+    if constexpr (IS_HALF<Q>) return T(load_one(p));
+    else return T(*p);
+  };
+  if (stride == 1)  // a constant: the compiler makes vectors of it
+    for (int64_t j = 0; j < C; ++j) out[j] = one(q + j);
+  else
+    for (int64_t j = 0; j < C; ++j) out[j] = one(q + j * stride);
+}
+
+// body(j) for every vector; flush() at least every CHUNK.
+template <int64_t N, class Body, class Flush>
+CB_FN void for_vectors(int64_t padded, const Body& body, const Flush& flush) {
+  for (int64_t b = 0; b < padded; b += CHUNK * N) {
+    for (int64_t j = b; j < std::min(padded, b + CHUNK * N); j += N) body(j);
+    flush();
   }
 }
 
@@ -36,18 +51,15 @@ class DenseRow : public Dense<typename Lanes<S>::T> {
   }
   void read(int64_t i) {
     const S* x = static_cast<const S*>(a.logits) + row_offset(a.logits_stride, a.K, i);
-    const int64_t stride = a.logits_stride.c;
-    if (stride == 1) {
-      for (int64_t j = 0; j < a.C; j += N)
-        store(z + j, a.C - j < N ? load_some(x + j, a.C - j) : load(x + j));
+    copy_as<T, S>(x, a.logits_stride.c, a.C, z);
+    adjustment.apply(z, a.C);
+    if (a.dense) {
+      read_targets(i);
     } else {
-      for (int64_t j = 0; j < a.C; ++j) z[j] = load_one(x + j * stride);
+      const int64_t y = a.target[i];
+      std::fill_n(t, a.C, T(0));
+      t[y] = 1, z[y] -= adjustment.off(y);
     }
-    if (adjustment.any)
-      for (int64_t j = 0; j < a.C; ++j) z[j] = adjustment(z[j], j);
-    if (a.dense) read_targets(i);
-    else
-      std::fill_n(t, a.C, T(0)), t[a.target[i]] = 1, z[a.target[i]] -= adjustment.off(a.target[i]);
     std::fill(z + a.C, z + padded, -INF<T>);
     std::fill(t + a.C, t + padded, T(0));
   }
@@ -56,18 +68,29 @@ class DenseRow : public Dense<typename Lanes<S>::T> {
                       row_offset(a.dense_stride, a.K, i) * int64_t(a.dense_size());
     const int64_t stride = a.dense_stride.c;
     switch (a.dense_type) {
-      case DType::Float64: return copy_as<T, double>(row, stride, a.C, t);
-      case DType::Float32: return copy_as<T, float>(row, stride, a.C, t);
-      case DType::BFloat16: return copy_as<T, BFloat16>(row, stride, a.C, t);
-      case DType::Float16: return copy_as<T, Float16>(row, stride, a.C, t);
-      default: return copy_as<T, bool>(row, stride, a.C, t);
+      case DType::Float64: copy_as<T, double>(row, stride, a.C, t); break;
+      case DType::Float32: copy_as<T, float>(row, stride, a.C, t); break;
+      case DType::BFloat16: copy_as<T, BFloat16>(row, stride, a.C, t); break;
+      case DType::Float16: copy_as<T, Float16>(row, stride, a.C, t); break;
+      default: copy_as<T, bool>(row, stride, a.C, t);
     }
+    std::fill(t + a.C, t + padded, T(0));
   }
   // The mean weight of the labels; 1 without labels.
   T label_weight(const T* weight) const {
-    double sum = 0, weighted_sum = 0;
-    for (int64_t j = 0; j < a.C; ++j) sum += t[j], weighted_sum += double(t[j]) * weight[j];
-    return sum != 0 ? T(weighted_sum / sum) : T(1);
+    V labels{}, weights{};
+    DoubleLanes<V> all_labels, all_weights;
+    for_vectors<N>(
+        padded,
+        [&](int64_t j) __attribute__((always_inline)) {
+          const V t_j = load(t + j);
+          labels += t_j, weights += t_j * load_up_to(weight + j, a.C - j);
+        },
+        [&]() __attribute__((always_inline)) {
+          all_labels.add(labels), all_weights.add(weights), labels = weights = V{};
+        });
+    const double sum = all_labels.sum();
+    return sum != 0 ? T(all_weights.sum() / sum) : T(1);
   }
   void store_gradient(int64_t i) const {  // which is where z was
     S* g = static_cast<S*>(a.grad) + row_offset(a.grad_stride, a.K, i);
@@ -79,21 +102,11 @@ class DenseRow : public Dense<typename Lanes<S>::T> {
   }
 };
 
-// body(j) for every vector; flush() at least every CHUNK.
-template <int64_t N, class Body, class Flush>
-CB_FN void for_vectors(int64_t padded, const Body& body, const Flush& flush) {
-  for (int64_t b = 0; b < padded; b += CHUNK * N) {
-    for (int64_t j = b; j < std::min(padded, b + CHUNK * N); j += N) body(j);
-    flush();
-  }
-}
-
 // Softmax: the largest logit is left out of the sums, as a class index is elsewhere.
-template <class S, Mode MODE>
-CB_ROW double dense_softmax(const Rows& a, const Dense<S>& row, S r) {
-  using V = typename Lanes<S>::V;
-  using T = typename Lanes<S>::T;
-  constexpr int64_t N = Lanes<S>::N;
+template <class T, Mode MODE>
+CB_ROW double dense_softmax(const Rows& a, const Dense<T>& row, T r) {
+  using V = typename Lanes<T>::V;
+  constexpr int64_t N = Lanes<T>::N;
   const Numbers<T> f = numbers<T>(a.formula);
   T *z = row.z, *t = row.t;
   V top = V{} - LARGEST<T>;
@@ -108,22 +121,22 @@ CB_ROW double dense_softmax(const Rows& a, const Dense<S>& row, S r) {
   const int64_t at = std::find(z, z + a.C, M) - z, y = at < a.C ? at : 0;
   const T D = f.eps != 0 ? T(sum_below(z, a.C, M)) : T(0), t_y = t[y];
   z[y] = at < a.C ? -INF<T> : T(NAN), t[y] = 0;
-  V lanes_R{}, lanes_B{}, lanes_T{};
+  V lanes_R{}, lanes_B{}, lanes_W{};
   DoubleLanes<V> R, B, others;
   for_vectors<N>(
       row.padded,
       [&](int64_t j) __attribute__((always_inline)) {
         const V below = load(z + j) - M, e = exp(below), t_j = load(t + j);
-        lanes_R += e, lanes_T += t_j, lanes_B += t_j == V{} ? V{} : t_j * below;
+        lanes_R += e, lanes_W += t_j, lanes_B += t_j == V{} ? V{} : t_j * below;
         if constexpr (MODE != Mode::LOSS) store(z + j, e);
       },
       [&]() __attribute__((always_inline)) {
-        R.add(lanes_R), B.add(lanes_B), others.add(lanes_T);
-        lanes_R = lanes_B = lanes_T = V{};
+        R.add(lanes_R), B.add(lanes_B), others.add(lanes_W);
+        lanes_R = lanes_B = lanes_W = V{};
       });
-  const T T_others = T(others.sum());
+  const T W_others = T(others.sum());
   const SoftRow<V> s =
-      soft_row<V, T>(V{} + T(R.sum()), V{} + r, V{} + (T_others + t_y), V{} + T_others,
+      soft_row<V, T>(V{} + T(R.sum()), V{} + r, V{} + (W_others + t_y), V{} + W_others,
                      V{} + T(B.sum()), V{} + D, T(a.C), V{} + largest_z, f);
   if constexpr (MODE != Mode::LOSS) {
     for (int64_t j = 0; j < row.padded; j += N)
@@ -133,38 +146,31 @@ CB_ROW double dense_softmax(const Rows& a, const Dense<S>& row, S r) {
   return double(lane(s.loss, 0));
 }
 
-template <class S, Mode MODE, Gamma G>
-CB_ROW double dense_sigmoid(const Rows& a, const Dense<S>& row, S r) {
-  using V = typename Lanes<S>::V;
-  using T = typename Lanes<S>::T;
-  constexpr int64_t N = Lanes<S>::N;
+template <class T, Mode MODE, Gamma G>
+CB_ROW double dense_sigmoid(const Rows& a, const Dense<T>& row, T r) {
+  using V = typename Lanes<T>::V;
+  constexpr int64_t N = Lanes<T>::N;
   const Numbers<T> f = numbers<T>(a.formula);
   const T* weight = a.formula.per_class ? static_cast<const T*>(a.weight) : nullptr;
-  const T keep = 1 - f.eps, uniform = f.eps / T(a.C), slope = r * f.scale, far = T(1e30);
-  const V one = constant<V>(1);
+  const T keep = 1 - f.eps, uniform = f.eps / T(a.C), slope = r * f.scale;
   DoubleLanes<V> total;
-  LossSum<G, true, IS_HALF<S>, V> sum_L;
+  LossSum<G, true, false, V> sum_L;
   for_vectors<N>(
       row.padded,
       [&](int64_t j) __attribute__((always_inline)) {
         const int64_t n = a.C - j;
-        const V t = keep * load(row.t + j) + uniform;
-        V z = load(row.z + j);  // what has no part in the loss must be finite: 0 * inf is NaN
-        z = t == V{} ? max(V{} - far, z) : z;
-        z = t == one ? min(V{} + far, z) : z;
+        const V z = load(row.z + j), smoothed = keep * load(row.t + j) + uniform;
+        const V t = n < N ? (outside(z, n, -1) ? V{} : smoothed) : smoothed;  // -inf and 0: no loss
         V g;
-        if (weight) {
-          const V w = n < N ? load_some(weight + j, n) : load(weight + j);
-          const Element<V> e = mixed<Gamma::GENERAL, IS_HALF<S>>(z, t, f);
-          const V L = weighted(w, e.L);
-          sum_L.L += n < N && uniform != 0 ? (outside(z, n, -1) ? V{} : L) : L;
-          g = w * e.g;
-        } else if constexpr (G == Gamma::ZERO) {
-          const V missed = outside(z, n, -1) ? V{} : t * max(V{}, -z);
-          sum_L.softplus.linear += (one - t) * max(V{}, z) + missed;
-          g = sum_L.softplus.multiply(z, t);
+        if constexpr (G == Gamma::ZERO) {
+          g = sum_L.softplus.add(z, t);
         } else {
-          g = sum_L.add(z, t, f, [&] { return outside(z, n, -1); });
+          Element<V> e = mixed<G, false>(z, t, f);
+          if (weight) {
+            const V w = load_up_to(weight + j, n);
+            e.L = weighted(w, e.L), e.g = w * e.g;
+          }
+          sum_L.L += e.L, g = e.g;
         }
         if constexpr (MODE != Mode::LOSS) store(row.z + j, slope * g);
       },

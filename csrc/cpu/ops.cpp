@@ -165,10 +165,9 @@ const T* finite(const OptionalTensor& t, int64_t numel, const char* name) {
 
 template <class T>
 double denominator(Reduction reduction, const OptionalTensor& normalizer, const RowWeights& p) {
-  if (!normalizer) {
-    if (reduction == Reduction::WEIGHTED_MEAN) return p.total;
-    return reduction == Reduction::MEAN ? p.kept : 1;
-  }
+  if (reduction == Reduction::WEIGHTED_MEAN) return p.total;
+  if (reduction != Reduction::MEAN) return 1;
+  if (!normalizer) return p.kept;
   const double value = *static_cast<const T*>(normalizer->const_data_ptr());
   require(value > 0 && value < INFINITY, "normalizer must be positive and finite, got ", value);
   return value;
@@ -295,7 +294,7 @@ void set_saved(Rows& a, const Tensor& saved, Family family, const Shape& shape) 
 template <class T>
 void run_loss(const Tensor& logits, const Inputs<T>& in, Family family, const Shape& shape, Rows a,
               const Tensor& loss, const OptionalTensor& grad, const OptionalTensor& saved) {
-  const bool vector = in.reduction == Reduction::NONE;
+  const bool vector = loss.dim() > 0;
   check_vector(loss, in.DTYPE, vector ? shape.rows : 1, "loss");
   if (grad) set_grad(a, *grad, logits);
   const std::unique_ptr<T[]> own(new T[shape.rows]);
@@ -316,42 +315,37 @@ void run_loss(const Tensor& logits, const Inputs<T>& in, Family family, const Sh
 }
 
 void loss(Tensor logits, Tensor target, OptionalTensor weight, OptionalTensor sample_weight,
-          OptionalTensor normalizer, OptionalTensor logit_bias, OptionalTensor margin, bool sigmoid,
-          double gamma, double gamma_neg, double alpha, double alpha_neg, double clip,
-          double label_smoothing, double z_loss, double logit_scale, bool per_class,
-          std::optional<int64_t> ignore_index, int64_t reduction, Tensor loss, OptionalTensor grad,
-          OptionalTensor saved) {
+          OptionalTensor normalizer, OptionalTensor logit_bias, OptionalTensor margin,
+          std::vector<double> numbers, std::optional<int64_t> ignore_index, int64_t reduction,
+          Tensor loss, OptionalTensor grad, OptionalTensor saved) {
   const Shape shape(logits);
-  const Formula formula{sigmoid, gamma,           gamma_neg, alpha,       alpha_neg,
-                        clip,    label_smoothing, z_loss,    logit_scale, per_class};
+  const Formula formula = formula_of(numbers);
   const auto run = [&](auto t) {
     using T = decltype(t);
     const Inputs<T> in{target,     weight,       sample_weight,
                        normalizer, ignore_index, reduction_of(reduction)};
     const Rows a = rows_of<T>(logits, target, logit_bias, margin, shape, formula);
-    run_loss(logits, in, family_of(sigmoid), shape, a, loss, grad, saved);
+    run_loss(logits, in, family_of(formula.sigmoid), shape, a, loss, grad, saved);
   };
   if (dtype_of(logits) == DType::Float64) run(double());
   else run(float());
 }
 
 void gradient(Tensor logits, Tensor target, OptionalTensor weight, OptionalTensor logit_bias,
-              OptionalTensor margin, Tensor saved, Tensor grad_loss, bool sigmoid, double gamma,
-              double gamma_neg, double alpha, double alpha_neg, double clip, double label_smoothing,
-              double z_loss, double logit_scale, bool per_class, Tensor grad) {
+              OptionalTensor margin, Tensor saved, Tensor grad_loss, std::vector<double> numbers,
+              Tensor grad) {
   const Shape shape(logits);
-  const Formula formula{sigmoid, gamma,           gamma_neg, alpha,       alpha_neg,
-                        clip,    label_smoothing, z_loss,    logit_scale, per_class};
-  const Family family = family_of(sigmoid);
+  const Formula formula = formula_of(numbers);
+  const Family family = family_of(formula.sigmoid);
   const bool f64 = dtype_of(logits) == DType::Float64;
   Rows a = f64 ? rows_of<double>(logits, target, logit_bias, margin, shape, formula)
                : rows_of<float>(logits, target, logit_bias, margin, shape, formula);
   set_grad(a, grad, logits);
   const auto dtype = f64 ? ScalarType::Double : ScalarType::Float;
-  check_vector(saved, dtype, saved_rows(sigmoid) * shape.rows, "saved");
+  check_vector(saved, dtype, saved_rows(formula.sigmoid) * shape.rows, "saved");
   set_saved(a, saved, family, shape);
   a.scale = saved.mutable_data_ptr();
-  if (per_class && weight)
+  if (formula.per_class && weight)
     a.weight = f64 ? static_cast<const void*>(data<double>(weight, shape.C, "weight"))
                    : data<float>(weight, shape.C, "weight");
   a.grad_loss_per_row = grad_loss.dim() > 0;

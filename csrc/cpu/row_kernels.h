@@ -59,6 +59,20 @@ double sum_below(const S* x, int64_t C, T M) {
   return D;
 }
 
+// The first n of a vector, 0 beyond; n may be more than there are lanes.
+template <class S>
+CB_FN auto load_up_to(const S* p, int64_t n) {
+  return n < Lanes<S>::N ? load_some(p, n) : load(p);
+}
+
+// to = from, of another type.
+template <class S, class Q>
+void copy_row(const S* from, Q* to, int64_t C) {
+  constexpr int64_t N = Lanes<S>::N;
+  for (int64_t j = 0; j < C; j += N)
+    store_n(to + j, load_up_to(from + j, C - j), std::min(C - j, N));
+}
+
 // A row of x as it is or, adjusted, in memory of its own: it stays in cache for the passes to come.
 template <class S>
 class AdjustedRow {
@@ -72,27 +86,12 @@ class AdjustedRow {
       : adjustment(a), C(a.C), z(adjustment.any ? new T[C] : nullptr) {}
   bool any() const { return adjustment.any; }
   const T* operator()(const S* x, int64_t y) {
-    constexpr int64_t N = Lanes<S>::N;
-    const T *bias = adjustment.bias, scale = adjustment.scale;
-    for (int64_t j = 0; j < C; j += N) {
-      const int64_t n = std::min(C - j, N);
-      auto v = n == N ? load(x + j) : load_some(x + j, n);
-      if (bias) v += n == N ? load(bias + j) : load_some(bias + j, n);
-      store_n(z.get() + j, scale * v, n);
-    }
+    copy_row(x, z.get(), C);
+    adjustment.apply(z.get(), C);
     z[y] -= adjustment.off(y);
     return z.get();
   }
 };
-
-template <class S, class T>
-void narrow_row(const T* from, S* to, int64_t C) {
-  constexpr int64_t N = Lanes<S>::N;
-  for (int64_t j = 0; j < C; j += N) {
-    const int64_t n = std::min(C - j, N);
-    store_n(to + j, n == N ? load(from + j) : load_some(from + j, n), n);
-  }
-}
 
 // Not inlined: adjusted rows of half types take the code of float rows.
 #define CB_ROW __attribute__((noinline))
@@ -178,7 +177,7 @@ void softmax_rows(const Rows& a, int64_t begin, int64_t end) {
       softmax_one_row<S, MODE>(a, i, adjusted(x, y), y, r, g, scratch.get());
     } else {
       softmax_one_row<T, MODE>(a, i, adjusted(x, y), y, r, scratch.get(), scratch.get());
-      if constexpr (MODE != Mode::LOSS) narrow_row(scratch.get(), g, a.C);
+      if constexpr (MODE != Mode::LOSS) copy_row(scratch.get(), g, a.C);
     }
   }
 }
@@ -230,7 +229,7 @@ void sigmoid_rows(const Rows& a, int64_t begin, int64_t end) {
       sigmoid_one_row<S, MODE, G, SMOOTH>(a, i, adjusted(x, y), y, r, g);
     } else {
       sigmoid_one_row<T, MODE, G, SMOOTH>(a, i, adjusted(x, y), y, r, scratch.get());
-      if constexpr (MODE != Mode::LOSS) narrow_row(scratch.get(), g, a.C);
+      if constexpr (MODE != Mode::LOSS) copy_row(scratch.get(), g, a.C);
     }
   }
 }

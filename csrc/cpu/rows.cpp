@@ -38,15 +38,15 @@ RowKernel sigmoid_kernel(bool rows) {
 
 template <class S, Mode MODE>
 RowKernel find_kernel(Family family, const Rows& a) {
+  const Formula& f = a.formula;
+  if (a.dense || f.per_class) {
+    if (family == Family::SOFTMAX) return softmax_dense<S, MODE>;
+    return f.gamma == 0 && f.plain() && !f.per_class ? sigmoid_dense<S, MODE, Gamma::ZERO>
+                                                     : sigmoid_dense<S, MODE, Gamma::GENERAL>;
+  }
   const bool rows =
       a.C >= FEW_CLASSES && a.logits_stride.c == 1 && (MODE == Mode::LOSS || a.grad_stride.c == 1);
-  if (a.dense || a.formula.per_class) {
-    if (family == Family::SOFTMAX) return softmax_dense<S, MODE>;
-    const bool zero = a.formula.gamma == 0 && a.formula.plain() && !a.formula.per_class;
-    return zero ? sigmoid_dense<S, MODE, Gamma::ZERO> : sigmoid_dense<S, MODE, Gamma::GENERAL>;
-  }
   if (family == Family::SOFTMAX) return rows ? softmax_rows<S, MODE> : softmax_tiles<S, MODE>;
-  const Formula& f = a.formula;
   if (f.eps != 0)  // not worth code of its own for each gamma
     return f.gamma == 0 && f.plain() ? sigmoid_kernel<S, MODE, Gamma::ZERO, true>(rows)
                                      : sigmoid_kernel<S, MODE, Gamma::GENERAL, true>(rows);

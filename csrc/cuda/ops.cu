@@ -91,6 +91,7 @@ void* buffer(const OptionalTensor& t, const Tensor& logits, int64_t numel, const
 cbloss::Call call_of(const Tensor& logits, const Tensor& target, const OptionalTensor& logit_bias,
                      const OptionalTensor& margin, const Shape& shape, const Formula& formula) {
   check_vector(target, ScalarType::Long, shape.rows, "target");
+  require(!formula.per_class, "the CUDA kernels have no weights of classes: Triton's have");
   constexpr int64_t MOST = INT32_MAX - 4096;  // so that no step past the end wraps around
   require(shape.rows <= MOST && shape.C <= MOST, "the CUDA kernels take at most ", MOST,
           " rows and classes, got ", shape.rows, " and ", shape.C);
@@ -113,26 +114,23 @@ void set_grad(cbloss::Call& call, const Tensor& grad, const Tensor& logits) {
 }
 
 void loss(Tensor logits, Tensor target, OptionalTensor weight, OptionalTensor sample_weight,
-          OptionalTensor normalizer, OptionalTensor logit_bias, OptionalTensor margin, bool sigmoid,
-          double gamma, double gamma_neg, double alpha, double alpha_neg, double clip,
-          double label_smoothing, double z_loss, double logit_scale, bool per_class,
-          std::optional<int64_t> ignore_index, int64_t reduction, Tensor loss, OptionalTensor grad,
-          OptionalTensor saved) {
+          OptionalTensor normalizer, OptionalTensor logit_bias, OptionalTensor margin,
+          std::vector<double> numbers, std::optional<int64_t> ignore_index, int64_t reduction,
+          Tensor loss, OptionalTensor grad, OptionalTensor saved) {
   const Shape shape(logits);
-  const Formula formula{sigmoid, gamma,           gamma_neg, alpha,       alpha_neg,
-                        clip,    label_smoothing, z_loss,    logit_scale, per_class};
+  const Formula formula = formula_of(numbers);
   cbloss::Call call = call_of(logits, target, logit_bias, margin, shape, formula);
   call.weight = input(weight, logits, shape.C, "weight");
   call.sample_weight = input(sample_weight, logits, shape.rows, "sample_weight");
   call.normalizer = input(normalizer, logits, 1, "normalizer");
   call.ignore = ignore_index.has_value(), call.ignored = ignore_index.value_or(0);
   call.reduction = reduction_of(reduction);
-  const bool per_row = call.reduction == Reduction::NONE;
-  call.loss = buffer(loss, logits, per_row ? shape.rows : 1, "loss");
-  call.saved = buffer(saved, logits, saved_rows(sigmoid) * shape.rows, "saved");
+  call.loss_per_row = loss.dim() > 0;
+  call.loss = buffer(loss, logits, call.loss_per_row ? shape.rows : 1, "loss");
+  call.saved = buffer(saved, logits, saved_rows(formula.sigmoid) * shape.rows, "saved");
   if (grad) set_grad(call, *grad, logits);
   if (shape.rows == 0) {
-    if (!per_row) torch::stable::fill_(loss, 0);
+    if (!call.loss_per_row) torch::stable::fill_(loss, 0);
     return;
   }
   const Current current(logits);
@@ -145,15 +143,13 @@ void loss(Tensor logits, Tensor target, OptionalTensor weight, OptionalTensor sa
 }
 
 void gradient(Tensor logits, Tensor target, OptionalTensor /*weight*/, OptionalTensor logit_bias,
-              OptionalTensor margin, Tensor saved, Tensor grad_loss, bool sigmoid, double gamma,
-              double gamma_neg, double alpha, double alpha_neg, double clip, double label_smoothing,
-              double z_loss, double logit_scale, bool per_class, Tensor grad) {
+              OptionalTensor margin, Tensor saved, Tensor grad_loss, std::vector<double> numbers,
+              Tensor grad) {
   const Shape shape(logits);
-  const Formula formula{sigmoid, gamma,           gamma_neg, alpha,       alpha_neg,
-                        clip,    label_smoothing, z_loss,    logit_scale, per_class};
+  const Formula formula = formula_of(numbers);
   cbloss::Call call = call_of(logits, target, logit_bias, margin, shape, formula);
   set_grad(call, grad, logits);
-  call.saved = buffer(saved, logits, saved_rows(sigmoid) * shape.rows, "saved");
+  call.saved = buffer(saved, logits, saved_rows(formula.sigmoid) * shape.rows, "saved");
   call.grad_loss_per_row = grad_loss.dim() > 0;
   call.grad_loss = input(grad_loss, logits, call.grad_loss_per_row ? shape.rows : 1, "grad_loss");
   if (shape.rows == 0) return;

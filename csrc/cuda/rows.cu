@@ -158,7 +158,7 @@ struct Scratch {
     if ((c.reduction == Reduction::MEAN && c.ignore && !c.normalizer) ||
         (c.reduction == Reduction::WEIGHTED_MEAN && (c.ignore || weights)))
       denominators = std::min(MOST_PARTS, ceil_div(c.rows, SHARE));
-    const bool per_row = c.reduction == Reduction::NONE;
+    const bool per_row = c.loss_per_row;
     if (plan.tiles) losses = per_row ? 0 : ceil_div(c.rows, TILE);
     else if (c.formula.sigmoid) losses = per_row && plan.splits == 1 ? 0 : c.rows * plan.splits;
     else losses = per_row ? 0 : c.rows;
@@ -192,7 +192,7 @@ cudaError_t loss<S>(const Call& c, const Device& device,
   a.loss = s.losses ? scratch + s.denominators : out;
   a.maxima = s.maxima ? scratch + s.denominators + s.losses : nullptr;
   a.span = plan.span;
-  const bool per_row = c.reduction == Reduction::NONE;
+  const bool per_row = c.loss_per_row;
   const cudaError_t error = row_kernel(a, plan, c, per_row, device);
   if (error || !s.losses) return error;
   const int sums = per_row ? a.rows : 1;

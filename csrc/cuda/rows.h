@@ -24,7 +24,8 @@ struct Call {
   bool ignore;
   int64_t ignored;
   Reduction reduction;
-  void* loss;  // T[1], T[rows] for NONE
+  void* loss;  // T[1], or T[rows] if loss_per_row
+  bool loss_per_row;
   // Of a recomputing backward
   const void* grad_loss;  // T[1], or T[rows] if grad_loss_per_row
   bool grad_loss_per_row;

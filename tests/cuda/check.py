@@ -149,7 +149,8 @@ def run(case: Case, library: ctypes.CDLL) -> None:
         x[1, draw.randrange(case.C)] = draw.choice((float("nan"), -float("inf")))
     reduced = ("none", "mean", "weighted_mean", "sum")[reduction]
     exact = Inputs(y, *(None if v is None else v.double() for v in options))
-    want, slope, _ = reference.loss_and_grad(x.double(), exact, numbers, ignore, reduced)
+    losses, slope, _ = reference.loss_and_grad(x.double(), exact, numbers, ignore, reduced)
+    want = losses if reduced == "none" else losses.sum()
 
     def inner(t: Tensor) -> Tensor:
         return t if K == 1 else t.view(N // K, K, case.C).transpose(1, 2)
@@ -164,7 +165,7 @@ def run(case: Case, library: ctypes.CDLL) -> None:
     source = grad if in_place else logits
     operator, again = ops.losses["cuda"], ops.gradients["cuda"]
     operator(
-        inner(source), target, *vectors, *numbers, ignore, reduction, loss, inner(grad), None
+        inner(source), target, *vectors, numbers, ignore, reduction, loss, inner(grad), None
     )  # fmt: skip
     check(case, "loss", loss, want, TOLERANCE[case.dtype][0], want.abs())
     # With smoothing eps p and eps / C may cancel: what is left is relative to these.
@@ -173,12 +174,12 @@ def run(case: Case, library: ctypes.CDLL) -> None:
 
     saved = memory.copy(nan.expand(1 if case.sigmoid else 3, N).contiguous())
     loss.fill_(float("nan"))
-    operator(inner(logits), target, *vectors, *numbers, ignore, reduction, loss, None, saved)
+    operator(inner(logits), target, *vectors, numbers, ignore, reduction, loss, None, saved)
     check(case, "loss alone", loss, want, TOLERANCE[case.dtype][0], want.abs())
     incoming = memory.copy(torch.full(want.shape, 2.0, dtype=compute))
     source = memory.copy(x)
     grad = source if in_place else memory.copy(torch.full_like(x, float("nan")))
-    again(inner(source), target, None, *vectors[3:], saved, incoming, *numbers, inner(grad))
+    again(inner(source), target, None, *vectors[3:], saved, incoming, numbers, inner(grad))
     check(case, "recomputed", grad, 2 * slope, TOLERANCE[case.dtype][1], 2 * largest)
     assert torch.equal(logits.nan_to_num(), x.nan_to_num()), f"{case}: the logits were changed"
     memory.free()
