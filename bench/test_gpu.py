@@ -11,7 +11,7 @@ import torch
 
 from cbloss_fused import cuda, kernels, ops
 
-from . import gpu, gpu_table
+from . import gpu, gpu_cases, gpu_table
 from .launch_cost import emulated
 
 
@@ -42,7 +42,7 @@ def test_dry_run(tmp_path: Path, one_thread: None, name: str) -> None:
     assert gpu.main(["--device", "cpu", "--quick", "--json", str(path)]) == 0
     result = json.loads(path.read_text())
     assert {"date", "command", "gpu", "driver", "cuda", "torch", "triton", "seconds"} <= set(result)
-    assert result["skipped"] == [] and len(result["rows"]) == 2 * len(gpu.QUICK)
+    assert result["skipped"] == [] and len(result["rows"]) == 2 * len(gpu_cases.QUICK)
     for row in result["rows"]:
         assert {"shape", "dtype", "activation", "gamma", "passes", "contestants"} == set(row)
         assert {"fused", name, "copy", "eager reference"} <= set(row["contestants"])
@@ -58,21 +58,24 @@ def test_budget_ends_the_run(tmp_path: Path) -> None:
     path = tmp_path / "none.json"
     assert gpu.main(["--device", "cpu", "--quick", "--budget", "0", "--json", str(path)]) == 1
     result = json.loads(path.read_text())
-    assert result["rows"] == [] and len(result["skipped"]) == len(gpu.QUICK)
+    assert result["rows"] == [] and len(result["skipped"]) == len(gpu_cases.QUICK)
 
 
 @pytest.mark.parametrize("preferred, other", [("cuda", "triton"), ("triton", "cuda")])
 def test_who_takes_part(monkeypatch: pytest.MonkeyPatch, preferred: str, other: str) -> None:
     """On a GPU every backend that is there, the default's first."""
-    case, device = gpu.COMPILED[0], torch.device("cuda")
+    case, device = gpu_cases.COMPILED[0], torch.device("cuda")
     monkeypatch.setattr(ops, "PREFERRED", preferred)
     monkeypatch.setattr(cuda, "device", "cuda")
     monkeypatch.setattr(kernels, "available", True)
-    assert [c.name for c in gpu.fused(case, device)] == [f"fused {preferred}", f"fused {other}"]
+    assert [c.name for c in gpu_cases.fused(case, device)] == [
+        f"fused {preferred}",
+        f"fused {other}",
+    ]
     monkeypatch.setattr(cuda, "device", None)
-    assert [c.name for c in gpu.fused(case, device)] == ["fused triton"]
+    assert [c.name for c in gpu_cases.fused(case, device)] == ["fused triton"]
     monkeypatch.setattr(kernels, "available", False)
-    assert [c.name for c in gpu.fused(case, device)] == ["fused"]
+    assert [c.name for c in gpu_cases.fused(case, device)] == ["fused"]
 
 
 def test_table_of_two_backends() -> None:
@@ -83,7 +86,7 @@ def test_table_of_two_backends() -> None:
         name: {"outcome": None, "median_ms": each, "host_us": each}
         for name, each in (ms | weighted).items()
     }
-    case = gpu.COMPILED[0]
+    case = gpu_cases.COMPILED[0]
     rows = [gpu.as_row(case, title, results) for title in (gpu_table.TRAIN, gpu_table.GRAPH)]
     even = gpu.as_row(case._replace(shape=gpu_table.EVEN), gpu_table.TRAIN, results)
     line = gpu_table.cells(rows[0], rows)

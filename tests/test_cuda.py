@@ -114,8 +114,9 @@ def test_the_operator_refuses_what_would_leave_its_buffers(emulated):
         torch.ops.cbloss_fused._scale(torch.ones(8), torch.tensor(2.0), 9)
     x, y = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
     arguments = (x, *Inputs(y), formula(), None, 1)
-    with pytest.raises(ValueError, match="loss must be 1 contiguous"):
-        ops.losses["cuda"](*arguments, torch.zeros(2), None, None)
+    for loss, wanted in ((torch.zeros(3), 2), (torch.zeros((), dtype=torch.float64), 1)):
+        with pytest.raises(ValueError, match=f"loss must be {wanted} contiguous"):
+            ops.losses["cuda"](*arguments, loss, None, None)
     with pytest.raises(ValueError, match="grad must have the shape"):
         ops.losses["cuda"](*arguments, torch.zeros(()), torch.zeros(2, 2), None)
 
