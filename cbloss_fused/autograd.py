@@ -48,25 +48,18 @@ class StoredGradient(torch.autograd.Function):
 
 
 class StoredGradientAndStats(StoredGradient):
-    """The same, and (4, C) statistics of the classes from what the pass leaves."""
+    """The same, and (4, C) statistics of the classes."""
 
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, logits: Tensor, inputs: Inputs, spec: Spec
     ) -> tuple[Tensor, Tensor]:
-        target, _, _, _, logit_bias, margin = inputs
-        formula, ignore_index = spec.formula, spec.ignore_index
-        grad, saved = ops.new_grad(logits), ops.new_saved(logits, formula.sigmoid)
-        losses, loss = (ops.new_loss(logits, target, per_row) for per_row in (0, 1))
-        ops.run_loss(logits, inputs, spec, losses, grad, saved)
-        stats = loss.new_empty(4, logits.shape[1])
-        ops.class_stats(
-            logits, target, logit_bias, margin, losses, grad, saved, formula, ignore_index,
-            stats, loss,
-        )  # fmt: skip
+        grad = ops.new_grad(logits)
+        loss, stats = ops.run_loss_and_stats(logits, inputs, spec, grad)
         ctx.save_for_backward(grad)
         ctx.inplace = False
         ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)  # no zeros for stats
         return loss, stats
 
     @staticmethod
@@ -110,14 +103,14 @@ class RecomputedGradient(torch.autograd.Function):
 
 def stored_gradient(logits: Tensor, inputs: Inputs, spec: Spec) -> Tensor:
     """The loss, its gradient computed along with it."""
-    if is_compiling():
-        return StoredGradient.apply(logits, inputs, spec)  # type: ignore[no-untyped-call]
-    return _apply_stored(logits, inputs, spec)
+    apply = StoredGradient.apply if is_compiling() else _apply_stored
+    return apply(logits, inputs, spec)
 
 
 def stored_gradient_and_stats(logits: Tensor, inputs: Inputs, spec: Spec) -> tuple[Tensor, Tensor]:
-    """The loss and statistics (4, C) of its classes, see `stats.class_stats`."""
-    return StoredGradientAndStats.apply(logits, inputs, spec)  # type: ignore[no-untyped-call]
+    """The loss and statistics (4, C) of its classes, see stats.py."""
+    apply = StoredGradientAndStats.apply if is_compiling() else _apply_stored_and_stats
+    return apply(logits, inputs, spec)
 
 
 def recomputed_gradient(logits: Tensor, inputs: Inputs, spec: Spec) -> Tensor:
@@ -127,6 +120,7 @@ def recomputed_gradient(logits: Tensor, inputs: Inputs, spec: Spec) -> Tensor:
 
 # Function.apply without its Python wrapper, 3 us that look for functorch: spec.py has looked.
 _apply_stored: Any = super(torch.autograd.Function, StoredGradient).apply
+_apply_stored_and_stats: Any = super(torch.autograd.Function, StoredGradientAndStats).apply
 
 
 def _refuse_double_backward() -> None:

@@ -152,7 +152,7 @@ def class_balanced_loss(
     options = spec.Spec(formula, ignore_index, REDUCTIONS.index(reduction), inplace, backend)
     if return_stats:
         loss, stats = stored_gradient_and_stats(input, inputs, options)
-        return loss, ClassStats(*stats)
+        return loss, ClassStats(*stats.unbind())  # iterating takes five times as long
     if not input.requires_grad or not torch.is_grad_enabled():
         loss = ops.new_loss(input, inputs.target, options.reduction)
         ops.run_loss(input, inputs, options, loss, None, None)

@@ -4,7 +4,7 @@ loss fills its buffers, which the caller allocates:
     loss   0-d, or a loss a row, whatever the reduction divides by
     grad   like logits: the gradient of the loss (for reduction "none": of the sum); or None
     saved  (1, rows) or, for softmax, (3, rows): scale, M, R, for gradient; or None
-_class_stats sums what these hold by class, (4, C), and adds up the row losses.
+_loss_and_stats, on the CPU, has stats (4, C) in the place of saved: sums by class, see stats.py.
 Where a device has no kernel, the reference computes both.
 """
 
@@ -25,13 +25,14 @@ from . import cuda, kernels, reference
 from .call import REDUCTIONS, Formula, Inputs, is_dense
 from .reference import compute_dtype
 from .spec import Spec, check_values
-from .stats import class_stats as eager_class_stats
+from .stats import class_stats
 
-_LOSS = (
-    "(Tensor logits, Tensor target, Tensor? weight, Tensor? sample_weight, Tensor? normalizer, "
+_CALL = (
+    "Tensor logits, Tensor target, Tensor? weight, Tensor? sample_weight, Tensor? normalizer, "
     "Tensor? logit_bias, Tensor? margin, float[] formula, int? ignore_index, int reduction, "
-    "Tensor(a!) loss, Tensor(b!)? grad, Tensor(c!)? saved) -> ()"
+    "Tensor(a!) loss"
 )
+_LOSS = f"({_CALL}, Tensor(b!)? grad, Tensor(c!)? saved) -> ()"
 _GRADIENT = (
     "(Tensor logits, Tensor target, Tensor? weight, Tensor? logit_bias, Tensor? margin, "
     "Tensor saved, Tensor grad_loss, float[] formula, Tensor(a!) grad) -> ()"
@@ -41,11 +42,7 @@ _OVERLOADS = ("", ".triton", ".cuda", ".reference")  # the device's choice; a ba
 for _overload in _OVERLOADS:
     _library.define(f"loss{_overload}{_LOSS}")
     _library.define(f"gradient{_overload}{_GRADIENT}")
-_library.define(
-    "_class_stats(Tensor logits, Tensor target, Tensor? logit_bias, Tensor? margin, Tensor losses, "
-    "Tensor grad, Tensor saved, float[] formula, int? ignore_index, Tensor(a!) stats, "
-    "Tensor(b!) loss) -> ()"
-)
+_library.define(f"_loss_and_stats({_CALL}, Tensor(b!) grad, Tensor(c!) stats) -> ()")
 _library.define("_set_isa(str name) -> str")
 _library.define("_scale(Tensor(a!) grad, Tensor grad_loss, int numel) -> ()")
 for _name in ("_cuda_architectures", "_cuda_unusable"):
@@ -203,25 +200,6 @@ def _gradient(
     grad.copy_(reference.gradient(logits, inputs, scale, incoming, Formula.of(formula)))
 
 
-def _class_stats(
-    logits: Tensor,
-    target: Tensor,
-    logit_bias: Tensor | None,
-    margin: Tensor | None,
-    losses: Tensor,
-    grad: Tensor,
-    saved: Tensor,
-    formula: Sequence[float],
-    ignore_index: int | None,
-    stats: Tensor,
-    loss: Tensor,
-) -> None:
-    """The operator _class_stats in eager PyTorch."""
-    inputs, f = Inputs(target, logit_bias=logit_bias, margin=margin), Formula.of(formula)
-    stats.copy_(eager_class_stats(logits, inputs, losses, grad, saved, f, ignore_index))
-    loss.copy_(losses.sum())
-
-
 def _triton_loss(*arguments: Any) -> None:
     if not kernels.load().loss(*arguments):
         _loss(*arguments)
@@ -238,13 +216,12 @@ PREFERRED = "cuda"
 
 # autograd.py differentiates: below it the dispatcher need not look for gradients again. They only
 # write: nothing to fake.
-for _name in ("_class_stats", *(f"{n}{o}" for n in ("loss", "gradient") for o in _OVERLOADS)):
+for _name in ("_loss_and_stats", *(f"{n}{o}" for n in ("loss", "gradient") for o in _OVERLOADS)):
     _library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
     _library.impl(_name, torch.library.fallthrough_kernel, "ADInplaceOrView")
     torch.library.register_fake(f"cbloss_fused::{_name}", lambda *_: None, lib=_library)
 _library.impl("loss", _loss, "CompositeExplicitAutograd")
 _library.impl("gradient", _gradient, "CompositeExplicitAutograd")
-_library.impl("_class_stats", _class_stats, "CompositeExplicitAutograd")
 _library.impl("loss.reference", _loss, "CompositeExplicitAutograd")
 _library.impl("gradient.reference", _gradient, "CompositeExplicitAutograd")
 if cuda.device is not None and (PREFERRED == "cuda" or not kernels.available):
@@ -258,7 +235,7 @@ if kernels.available:
 
 loss = torch.ops.cbloss_fused.loss.default
 gradient = torch.ops.cbloss_fused.gradient.default
-class_stats = torch.ops.cbloss_fused._class_stats
+loss_and_stats = None if missing else torch.ops.cbloss_fused._loss_and_stats
 # By what was asked for; None: the device's own choice.
 losses: dict[str | None, Any] = {
     None: loss,
@@ -291,6 +268,23 @@ def run_loss(
     losses[spec.backend](
         logits, *inputs, spec.formula, spec.ignore_index, spec.reduction, loss, grad, saved
     )
+
+
+def run_loss_and_stats(
+    logits: Tensor, inputs: Inputs, spec: Spec, grad: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The loss and statistics (4, C) of its classes, see stats.py; fills grad."""
+    if loss_and_stats is not None and logits.is_cpu and spec.backend in (None, "cpu"):
+        loss = new_loss(logits, inputs.target, spec.reduction)
+        stats = loss.new_empty(4, logits.shape[1])
+        loss_and_stats(
+            logits, *inputs, spec.formula, spec.ignore_index, spec.reduction, loss, grad, stats
+        )
+        return loss, stats
+    losses = new_loss(logits, inputs.target, 0)
+    saved = new_saved(logits, spec.formula.sigmoid)
+    run_loss(logits, inputs, spec, losses, grad, saved)
+    return losses.sum(), class_stats(logits, inputs, spec, losses, grad, saved)
 
 
 def _warn_once(device: str) -> None:

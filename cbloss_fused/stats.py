@@ -7,7 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .call import Formula, Inputs
+from .call import Inputs
+from .spec import Spec
 
 
 class ClassStats(NamedTuple):
@@ -30,14 +31,13 @@ class ClassStats(NamedTuple):
 
 
 def class_stats(
-    logits: Tensor, inputs: Inputs, losses: Tensor, grad: Tensor, saved: Tensor, f: Formula,
-    ignore_index: int | None,
-) -> Tensor:  # fmt: skip
+    logits: Tensor, inputs: Inputs, spec: Spec, losses: Tensor, grad: Tensor, saved: Tensor
+) -> Tensor:
     """(4, C): rows, sums of losses and of |gradient at the target|, mean p, by the target's class.
 
     losses, grad, saved: what a forward leaves, of rows by their class indices.
     """
-    C, inputs = logits.shape[1], inputs.by_row(logits)
+    C, f, inputs = logits.shape[1], spec.formula, inputs.by_row(logits)
     y = inputs.target.clamp(0, C - 1)
     at = y.unsqueeze(1)
     z_y = logits.gather(1, at).squeeze(1).to(losses.dtype)
@@ -53,8 +53,8 @@ def class_stats(
         p = e_y / (R + e_y)
     g_y = grad.gather(1, at).squeeze(1).to(losses.dtype).abs()
     added = torch.stack((torch.ones_like(p), losses.reshape(y.shape), g_y, p)).flatten(1)
-    if ignore_index is not None:
-        added = added.masked_fill(inputs.target.flatten() == ignore_index, 0.0)
+    if spec.ignore_index is not None:
+        added = added.masked_fill(inputs.target.flatten() == spec.ignore_index, 0.0)
     # One vector: of more dimensions index_add_ takes a call a row.
     into = y.flatten() + C * torch.arange(4, device=y.device).unsqueeze(1)
     sums = added.new_zeros(4 * C).index_add_(0, into.flatten(), added.flatten()).reshape(4, C)

@@ -80,14 +80,13 @@ class Backend:
             if self.fallback:
                 patch.setattr(ops, "loss", ops._loss)
                 patch.setattr(ops, "gradient", ops._gradient)
-                patch.setattr(ops, "class_stats", ops._class_stats)
+                patch.setattr(ops, "loss_and_stats", None)
                 patch.setitem(ops.losses, None, ops._loss)
                 patch.setitem(ops.gradients, None, ops._gradient)
             if self.gpu:
                 patch.setattr(ops, "loss", ops.losses[self.argument])
                 patch.setattr(ops, "gradient", ops.gradients[self.argument])
                 patch.setattr(ops, "new_grad", _co_aligned)
-                patch.setattr(ops, "class_stats", ops._class_stats)  # which a GPU takes
             if self.isa:
                 best = torch.ops.cbloss_fused._set_isa(self.isa).split()[0]
             try:

@@ -14,6 +14,7 @@
 #endif
 
 #include "rows.h"
+#include "stats.h"
 
 namespace {
 
@@ -283,52 +284,80 @@ void set_grad(Rows& a, const Tensor& grad, const Tensor& logits) {
   if (a.grad != a.logits) advise_huge_pages(grad);
 }
 
-// M and R behind scale in what a recomputing backward needs, for softmax.
-void set_saved(Rows& a, const Tensor& saved, Family family, const Shape& shape) {
-  if (family != Family::SOFTMAX) return;
-  char* M = static_cast<char*>(saved.mutable_data_ptr()) + shape.rows * saved.element_size();
-  a.M = M, a.R = M + shape.rows * saved.element_size();
+// scale and, for softmax, M and R behind it, each of so many bytes.
+void set_saved(Rows& a, void* saved, int64_t bytes) {
+  a.scale = saved;
+  if (a.formula.sigmoid) return;
+  a.M = static_cast<char*>(saved) + bytes;
+  a.R = static_cast<char*>(saved) + 2 * bytes;
 }
+
+// What a loss fills: the loss or the rows' losses, and whichever of the others there are.
+struct Outputs {
+  const Tensor& loss;
+  const OptionalTensor &grad, &saved, &stats;
+};
 
 // Prologue, row kernel, epilogue.
 template <class T>
-void run_loss(const Tensor& logits, const Inputs<T>& in, Family family, const Shape& shape, Rows a,
-              const Tensor& loss, const OptionalTensor& grad, const OptionalTensor& saved) {
-  const bool vector = loss.dim() > 0;
-  check_vector(loss, in.DTYPE, vector ? shape.rows : 1, "loss");
-  if (grad) set_grad(a, *grad, logits);
-  const std::unique_ptr<T[]> own(new T[shape.rows]);
+void run_loss(const Tensor& logits, const Inputs<T>& in, const Shape& shape, Rows a,
+              const Outputs& out) {
+  const bool vector = out.loss.dim() > 0, sigmoid = a.formula.sigmoid;
+  check_vector(out.loss, in.DTYPE, vector ? shape.rows : 1, "loss");
+  if (out.grad) set_grad(a, *out.grad, logits);
+  const std::unique_ptr<T[]> own(new T[shape.rows * (out.stats ? saved_rows(sigmoid) : 1)]);
   T* scale = own.get();
-  if (saved) {
-    check_vector(*saved, in.DTYPE, saved_rows(family == Family::SIGMOID) * shape.rows, "saved");
-    set_saved(a, *saved, family, shape);
-    scale = static_cast<T*>(saved->mutable_data_ptr());
+  if (out.saved) {
+    check_vector(*out.saved, in.DTYPE, saved_rows(sigmoid) * shape.rows, "saved");
+    scale = static_cast<T*>(out.saved->mutable_data_ptr());
   }
-  a.scale = scale;
+  if (out.stats) check_vector(*out.stats, in.DTYPE, 4 * shape.C, "stats");
+  if (out.saved || out.stats) set_saved(a, scale, shape.rows * sizeof(T));
+  else a.scale = scale;
   prologue(in, shape, dtype_of(logits), a, scale);
-  T* out = static_cast<T*>(loss.mutable_data_ptr());
-  T* row_loss = vector ? out : own.get();  // in the place of its scale: a kernel reads that first
+  T* loss = static_cast<T*>(out.loss.mutable_data_ptr());
+  T* row_loss = vector ? loss : own.get();  // in the place of its scale: a kernel reads that first
   a.loss = row_loss;
-  const Mode mode = grad ? Mode::LOSS_AND_GRAD : Mode::LOSS;
-  run_rows(isa->find(dtype_of(logits), family, mode, a), a, shape.rows);
-  if (!vector) *out = T(epilogue(row_loss, shape.rows));
+  const Mode mode = out.grad ? Mode::LOSS_AND_GRAD : Mode::LOSS;
+  run_rows(isa->find(dtype_of(logits), family_of(sigmoid), mode, a), a, shape.rows);
+  if (!vector) *loss = T(epilogue(row_loss, shape.rows));
+  if (out.stats)
+    class_stats(a, dtype_of(logits), shape.rows, in.ignore_index, out.stats->mutable_data_ptr());
+}
+
+void fill(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+          const OptionalTensor& sample_weight, const OptionalTensor& normalizer,
+          const OptionalTensor& logit_bias, const OptionalTensor& margin,
+          const std::vector<double>& numbers, std::optional<int64_t> ignore_index,
+          int64_t reduction, const Outputs& out) {
+  const Shape shape(logits);
+  const auto run = [&](auto t) {
+    using T = decltype(t);
+    const Inputs<T> in{target,     weight,       sample_weight,
+                       normalizer, ignore_index, reduction_of(reduction)};
+    const Rows a = rows_of<T>(logits, target, logit_bias, margin, shape, formula_of(numbers));
+    run_loss(logits, in, shape, a, out);
+  };
+  if (dtype_of(logits) == DType::Float64) run(double());
+  else run(float());
 }
 
 void loss(Tensor logits, Tensor target, OptionalTensor weight, OptionalTensor sample_weight,
           OptionalTensor normalizer, OptionalTensor logit_bias, OptionalTensor margin,
           std::vector<double> numbers, std::optional<int64_t> ignore_index, int64_t reduction,
           Tensor loss, OptionalTensor grad, OptionalTensor saved) {
-  const Shape shape(logits);
-  const Formula formula = formula_of(numbers);
-  const auto run = [&](auto t) {
-    using T = decltype(t);
-    const Inputs<T> in{target,     weight,       sample_weight,
-                       normalizer, ignore_index, reduction_of(reduction)};
-    const Rows a = rows_of<T>(logits, target, logit_bias, margin, shape, formula);
-    run_loss(logits, in, family_of(formula.sigmoid), shape, a, loss, grad, saved);
-  };
-  if (dtype_of(logits) == DType::Float64) run(double());
-  else run(float());
+  fill(logits, target, weight, sample_weight, normalizer, logit_bias, margin, numbers, ignore_index,
+       reduction, {loss, grad, saved, std::nullopt});
+}
+
+void loss_and_stats(Tensor logits, Tensor target, OptionalTensor weight,
+                    OptionalTensor sample_weight, OptionalTensor normalizer,
+                    OptionalTensor logit_bias, OptionalTensor margin, std::vector<double> numbers,
+                    std::optional<int64_t> ignore_index, int64_t reduction, Tensor loss,
+                    Tensor grad, Tensor stats) {
+  require(target.scalar_type() == ScalarType::Long, "statistics need class indices");
+  fill(logits, target, weight, sample_weight, normalizer, logit_bias, margin, numbers, ignore_index,
+       reduction, {loss, grad, std::nullopt, stats});
 }
 
 void gradient(Tensor logits, Tensor target, OptionalTensor weight, OptionalTensor logit_bias,
@@ -343,8 +372,7 @@ void gradient(Tensor logits, Tensor target, OptionalTensor weight, OptionalTenso
   set_grad(a, grad, logits);
   const auto dtype = f64 ? ScalarType::Double : ScalarType::Float;
   check_vector(saved, dtype, saved_rows(formula.sigmoid) * shape.rows, "saved");
-  set_saved(a, saved, family, shape);
-  a.scale = saved.mutable_data_ptr();
+  set_saved(a, saved.mutable_data_ptr(), shape.rows * saved.element_size());
   if (formula.per_class && weight)
     a.weight = f64 ? static_cast<const void*>(data<double>(weight, shape.C, "weight"))
                    : data<float>(weight, shape.C, "weight");
@@ -374,6 +402,7 @@ std::string set_isa(std::string name) {
 
 STABLE_TORCH_LIBRARY_IMPL(cbloss_fused, CPU, m) {
   m.impl("loss", TORCH_BOX(&loss));
+  m.impl("_loss_and_stats", TORCH_BOX(&loss_and_stats));
   m.impl("gradient", TORCH_BOX(&gradient));
 }
 STABLE_TORCH_LIBRARY_IMPL(cbloss_fused, CompositeExplicitAutograd, m) {

@@ -1,79 +1,62 @@
-// Statistics of the rows of each class, from what a forward leaves: losses, gradient, M and R.
+#include "stats.h"
+
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include <algorithm>
 #include <cmath>
-
-#include "../ops.h"
 
 namespace {
 
-// stats (4, C) = rows, sums of losses and of |gradient at the target|, mean p of the target, by its
-// class; loss = the sum of the losses. All in the rows' order.
 template <class S, class T>
-void by_class(const Tensor& logits, const Tensor& target, const OptionalTensor& logit_bias,
-              const OptionalTensor& margin, const Tensor& losses, const Tensor& grad,
-              const Tensor& saved, bool sigmoid, T scale, std::optional<int64_t> ignore_index,
-              const Tensor& stats, const Tensor& loss) {
-  const Shape shape(logits);
-  const int64_t rows = shape.rows, C = shape.C, K = shape.K;
-  const auto at = [&](const Tensor& t, int64_t i, int64_t y) {
-    const Strides s = strides_of(t);
-    return T(static_cast<const S*>(t.const_data_ptr())[i / K * s.n + i % K * s.k + y * s.c]);
+void by_class(const Rows& a, int64_t rows, std::optional<int64_t> ignore_index, T* stats) {
+  const Formula& f = a.formula;
+  const auto at = [&](const void* data, const Strides& s, int64_t i) {
+    const int64_t n = a.K == 1 ? i : i / a.K;  // a division costs as much as the rest
+    return T(static_cast<const S*>(data)[n * s.n + (i - n * a.K) * s.k + a.target[i] * s.c]);
   };
-  const auto data = [&](const Tensor& t, int64_t numel, const char* name) {
-    check_vector(t, sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float, numel, name);
-    return static_cast<const T*>(t.const_data_ptr());
-  };
-  check_vector(target, ScalarType::Long, rows, "target");
-  check_grad(grad, logits);
-  const int64_t* targets = static_cast<const int64_t*>(target.const_data_ptr());
-  const T* L = data(losses, rows, "losses");
-  const T* M = data(saved, saved_rows(sigmoid) * rows, "saved") + rows;
-  const T *bias = logit_bias ? data(*logit_bias, C, "logit_bias") : nullptr,
-          *margins = margin ? data(*margin, C, "margin") : nullptr;
-  data(stats, 4 * C, "stats"), data(loss, 1, "loss");
-  T* sums = static_cast<T*>(stats.mutable_data_ptr());
-  std::fill_n(sums, 4 * C, T(0));
-  double total = 0;
-  for (int64_t i = 0; i < rows; ++i) {
-    const int64_t y = targets[i];
-    total += L[i];
-    if (ignore_index && y == *ignore_index) continue;
-    require<std::out_of_range>(0 <= y && y < C, "target ", y, " is no class of ", C);
-    const T z_y =
-        scale * (at(logits, i, y) + (bias ? bias[y] : T(0)) - (margins ? margins[y] : T(0)));
-    T p;
-    if (sigmoid) {
-      p = 1 / (1 + std::exp(-z_y));
-    } else {
-      const T e_y = std::exp(z_y - M[i]);
-      p = e_y / (M[rows + i] + e_y);  // R
+  const auto of = [](const void* vector, int64_t i) { return static_cast<const T*>(vector)[i]; };
+  const int64_t C = a.C;
+  std::fill_n(stats, 4 * C, T(0));
+  // Two numbers a row, each in a cache line of its own: those of a block are loaded side by side.
+  constexpr int64_t BLOCK = 64;
+  T x[BLOCK], g[BLOCK];
+  for (int64_t begin = 0; begin < rows; begin += BLOCK) {
+    const int64_t end = std::min(rows, begin + BLOCK);
+    for (int64_t i = begin; i < end; ++i) {
+      if (ignore_index && a.target[i] == *ignore_index) continue;
+      x[i - begin] = at(a.logits, a.logits_stride, i), g[i - begin] = at(a.grad, a.grad_stride, i);
     }
-    sums[y] += 1, sums[C + y] += L[i], sums[2 * C + y] += std::fabs(at(grad, i, y));
-    sums[3 * C + y] += p;
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t y = a.target[i];
+      if (ignore_index && y == *ignore_index) continue;
+      T z = x[i - begin], p;
+      if (a.logit_bias) z += of(a.logit_bias, y);
+      if (a.margin) z -= of(a.margin, y);
+      z *= T(f.scale);
+      if (f.sigmoid) {
+        p = 1 / (1 + std::exp(-z));
+      } else {
+        const T e_y = std::exp(z - of(a.M, i));
+        p = e_y / (of(a.R, i) + e_y);
+      }
+      stats[y] += 1, stats[C + y] += of(a.loss, i), stats[2 * C + y] += std::fabs(g[i - begin]);
+      stats[3 * C + y] += p;
+    }
   }
-  for (int64_t c = 0; c < C; ++c) sums[3 * C + c] /= sums[c];  // NaN where there is no row
-  *static_cast<T*>(loss.mutable_data_ptr()) = T(total);
-}
-
-void class_stats(Tensor logits, Tensor target, OptionalTensor logit_bias, OptionalTensor margin,
-                 Tensor losses, Tensor grad, Tensor saved, std::vector<double> numbers,
-                 std::optional<int64_t> ignore_index, Tensor stats, Tensor loss) {
-  const Formula f = formula_of(numbers);
-  const auto run = [&](auto s, auto t) {
-    using T = decltype(t);
-    by_class<decltype(s), T>(logits, target, logit_bias, margin, losses, grad, saved, f.sigmoid,
-                             T(f.scale), ignore_index, stats, loss);
-  };
-  switch (logits.scalar_type()) {
-    case ScalarType::Double: return run(double(), double());
-    case ScalarType::Float: return run(float(), float());
-    case ScalarType::BFloat16: return run(c10::BFloat16(), float());
-    default: return run(c10::Half(), float());
-  }
+  for (int64_t c = 0; c < C; ++c) stats[3 * C + c] /= stats[c];  // NaN where there is no row
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(cbloss_fused, CPU, m) { m.impl("_class_stats", TORCH_BOX(&class_stats)); }
+void class_stats(const Rows& a, DType dtype, int64_t rows, std::optional<int64_t> ignore_index,
+                 void* stats) {
+  float* const single = static_cast<float*>(stats);
+  switch (dtype) {
+    case DType::Float64:
+      return by_class<double>(a, rows, ignore_index, static_cast<double*>(stats));
+    case DType::Float32: return by_class<float>(a, rows, ignore_index, single);
+    case DType::BFloat16: return by_class<c10::BFloat16>(a, rows, ignore_index, single);
+    default: return by_class<c10::Half>(a, rows, ignore_index, single);
+  }
+}
