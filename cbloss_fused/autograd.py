@@ -95,7 +95,7 @@ class RecomputedGradient(torch.autograd.Function):
         logits, *vectors, saved = ctx.saved_tensors
         grad = logits.detach() if ctx.spec.inplace else ops.new_grad(logits)
         run = ops.gradients[ctx.spec.backend]
-        run(logits, *vectors, saved, grad_loss.contiguous(), ctx.spec.formula, grad)
+        run(logits, *vectors, saved, grad_loss.contiguous(), ctx.spec.numbers, grad)
         if ctx.spec.inplace:
             torch.autograd.graph.increment_version(logits)
         return grad, None, None

@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops, reference, spec
+from . import ops, reference
+from . import spec as edge
 from .autograd import recomputed_gradient, stored_gradient, stored_gradient_and_stats
-from .call import REDUCTIONS, Formula, Inputs, is_dense
+from .call import REDUCTIONS, Inputs
+from .spec import Spec
 from .stats import ClassStats
 
 
@@ -123,60 +125,71 @@ def class_balanced_loss(
     >>> loss
     tensor(2.6000, grad_fn=<StoredGradientBackward>)
     """
-    formula = spec.check_formula(
+    formula = edge.check_formula(
         activation, gamma, gamma_neg, alpha, clip, label_smoothing, z_loss, logit_scale,
         class_weighting, reduction,
     )  # fmt: skip
-    spec.check_options(ignore_index, reduction, inplace, backend)
-    inputs = Inputs(target, weight, sample_weight, None, logit_bias, margin)
-    spec.check_tensors(input, inputs)
-    dense = is_dense(target)
+    spec = edge.check_options(formula, ignore_index, reduction, inplace, recompute, backend)
+    tensors = edge.check_tensors(input, target, weight, sample_weight, logit_bias, margin)
+    return loss_of(input, *tensors, spec, normalizer, return_stats)
+
+
+def loss_of(
+    input: Tensor, inputs: Inputs, dense: bool, spec: Spec, normalizer: float | Tensor | None,
+    return_stats: bool,
+) -> Any:  # fmt: skip
+    """`class_balanced_loss` of what is checked already: a module checks its options once."""
     if dense:
-        spec.check_dense(inputs, formula, ignore_index)
-        ignore_index = None
+        edge.check_dense(inputs, spec.formula, spec.ignore_index)
+        spec = spec._replace(ignore_index=None)
     if normalizer is not None:
-        inputs = inputs._replace(normalizer=spec.normalizer_tensor(normalizer, reduction, input))
+        divisor = edge.normalizer_tensor(normalizer, spec.reduction, input)
+        inputs = inputs._replace(normalizer=divisor)
     if return_stats:
-        spec.check_stats(dense, reduction, inplace, recompute, backend)
-    if backend == "reference":
-        return _eager_loss(input, inputs, formula, ignore_index, reduction)
-    spec.check_kernel(input, backend)
-    if inplace:
-        spec.check_inplace(input)
-    if dense or formula.per_class:
-        backend = ops.serving_classes(input, backend)
+        edge.check_stats(dense, spec)
+    if spec.backend == "reference":
+        return _eager_loss(input, inputs, spec)
+    edge.check_kernel(input, spec.backend)
+    if spec.inplace:
+        edge.check_inplace(input)
+    if dense or spec.formula.per_class:
+        spec = spec._replace(backend=ops.serving_classes(input, spec.backend))
     shape = input.shape
-    if input.dim() != 2:  # (C,) and (N, C, d1, ..., dk): the operators know (N, C) and (N, C, K)
-        input = input.unsqueeze(0) if input.dim() == 1 else input.flatten(2)
-    inputs = spec.as_operators_take(inputs, input)
-    options = spec.Spec(formula, ignore_index, REDUCTIONS.index(reduction), inplace, backend)
+    if len(shape) != 2:  # (C,) and (N, C, d1, ..., dk): the operators know (N, C) and (N, C, K)
+        input = input.unsqueeze(0) if len(shape) == 1 else input.flatten(2)
+        if dense:
+            inputs = inputs._replace(target=inputs.target.reshape(input.shape))
     if return_stats:
-        loss, stats = stored_gradient_and_stats(input, inputs, options)
+        loss, stats = stored_gradient_and_stats(input, inputs, spec)
         return loss, ClassStats(*stats.unbind())  # iterating takes five times as long
     if not input.requires_grad or not torch.is_grad_enabled():
-        loss = ops.new_loss(input, inputs.target, options.reduction)
-        ops.run_loss(input, inputs, options, loss, None, None)
-    elif recompute or reduction == "none" or (recompute is None and input.dtype is torch.float16):
-        loss = recomputed_gradient(input, inputs, options)
+        loss = ops.new_loss(input, inputs.target, spec.reduction)
+        ops.run_loss(input, inputs, spec, loss, None, None)
+    elif _recomputes(spec, input.dtype):
+        loss = recomputed_gradient(input, inputs, spec)
     else:
-        return stored_gradient(input, inputs, options)
-    if dense and reduction == "none":  # a loss a row; class indices have that shape already
+        return stored_gradient(input, inputs, spec)
+    if dense and not spec.reduction:  # a loss a row; class indices have that shape already
         loss = loss.reshape(shape[:0] if len(shape) == 1 else shape[:1] + shape[2:])
     return loss
 
 
-def _eager_loss(
-    input: Tensor, inputs: Inputs, formula: Formula, ignore_index: int | None, reduction: str
-) -> Tensor:
+def _recomputes(spec: Spec, dtype: torch.dtype) -> bool:
+    if spec.recompute is None:
+        return not spec.reduction or dtype is torch.float16
+    return spec.recompute or not spec.reduction
+
+
+def _eager_loss(input: Tensor, inputs: Inputs, spec: Spec) -> Tensor:
     if input.device.type == "cpu" and not reference.tracing():
-        spec.check_values(inputs)
+        edge.check_values(inputs)
+    numbers = spec.formula, spec.ignore_index, REDUCTIONS[spec.reduction]
     if input.dim() > 1:
-        return reference.eager_loss(input, inputs, formula, ignore_index, reduction)
+        return reference.eager_loss(input, inputs, *numbers)
     inputs = inputs._replace(target=inputs.target.unsqueeze(0))
     if inputs.sample_weight is not None:
         inputs = inputs._replace(sample_weight=inputs.sample_weight.unsqueeze(0))
-    loss = reference.eager_loss(input.unsqueeze(0), inputs, formula, ignore_index, reduction)
-    return loss.reshape(())
+    return reference.eager_loss(input.unsqueeze(0), inputs, *numbers).reshape(())
 
 
 def check_target(target: Tensor, num_classes: int, ignore_index: int | None = -100) -> None:

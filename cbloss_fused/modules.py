@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .counts import class_counts
-from .functional import class_balanced_loss
-from .spec import check_class_vector, check_formula, check_options
+from .functional import class_balanced_loss, loss_of
+from .spec import check_class_vector, check_formula, check_options, check_tensors
 from .values import Array, Vector, reals
 from .weights import beta_from_prototypes, class_balanced_weights
 
@@ -77,16 +77,15 @@ class ClassBalancedLoss(torch.nn.Module):
             "logit_scale": logit_scale,
             "class_weighting": class_weighting,
         }
-        check_formula(**formula, reduction=reduction)
-        check_options(ignore_index, reduction, inplace, backend)
-        self.options = {
-            **formula,
+        options: dict[str, Any] = {
             "ignore_index": ignore_index,
             "reduction": reduction,
             "inplace": inplace,
             "recompute": recompute,
             "backend": backend,
         }
+        self.spec = check_options(check_formula(**formula, reduction=reduction), **options)
+        self.options = formula | options  # as given
         weight = class_balanced_weights(counts, beta, empty=empty)
         for name, vector in (("logit_bias", logit_bias), ("margin", margin)):
             if vector is not None:
@@ -104,17 +103,10 @@ class ClassBalancedLoss(torch.nn.Module):
         return_stats: bool = False,
     ) -> Any:
         """The loss, or (loss, ClassStats); what changes from batch to batch comes here."""
-        return class_balanced_loss(
-            input,
-            target,
-            self.weight,
-            logit_bias=self.logit_bias,
-            margin=self.margin,
-            sample_weight=sample_weight,
-            normalizer=normalizer,
-            return_stats=return_stats,
-            **self.options,
-        )
+        of = self._buffers  # Module.__getattr__ would take half a microsecond for each
+        weight, logit_bias, margin = of["weight"], of["logit_bias"], of["margin"]
+        tensors = check_tensors(input, target, weight, sample_weight, logit_bias, margin)
+        return loss_of(input, *tensors, self.spec, normalizer, return_stats)
 
     @classmethod
     def from_labels(

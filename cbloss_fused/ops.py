@@ -266,7 +266,7 @@ def run_loss(
 ) -> None:  # fmt: skip
     """Fill the buffers by the backend that serves."""
     losses[spec.backend](
-        logits, *inputs, spec.formula, spec.ignore_index, spec.reduction, loss, grad, saved
+        logits, *inputs, spec.numbers, spec.ignore_index, spec.reduction, loss, grad, saved
     )
 
 
@@ -278,7 +278,7 @@ def run_loss_and_stats(
         loss = new_loss(logits, inputs.target, spec.reduction)
         stats = loss.new_empty(4, logits.shape[1])
         loss_and_stats(
-            logits, *inputs, spec.formula, spec.ignore_index, spec.reduction, loss, grad, stats
+            logits, *inputs, spec.numbers, spec.ignore_index, spec.reduction, loss, grad, stats
         )
         return loss, stats
     losses = new_loss(logits, inputs.target, 0)

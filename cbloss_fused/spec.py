@@ -32,16 +32,23 @@ class Spec(NamedTuple):
     """Checked options, as autograd and the operators take them."""
 
     formula: Formula
+    numbers: tuple[float, ...]  # the formula, as the operators take it
     ignore_index: int | None
-    reduction: int
+    reduction: int  # index of REDUCTIONS
     inplace: bool
+    recompute: bool | None
     backend: str | None  # that serves; None: whatever the device chooses
 
 
 def check_options(
-    ignore_index: int | None, reduction: str, inplace: bool, backend: str | None
-) -> None:
-    """Raise for an option that no tensor could make right."""
+    formula: Formula,
+    ignore_index: int | None,
+    reduction: str,
+    inplace: bool,
+    recompute: bool | None,
+    backend: str | None,
+) -> Spec:
+    """All options that no tensor can make wrong; raises for those that none could make right."""
     if reduction not in REDUCTIONS:
         raise ValueError(_choice("reduction", reduction, REDUCTIONS))
     if backend is not None and backend not in BACKENDS:
@@ -50,6 +57,8 @@ def check_options(
         raise TypeError(f"ignore_index must be an int or None, got {ignore_index!r}")
     if inplace and backend == "reference":
         raise ValueError("inplace=True needs a kernel: backend='reference' never writes its input")
+    index = REDUCTIONS.index(reduction)
+    return Spec(formula, formula.short(), ignore_index, index, inplace, recompute, backend)
 
 
 def check_formula(
@@ -116,9 +125,18 @@ def check_formula(
     )  # fmt: skip
 
 
-def check_tensors(input: Tensor, inputs: Inputs) -> None:
-    """Raise for a rank, shape, dtype or device that does not fit, or a grad that is not there."""
-    target = inputs.target
+def check_tensors(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    logit_bias: Tensor | None,
+    margin: Tensor | None,
+) -> tuple[Inputs, bool]:
+    """What the operators take, and whether targets are dense.
+
+    Raises for a rank, shape, dtype or device that does not fit, or a grad that will not come.
+    """
     if not isinstance(input, Tensor) or not isinstance(target, Tensor):
         name, given = ("target", target) if isinstance(input, Tensor) else ("input", input)
         raise TypeError(f"{name} must be a Tensor, got {type(given).__name__}")
@@ -129,9 +147,10 @@ def check_tensors(input: Tensor, inputs: Inputs) -> None:
         raise ValueError("input must be (C,), (N, C) or (N, C, d1, ..., dk), got a 0-d tensor")
     rows: tuple[int, ...]
     if len(shape) == 2:
-        C, rows = shape[1], shape[:1]
+        N, C = shape
+        rows = (N,)  # a slice would cost 0.3 us
     else:
-        C, rows = (shape[0], shape[:0]) if len(shape) == 1 else (shape[1], shape[:1] + shape[2:])
+        C, rows = (shape[0], ()) if len(shape) == 1 else (shape[1], shape[:1] + shape[2:])
     if C < 1:
         raise ValueError(f"input must have at least one class, got shape {tuple(shape)}")
     dense = is_dense(target)
@@ -146,18 +165,30 @@ def check_tensors(input: Tensor, inputs: Inputs) -> None:
             f"target must have shape {tuple(expected)} for an input of shape {tuple(shape)} and "
             f"{target.dtype} targets, got {tuple(target.shape)}"
         )
-    device = input.device
+    device, dtype = input.device, compute_dtype(input.dtype)
     if target.device != device:
         raise ValueError(f"target must be on input's device {device}, got {target.device}")
-    _, weight, sample_weight, _, logit_bias, margin = inputs
+    if not dense and (target.dtype is not torch.int64 or not target.is_contiguous()):
+        target = target.to(torch.int64).contiguous()
     if weight is not None:
-        _check_vector("weight", weight, (C,), device)
+        weight = _vector("weight", weight, (C,), device, dtype)
     if sample_weight is not None:
-        _check_vector("sample_weight", sample_weight, rows, device)
+        sample_weight = _vector("sample_weight", sample_weight, rows, device, dtype)
     if logit_bias is not None:
-        _check_vector("logit_bias", logit_bias, (C,), device)
+        logit_bias = _vector("logit_bias", logit_bias, (C,), device, dtype)
     if margin is not None:
-        _check_vector("margin", margin, (C,), device)
+        margin = _vector("margin", margin, (C,), device, dtype)
+    return Inputs(target, weight, sample_weight, None, logit_bias, margin), dense
+
+
+def _vector(
+    name: str, vector: Tensor, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Checked, contiguous and of the type that the loss is computed in."""
+    _check_vector(name, vector, shape, device)
+    if vector.dtype is dtype and vector.is_contiguous():
+        return vector
+    return vector.to(dtype).contiguous()
 
 
 def check_dense(inputs: Inputs, formula: Formula, ignore_index: int | None) -> None:
@@ -178,17 +209,15 @@ def check_dense(inputs: Inputs, formula: Formula, ignore_index: int | None) -> N
         )
 
 
-def check_stats(
-    dense: bool, reduction: str, inplace: bool, recompute: bool | None, backend: str | None
-) -> None:
+def check_stats(dense: bool, spec: Spec) -> None:
     """Raise for what return_stats=True cannot go with."""
     if dense:
         raise ValueError("return_stats sorts rows by their class: soft targets have none")
-    if reduction == "none" or inplace or recompute or backend == "reference":
+    if not spec.reduction or spec.inplace or spec.recompute or spec.backend == "reference":
         raise ValueError(
             "return_stats reads the stored gradient of a reduced loss: it needs a reduction, no "
-            f"inplace, no recompute and a kernel, got reduction={reduction!r}, inplace={inplace}, "
-            f"recompute={recompute}, backend={backend!r}"
+            f"inplace, no recompute and a kernel, got reduction={REDUCTIONS[spec.reduction]!r}, "
+            f"inplace={spec.inplace}, recompute={spec.recompute}, backend={spec.backend!r}"
         )
 
 
@@ -272,44 +301,19 @@ def check_inplace(input: Tensor) -> None:
             )
 
 
-def normalizer_tensor(normalizer: float | Tensor, reduction: str, input: Tensor) -> Tensor:
+def normalizer_tensor(normalizer: float | Tensor, reduction: int, input: Tensor) -> Tensor:
     """The normalizer as a 0-d tensor of the type that the loss is computed in."""
-    if reduction != "mean":
-        raise ValueError(f"normalizer replaces the mean's denominator: reduction is {reduction!r}")
+    if reduction != REDUCTIONS.index("mean"):
+        name = REDUCTIONS[reduction]
+        raise ValueError(f"normalizer replaces the mean's denominator: reduction is {name!r}")
     dtype = compute_dtype(input.dtype)
     if isinstance(normalizer, Tensor):
-        _check_vector("normalizer", normalizer, (), input.device)
-        return normalizer.to(dtype)
+        return _vector("normalizer", normalizer, (), input.device, dtype)
     if not hasattr(normalizer, "__float__"):
         raise TypeError(f"normalizer must be a number or a 0-d tensor, got {normalizer!r}")
     if not 0 < normalizer < inf:
         raise ValueError(f"normalizer must be positive and finite, got {normalizer}")
     return torch.full((), normalizer, dtype=dtype, device=input.device)
-
-
-def as_operators_take(inputs: Inputs, input: Tensor) -> Inputs:
-    """Contiguous int64 targets, and vectors in the type that the loss is computed in."""
-    target, weight, sample_weight, normalizer, logit_bias, margin = inputs
-    if is_dense(target):  # in the shape of input, any strides
-        target = target.reshape(input.shape)
-    elif target.dtype is not torch.int64 or not target.is_contiguous():
-        target = target.to(torch.int64).contiguous()
-    dtype = compute_dtype(input.dtype)
-    if weight is not None:
-        weight = _as_vector(weight, dtype)
-    if sample_weight is not None:
-        sample_weight = _as_vector(sample_weight, dtype)
-    if logit_bias is not None:
-        logit_bias = _as_vector(logit_bias, dtype)
-    if margin is not None:
-        margin = _as_vector(margin, dtype)
-    return Inputs(target, weight, sample_weight, normalizer, logit_bias, margin)
-
-
-def _as_vector(vector: Tensor, dtype: torch.dtype) -> Tensor:
-    if vector.dtype is dtype and vector.is_contiguous():
-        return vector
-    return vector.to(dtype).contiguous()
 
 
 def check_class_vector(name: str, vector: Tensor, C: int) -> Tensor:

@@ -9,7 +9,7 @@ struct Strides {  // of (N, C, K), in elements
 // The numbers of a loss, in the order of call.py.
 struct Formula {
   bool sigmoid;
-  double gamma, gamma_neg, alpha, alpha_neg, clip, eps, zeta, scale;
+  double gamma, eps, zeta, gamma_neg, alpha, alpha_neg, clip, scale;
   bool per_class;
   // Positives and negatives alike.
   bool plain() const { return gamma_neg == gamma && clip == 0 && alpha == 1 && alpha_neg == 1; }

@@ -56,8 +56,12 @@ inline void check_grad(const Tensor& grad, const Tensor& logits) {
 }
 
 inline Formula formula_of(const std::vector<double>& n) {  // in the order of call.py
-  require(n.size() == 10, "formula must have 10 numbers, got ", n.size());
-  return {n[0] != 0, n[1], n[2], n[3], n[4], n[5], n[6], n[7], n[8], n[9] != 0};
+  require(n.size() == 4 || n.size() == 10, "formula must have 4 or 10 numbers, got ", n.size());
+  Formula f{n[0] != 0, n[1], n[2], n[3], n[1], 1, 1, 0, 1, false};
+  if (n.size() == 10)
+    f.gamma_neg = n[4], f.alpha = n[5], f.alpha_neg = n[6], f.clip = n[7], f.scale = n[8],
+    f.per_class = n[9] != 0;
+  return f;
 }
 
 inline Reduction reduction_of(int64_t number) {
