@@ -125,13 +125,12 @@ def class_balanced_loss(
     >>> loss
     tensor(2.6000, grad_fn=<StoredGradientBackward>)
     """
-    formula = edge.check_formula(
+    spec = edge.remembered(
         activation, gamma, gamma_neg, alpha, clip, label_smoothing, z_loss, logit_scale,
-        class_weighting, reduction,
+        class_weighting, ignore_index, reduction, inplace, recompute, backend,
     )  # fmt: skip
-    spec = edge.check_options(formula, ignore_index, reduction, inplace, recompute, backend)
-    tensors = edge.check_tensors(input, target, weight, sample_weight, logit_bias, margin)
-    return loss_of(input, *tensors, spec, normalizer, return_stats)
+    inputs, dense = edge.check_tensors(input, target, weight, sample_weight, logit_bias, margin)
+    return loss_of(input, inputs, dense, spec, normalizer, return_stats)
 
 
 def loss_of(

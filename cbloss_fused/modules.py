@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .counts import class_counts
 from .functional import class_balanced_loss, loss_of
-from .spec import check_class_vector, check_formula, check_options, check_tensors
+from .spec import check_class_vector, check_options, check_tensors
 from .values import Array, Vector, reals
 from .weights import beta_from_prototypes, class_balanced_weights
 
@@ -66,7 +66,7 @@ class ClassBalancedLoss(torch.nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        formula: dict[str, Any] = {
+        self.options: dict[str, Any] = {
             "activation": activation,
             "gamma": gamma,
             "gamma_neg": gamma_neg,
@@ -76,16 +76,13 @@ class ClassBalancedLoss(torch.nn.Module):
             "z_loss": z_loss,
             "logit_scale": logit_scale,
             "class_weighting": class_weighting,
-        }
-        options: dict[str, Any] = {
             "ignore_index": ignore_index,
             "reduction": reduction,
             "inplace": inplace,
             "recompute": recompute,
             "backend": backend,
-        }
-        self.spec = check_options(check_formula(**formula, reduction=reduction), **options)
-        self.options = formula | options  # as given
+        }  # as given
+        self.spec = check_options(**self.options)
         weight = class_balanced_weights(counts, beta, empty=empty)
         for name, vector in (("logit_bias", logit_bias), ("margin", margin)):
             if vector is not None:
@@ -105,8 +102,8 @@ class ClassBalancedLoss(torch.nn.Module):
         """The loss, or (loss, ClassStats); what changes from batch to batch comes here."""
         of = self._buffers  # Module.__getattr__ would take half a microsecond for each
         weight, logit_bias, margin = of["weight"], of["logit_bias"], of["margin"]
-        tensors = check_tensors(input, target, weight, sample_weight, logit_bias, margin)
-        return loss_of(input, *tensors, self.spec, normalizer, return_stats)
+        inputs, dense = check_tensors(input, target, weight, sample_weight, logit_bias, margin)
+        return loss_of(input, inputs, dense, self.spec, normalizer, return_stats)
 
     @classmethod
     def from_labels(

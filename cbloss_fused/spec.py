@@ -6,12 +6,14 @@ What needs the values inside a tensor (targets in range, weights >= 0) is checke
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from itertools import pairwise
 from math import inf
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from . import cuda, kernels
 from .call import REDUCTIONS, Formula, Inputs, formula, is_dense
@@ -26,6 +28,7 @@ INTEGERS = (
 )
 
 WEIGHTINGS = ("sample", "class")
+CONSTANT = (str, int, float, type(None))
 
 
 class Spec(NamedTuple):
@@ -41,7 +44,15 @@ class Spec(NamedTuple):
 
 
 def check_options(
-    formula: Formula,
+    activation: str,
+    gamma: float,
+    gamma_neg: float | None,
+    alpha: float | None,
+    clip: float,
+    label_smoothing: float,
+    z_loss: float,
+    logit_scale: float,
+    class_weighting: str,
     ignore_index: int | None,
     reduction: str,
     inplace: bool,
@@ -49,6 +60,10 @@ def check_options(
     backend: str | None,
 ) -> Spec:
     """All options that no tensor can make wrong; raises for those that none could make right."""
+    formula = check_formula(
+        activation, gamma, gamma_neg, alpha, clip, label_smoothing, z_loss, logit_scale,
+        class_weighting, reduction,
+    )  # fmt: skip
     if reduction not in REDUCTIONS:
         raise ValueError(_choice("reduction", reduction, REDUCTIONS))
     if backend is not None and backend not in BACKENDS:
@@ -59,6 +74,23 @@ def check_options(
         raise ValueError("inplace=True needs a kernel: backend='reference' never writes its input")
     index = REDUCTIONS.index(reduction)
     return Spec(formula, formula.short(), ignore_index, index, inplace, recompute, backend)
+
+
+def remembered(*options: Any) -> Spec:
+    """`check_options`, once for each set of options: it costs a tenth of a small loss's time."""
+    if not is_compiling():
+        try:
+            return _remembered(*options)
+        except TypeError:
+            pass  # no constants, or not even hashable
+    return check_options(*options)
+
+
+@lru_cache(maxsize=256, typed=True)
+def _remembered(*options: Any) -> Spec:
+    if not all(isinstance(option, CONSTANT) for option in options):
+        raise TypeError("a tensor may change")
+    return check_options(*options)
 
 
 def check_formula(

@@ -324,6 +324,17 @@ def test_numbers_of_other_types(backend, gamma):
     assert torch.equal(got, want)
 
 
+def test_a_number_that_changes_is_looked_at_again():
+    logits, target, _, _ = sample(10, torch.float32)
+    gamma = torch.tensor(2.0)
+    before = class_balanced_loss(logits, target, gamma=gamma)
+    gamma.fill_(0)
+    assert class_balanced_loss(logits, target, gamma=gamma) > before
+    class_balanced_loss(logits, target, ignore_index=-100)
+    with pytest.raises(TypeError, match="ignore_index must be an int"):  # equal to what was right
+        class_balanced_loss(logits, target, ignore_index=-100.0)
+
+
 def test_another_device_gets_the_reference_or_says_why(backend):
     logits, target = torch.empty(N, C, device="meta"), torch.empty(N, device="meta").long()
     loss = class_balanced_loss(logits, target, reduction="none")
