@@ -45,6 +45,7 @@ class Launch(NamedTuple):
     types: tuple[str | None, ...]  # of the pointers
     constants: tuple[Any, ...]
     warps: int
+    registers: int | None = None  # at most so many a thread
 
     @property
     def name(self) -> str:
@@ -70,7 +71,9 @@ def recorded() -> Iterator[list[Launch]]:
         for step in plan.steps:
             types = [None if p is None else f"*{NAMES[p.dtype]}" for p in step.pick(tensors)]
             launches.append(
-                Launch(step.kernel, step.grid, tuple(types), step.constants, step.warps)
+                Launch(
+                    step.kernel, step.grid, tuple(types), step.constants, step.warps, step.registers
+                )
             )
 
     launcher.run = record
@@ -127,6 +130,8 @@ def compiled(launch: Launch, target: GPUTarget) -> Any:
     source = triton.compiler.ASTSource(launch.kernel, signature, constants)
     warps = launch.warps * 32 // target.warp_size or 1
     options = {"num_warps": warps, "enable_fp_fusion": True}
+    if launch.registers and target.backend == "cuda":
+        options["maxnreg"] = launch.registers
     return triton.compile(source, target=target, options=options)
 
 

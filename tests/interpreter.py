@@ -28,9 +28,23 @@ def _rounding(convert: Any) -> Any:
 
 
 def _multiple_of(tensor: Any, values: Any) -> Any:
-    """It takes this on trust; on a GPU a 16-byte access that is not aligned is an error."""
+    """It takes this on trust; on a GPU a 16-byte access that is not aligned is an error.
+
+    Of a tile what lies side by side, along its last axis, counts from the first.
+    """
+    data = tensor.handle.data
+    if isinstance(values, (tuple, tl.tuple)):
+        values, data = values[-1], data[..., 0]
     divisor = getattr(values, "value", values)
-    assert (tensor.handle.data % divisor == 0).all(), f"not a multiple of {divisor}"
+    assert (data % divisor == 0).all(), f"not a multiple of {divisor}"
+    return tensor
+
+
+def _max_constancy(tensor: Any, values: Any) -> Any:
+    """Taken on trust too; on a GPU the first element's value would count for all."""
+    size = getattr(values[-1], "value", values[-1])
+    groups = tensor.handle.data.reshape(-1, size)
+    assert (groups == groups[:, :1]).all(), f"not constant over {size} elements"
     return tensor
 
 
@@ -46,6 +60,7 @@ def _patch_once(patch: Any) -> Any:
         outermost = not active
         scope = active[key] = patch(function)
         scope.set_attr(tl, "multiple_of", _multiple_of)
+        scope.set_attr(tl, "max_constancy", _max_constancy)
         if outermost:
             restore = scope.restore
 

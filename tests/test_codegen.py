@@ -214,6 +214,16 @@ def test_options_compile_without_spills(activation, name):
         assert_sound(launch, "sm_90")
 
 
+@pytest.mark.parametrize("shape", ((4096, 10), (4096, 8142), (8, 131072), (8, 19, 4096)), ids=str)
+@pytest.mark.parametrize("activation", ("softmax", "sigmoid"))
+def test_soft_targets_compile(activation, shape):
+    """In float32, where Triton's passes take other ways than for half types."""
+    for options in ({}, {"label_smoothing": 0.1, "bias": True, "recompute": True}):
+        found = launches(shape, torch.float32, activation, 0.0, dense=True, **options)
+        for launch in row_kernel(found):
+            assert compiled(launch, TARGETS["sm_90"]).asm["cubin"]
+
+
 @pytest.mark.parametrize("shape", ((32, 10), (4096, 8142), (8, 131072), (8, 19, 64, 64)), ids=str)
 @pytest.mark.parametrize("activation", ("softmax", "sigmoid"))
 def test_at_most_three_launches_and_one_backward(activation, shape):

@@ -106,6 +106,34 @@ def test_weights_of_classes_with_class_indices(backend):
         assert_close(got, with_autograd(bce, logits))
 
 
+@pytest.mark.parametrize("C", (131, 8200), ids="C{}".format)
+@FAMILY
+def test_equal_logits_and_long_rows(backend, family, C):
+    """Several largest logits, which may lie in different tiles of a kernel."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randint(-2, 3, (6, C), generator=generator).float()
+    t, bias = soft(logits).float(), torch.arange(C) % 2.0
+    options = {"activation": family, "label_smoothing": 0.1, "logit_bias": bias}
+    for chosen in ({"activation": family}, options):
+        got = loss_and_grad(backend, logits, t, **chosen)
+        want = oracle(logits, t, **chosen)
+        assert_loss(got[0], want[0], torch.float32)
+        assert_grad(got[1], want[1], torch.float32, slack=4e-7)
+
+
+@pytest.mark.parametrize("C", (3, 8200), ids="C{}".format)
+def test_an_infinite_logit_takes_all(backend, C):
+    """It costs nothing without labels on others, else everything; of two there is no limit."""
+    logits, t = torch.zeros(3, C), torch.zeros(3, C)
+    logits[:, 1] = logits[2, 2] = float("inf")
+    t[:, 1], t[1, 0] = 1, 0.5
+    loss, grad = loss_and_grad(backend, logits, t, reduction="none")
+    assert loss[0] == 0
+    assert (grad[0] == 0).all()
+    assert loss[1] == float("inf")
+    assert loss[2].isnan()
+
+
 LAYOUTS = {
     "vector": ((5,), None),
     "rows": ((6, 5), None),

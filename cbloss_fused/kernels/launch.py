@@ -151,7 +151,12 @@ def _run_dense(
         logit_bias=inputs.logit_bias is not None,
         margin=inputs.margin is not None,
     )
-    steps = dense(call, target.stride() if is_dense(inputs.target) else None)
+    strided = [logits, *([] if grad is None else [grad])]
+    t_strides = None
+    if is_dense(inputs.target):
+        strided.append(target)
+        t_strides = target.stride()
+    steps = dense(call, t_strides, _vector(strided))
     if steps is None:
         return False
     tensors = (logits, target, weight, None, None, inputs.logit_bias, inputs.margin, grad_loss)
@@ -182,6 +187,17 @@ def _aligned(logits: Tensor, grad: Tensor) -> bool:
             if size > 1 and dim != 1:
                 apart |= (grad.stride(dim) - logits.stride(dim)) * itemsize
     return apart % 16 == 0
+
+
+def _vector(tensors: list[Tensor]) -> int:
+    """Elements, at most 8, that whole vectors of every row of these may have."""
+    odd = 8 | tensors[0].shape[1]
+    for tensor in tensors:
+        odd |= tensor.data_ptr() // tensor.element_size()
+        for dim, size in enumerate(tensor.shape):
+            if size > 1 and dim != 1:
+                odd |= tensor.stride(dim)
+    return odd & -odd
 
 
 def device_of(tensor: Tensor) -> Device:
@@ -247,6 +263,8 @@ def _compile(step: Step, pointers: tuple[Tensor | None, ...], device: int) -> tu
     if compiled is None:
         arguments = (*pointers, *step.tail)
         options = {"num_warps": step.warps, "enable_fp_fusion": True}  # whatever the default is
+        if step.registers and torch.version.hip is None:
+            options["maxnreg"] = step.registers
         compiled = step.kernel.warmup(*arguments, grid=step.grid, **options)
         _kept[key] = compiled
     return compiled, compiled.run  # which loads it

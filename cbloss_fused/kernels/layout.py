@@ -69,7 +69,13 @@ def tile_config(C: int, sigmoid: bool, inner: bool) -> tuple[int, int, bool]:
     return 128, min(classes, 32), False
 
 
-def dense_config(C: int) -> tuple[int, int]:
-    """(rows, classes) of a tile with a target a class: 16 elements a thread of 4 warps."""
-    classes = min(triton.next_power_of_2(C), 1024)
-    return 2048 // classes, classes
+def dense_config(C: int, itemsize: int, sigmoid: bool) -> tuple[int, int, bool, int]:
+    """(rows, classes, whether these are all, warps) of a tile with a target a class.
+
+    Sigmoid and rows that are many tiles: 16 elements a thread, which keeps several sums an element.
+    """
+    classes = triton.next_power_of_2(C)
+    if sigmoid or classes > HELD // 2 >> (itemsize == 8):
+        classes = min(classes, 1024 if sigmoid else 2048)
+        return 2048 // classes, classes, False, 4
+    return max(1, 2048 // classes), classes, True, max(4, classes // 1024)

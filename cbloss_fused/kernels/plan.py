@@ -24,6 +24,8 @@ from .layout import FEW_CLASSES, Config, Device, config, dense_config, tile_conf
 PARTIALS: int = step_kernels.PARTIALS.value
 SHARE = 1024  # rows of a prologue's step
 GENERAL: int = sigmoid_kernels.GENERAL.value
+UNIT_C: int = tile_kernels.UNIT_C.value
+UNIT_K: int = tile_kernels.UNIT_K.value
 MEAN, WEIGHTED_MEAN = 1, 2  # of call.REDUCTIONS
 
 # The tensors of a call, by which steps name them; the last three are scratch.
@@ -70,8 +72,10 @@ class Step:
         numbers: tuple[float, ...],
         constants: tuple[Any, ...],
         warps: int,
+        registers: int | None = None,  # at most so many a thread, on NVIDIA's GPUs
     ) -> None:
         self.kernel, self.grid, self.warps = kernel, (*grid, 1, 1)[:3], warps
+        self.registers = registers
         self.pointers, self.numbers, self.constants = pointers, numbers, constants
         nothing = len(SLOTS)
         self.pick = itemgetter(*(nothing if p is None else SLOTS.index(p) for p in pointers))
@@ -350,17 +354,24 @@ def _gradient(call: Call) -> Step:
 
 
 @lru_cache(maxsize=1024)
-def dense(call: Call, t_strides: tuple[int, ...] | None) -> Plan | None:
-    """The step of soft targets, or of class indices (no strides) with weights of classes."""
+def dense(call: Call, t_strides: tuple[int, ...] | None, VEC: int) -> Plan | None:
+    """The step of soft targets, or of class indices (no strides) with weights of classes.
+
+    VEC: elements that whole vectors of every row may have, where classes lie side by side.
+    """
     N, C, K = _sizes(call)
     if max(8 * N * K, C) >= 2**31:
         return None
     f = call.formula
     strides = [s if len(s) == 3 else (*s, 0) for s in (call.x_strides, t_strides or (0, 0),
                                                        call.g_strides or (0, 0))]  # fmt: skip
-    rows, classes = dense_config(C)
+    rows, classes, single, warps = dense_config(C, call.dtype.itemsize, f.sigmoid)
+    used = [stride for stride in strides if any(stride)]
+    unit = UNIT_C if all(stride[1] == 1 for stride in used) else 0
+    if not unit and K > 1 and all(stride[2] == 1 for stride in used):
+        unit = UNIT_K
     sizes = (N * K, C, K, *strides[0], *strides[1], *strides[2])
-    tile = (rows, classes, _compute_type(call))
+    tile = (rows, classes, _compute_type(call), unit, VEC if unit == UNIT_C else 1)
     grad = None if call.g_strides is None else "grad"
     incoming = "grad_loss" if call.backward else None
     losses = None if call.backward else "losses"
@@ -378,9 +389,12 @@ def dense(call: Call, t_strides: tuple[int, ...] | None) -> Plan | None:
         bias = _adjusting(call)[0]
         pointers = ("logits", "target", grad, "scale", bias, incoming, losses)
         smooth, z = f.label_smoothing != 0, f.z_loss != 0
-        constants = (*tile, smooth, z, _adjusts(call), call.vector)
+        constants = (*tile, single, smooth, z, _adjusts(call), call.vector)
         kernel, numbers = dense_kernels.softmax_dense, (*sizes, *_softmax_numbers(call))
-    return Plan((Step(kernel, (triton.cdiv(N * K, rows),), pointers, numbers, constants, 4),))
+    # So that two programs fit: one computes while another waits for memory.
+    registers = 65536 // (2 * 32 * warps) if warps > 4 else None
+    grid = (triton.cdiv(N * K, rows),)
+    return Plan((Step(kernel, grid, pointers, numbers, constants, warps, registers),))
 
 
 def has_alpha(f: Formula) -> bool:

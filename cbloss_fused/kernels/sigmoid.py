@@ -73,6 +73,19 @@ def logistic(z, SHORT: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
+def focus(root, s, sp_other, gamma, G: tl.constexpr):
+    """s^gamma, of which sqrt(s) and -log(s) are known."""
+    if G == HALF:
+        return root
+    elif G == ONE:
+        return s
+    elif G == TWO:
+        return s * s
+    else:
+        return exp(-gamma * sp_other)
+
+
+@triton.jit
 def sigmoid_element(z, gamma, G: tl.constexpr, SHORT: tl.constexpr):
     """(L, g = dL/dz) of an element with t = 0; t = 1: the same at -z, the gradient's sign turned.
 
@@ -83,16 +96,10 @@ def sigmoid_element(z, gamma, G: tl.constexpr, SHORT: tl.constexpr):
     if G == ZERO:
         return sp, s
     else:
-        if G == HALF:
-            f = root
-        elif G == ONE:
-            f = s
-        elif G == TWO:
-            f = s * s
-        elif G == ANY:
-            f = exp(-gamma * (tail + tl.maximum(-z, 0.0)))
-        else:  # gamma may be 0: 0 * inf is NaN
-            f = exp(-gamma * tl.minimum(tail + tl.maximum(-z, 0.0), largest_finite(z.dtype)))
+        sp_other = tail + tl.maximum(-z, 0.0)
+        if G > ANY:  # gamma may be 0: 0 * inf is NaN
+            sp_other = tl.minimum(sp_other, largest_finite(z.dtype))
+        f = focus(root, s, sp_other, gamma, G)
         # Past sp = 50 c sp is below 1e-20; the cap keeps 0 * inf and roundings of c away.
         return f * sp, f * tl.fma(gamma * c, tl.minimum(sp, 50.0), s)
 
@@ -127,14 +134,26 @@ def negative(z, f, G: tl.constexpr, SHORT: tl.constexpr):
 @triton.jit
 def mixed(z, t, f, G: tl.constexpr, SHORT: tl.constexpr):
     """(L, g) of an element with any target t: alpha t L(z, 1) + (1 - alpha) (1 - t) L(z, 0)."""
-    L_0, g_0 = negative(z, f, G, SHORT)
-    L_1, g_1 = sigmoid_element(-z, f[0], G, SHORT)
-    t_1 = t
     t_0 = 1.0 - t
     if G >= GENERAL:
-        t_1 *= f[2]
+        L_0, g_0 = negative(z, f, G, SHORT)
+        L_1, g_1 = sigmoid_element(-z, f[0], G, SHORT)
+        t_1 = f[2] * t
         t_0 *= f[3]
-    return weighted(t_1, L_1) + weighted(t_0, L_0), t_0 * g_0 - t_1 * g_1
+        return weighted(t_1, L_1) + weighted(t_0, L_0), t_0 * g_0 - t_1 * g_1
+    s, c, root, tail = logistic(z, SHORT, True)
+    if G == ZERO:
+        share = tl.where(z > 0, t_0, t)
+        L = tail + tl.where(share == 0, 0.0, share * tl.abs(z))  # not 0 * inf
+        return L, t_0 * s - t * c
+    sp_0 = tail + tl.maximum(z, 0.0)
+    sp_1 = tail + tl.maximum(-z, 0.0)
+    f_0 = focus(root, s, sp_1, f[0], G)
+    f_1 = focus(tl.sqrt(c), c, sp_0, f[0], G)
+    # As in sigmoid_element, with one exponential for both.
+    g_0 = f_0 * tl.fma(f[0] * c, tl.minimum(sp_0, 50.0), s)
+    g_1 = f_1 * tl.fma(f[0] * s, tl.minimum(sp_1, 50.0), c)
+    return weighted(t, f_1 * sp_1) + weighted(t_0, f_0 * sp_0), t_0 * g_0 - t * g_1
 
 
 @triton.jit
