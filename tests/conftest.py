@@ -41,8 +41,8 @@ def name_of(value: object) -> str | None:
 
 INTERPRETED = kernels.available and os.environ.get("TRITON_INTERPRET") == "1"
 
-SHARE = 10 if INTERPRETED else 8  # see pytest_collection_modifyitems
-CUDA_SHARE = 4  # nothing to compile, and emulated it is faster
+SHARE = 12 if INTERPRETED else 8  # see pytest_collection_modifyitems
+CUDA_SHARE = 5  # nothing to compile, and emulated it is faster
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 if DEVICE == "cuda":
     torch.set_default_device(DEVICE)

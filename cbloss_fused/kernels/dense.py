@@ -10,7 +10,6 @@ import triton.language as tl
 from .rows import (
     INF,
     adjusted,
-    adjustment,
     clamp_finite,
     exp,
     f64,
@@ -19,6 +18,7 @@ from .rows import (
     kernel,
     log,
     log1m_over,
+    scale_of,
     weighted,
 )
 from .sigmoid import mixed, sigmoid_numbers
@@ -131,7 +131,7 @@ def softmax_dense(
     r = tl.load(scale + row, there, 0.0)
     if grad_loss is not None:
         r *= tl.load(grad_loss + row * VECTOR, there, 0.0)
-    A = adjustment(logit_bias, None, logit_scale, T, ADJUST)
+    A = (logit_bias, None, scale_of(logit_scale, T, ADJUST))
     x = logits + n * x_n + k_inner * x_k
     t = target + n * t_n + k_inner * t_k
     c = tl.arange(0, BLOCK_C)
@@ -218,7 +218,7 @@ def sigmoid_dense(
     n, k_inner, row, there = row_starts(rows, K, ROWS)
     SHORT: tl.constexpr = logits.dtype.element_ty.primitive_bitwidth == 16
     f = sigmoid_numbers(gamma, gamma_neg, alpha, alpha_neg, clip, eps, C, ALPHA, T)
-    A = adjustment(logit_bias, margin, logit_scale, T, ADJUST)
+    A = (logit_bias, margin, scale_of(logit_scale, T, ADJUST))
     r = tl.load(scale + row, there, 0.0)
     keep = (r >= 0) | (r != r)  # a row that is ignored has -1
     r = tl.where(keep, r, 0.0)

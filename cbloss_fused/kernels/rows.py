@@ -162,12 +162,12 @@ def row_inputs(
 
 
 @triton.jit
-def adjustment(logit_bias, margin, logit_scale, T: tl.constexpr, ADJUST: tl.constexpr):
-    """What makes z = scale (x + bias - margin of the target): (bias, margin, scale)."""
+def scale_of(logit_scale, T: tl.constexpr, ADJUST: tl.constexpr):
+    """The last of A = (bias, margin, scale): z = scale (x + bias - margin of the target)."""
     if ADJUST:
-        return logit_bias, margin, number(logit_scale, T)
+        return number(logit_scale, T)
     else:
-        return None, None, 1.0
+        return 1.0
 
 
 @triton.jit

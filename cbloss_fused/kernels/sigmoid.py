@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 
 from .rows import (
-    adjustment,
     body,
     edges,
     exp,
@@ -26,6 +25,7 @@ from .rows import (
     rcp,
     row_inputs,
     row_pointer,
+    scale_of,
     target_logit,
     weighted,
 )
@@ -259,7 +259,7 @@ def sigmoid_rows(
     split = tl.program_id(1)
     SHORT: tl.constexpr = logits.dtype.element_ty.primitive_bitwidth == 16
     f = sigmoid_numbers(gamma, gamma_neg, alpha, alpha_neg, clip, eps, C, ALPHA, T)
-    A = adjustment(logit_bias, margin, logit_scale, T, ADJUST)
+    A = (logit_bias, margin, scale_of(logit_scale, T, ADJUST))
     denominator = number(denominator, T)
     y, r, keep, read = row_inputs(
         target, scale, normalizer, grad_loss, row, row < rows, C, denominator, FOLD, VECTOR

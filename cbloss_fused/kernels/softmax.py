@@ -9,7 +9,6 @@ import triton.language as tl
 
 from .rows import (
     INF,
-    adjustment,
     body,
     clamp_finite,
     edges,
@@ -28,6 +27,7 @@ from .rows import (
     prologue_part,
     row_inputs,
     row_pointer,
+    scale_of,
     target_logit,
     weighted,
 )
@@ -207,7 +207,7 @@ def softmax_rows(
     )
     x = row_pointer(logits, row, K, x_n, x_k, INNER)
     head, whole, at_y = peel(x, C, y, VEC)
-    A = adjustment(logit_bias, margin, logit_scale, T, ADJUST)
+    A = (logit_bias, margin, scale_of(logit_scale, T, ADJUST))
     z, mask = load_body(x, head, tl.where(read, whole, 0), at_y, 0, A, V, VEC, T, ADJUST)
     column, there, others = edges(head, whole, at_y, C, y, read, row < rows, VEC)
     z_edge = load_edges(x, column, others, A, T, ADJUST)
@@ -252,7 +252,7 @@ def softmax_long(
         target, scale, normalizer, None, row, row < rows, C, number(denominator, T), FOLD, False
     )
     x = row_pointer(logits, row, K, x_n, x_k, INNER)
-    A = adjustment(logit_bias, margin, logit_scale, T, ADJUST)
+    A = (logit_bias, margin, scale_of(logit_scale, T, ADJUST))
     M, R, D, _, z_y = max_and_sum(x, y, read, C, 0, C, A, V, VEC, SMOOTH, ADJUST)
     R = one_limit(R, z_y, M)
     m = clamp_finite(M)
@@ -296,7 +296,7 @@ def softmax_parts(
         read = (y >= 0) & (y < C)
         y = tl.where(read, y, 0).to(tl.int32)
         x = row_pointer(logits, row, K, x_n, x_k, INNER)
-        A = adjustment(logit_bias, margin, logit_scale, parts.dtype.element_ty, ADJUST)
+        A = (logit_bias, margin, scale_of(logit_scale, parts.dtype.element_ty, ADJUST))
         M, R, D, n, z_y = max_and_sum(
             x, y, read, C, first, first + span, A, V, VEC, SMOOTH, ADJUST
         )  # fmt: skip
@@ -323,7 +323,7 @@ def softmax_join(
     y, r, keep, read = row_inputs(
         target, scale, normalizer, None, row, row < rows, C, number(denominator, T), FOLD, False
     )
-    A = adjustment(logit_bias, margin, logit_scale, T, ADJUST)
+    A = (logit_bias, margin, scale_of(logit_scale, T, ADJUST))
     part = tl.arange(0, SPLITS)
     there = part < tl.where(read, splits, 0)
     at = parts + row.to(tl.int64) * splits * PART + part * PART
@@ -372,7 +372,7 @@ def softmax_gradient(
     M = tl.load(saved + rows + row)
     m = clamp_finite(M)
     R = tl.load(saved + rows.to(tl.int64) * 2 + row)
-    A = adjustment(logit_bias, margin, logit_scale, T, ADJUST)
+    A = (logit_bias, margin, scale_of(logit_scale, T, ADJUST))
     d = target_below(target_logit(x + y, y, read, A, T, ADJUST), M)
     _, k, g_y, uniform = softmax_row(
         d, R, r, d, C, M, softmax_numbers(gamma, eps, zeta, T), A[2], SMOOTH, Z

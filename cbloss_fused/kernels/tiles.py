@@ -9,7 +9,6 @@ import triton.language as tl
 from .rows import (
     INF,
     adjusted,
-    adjustment,
     clamp_finite,
     exp,
     f64,
@@ -18,6 +17,7 @@ from .rows import (
     kernel,
     number,
     row_inputs,
+    scale_of,
     target_logit,
     weighted,
 )
@@ -133,7 +133,7 @@ def softmax_tiles(
         target, scale, normalizer, grad_loss, row, there, C, number(denominator, T), FOLD, VECTOR
     )
     x = tile_pointer(logits, n, k_inner, x_n, x_k, X_UNIT)
-    A = adjustment(logit_bias, margin, logit_scale, T, ADJUST)
+    A = (logit_bias, margin, scale_of(logit_scale, T, ADJUST))
     z_y = target_logit(x + class_offset(y, x_c, X_UNIT), y, read, A, T, ADJUST)
     c = tl.arange(0, BLOCK_C)
     if SINGLE:
@@ -203,7 +203,7 @@ def sigmoid_tiles(
     g = x
     if grad is not None:
         g = tile_pointer(grad, n, k, g_n, g_k, G_UNIT)
-    A = adjustment(logit_bias, margin, logit_scale, T, ADJUST)
+    A = (logit_bias, margin, scale_of(logit_scale, T, ADJUST))
     z_y = target_logit(x + class_offset(y, x_c, X_UNIT), y, read, A, T, ADJUST)
     L_y, g_y = at_target(z_y, f, G, SHORT, SMOOTH)
     slope = r * A[2]
