@@ -134,6 +134,17 @@ def test_an_infinite_logit_takes_all(backend, C):
     assert loss[2].isnan()
 
 
+@FAMILY
+def test_one_number_expanded(backend, family):
+    """All strides 0, logits or targets: they say nothing of where classes lie."""
+    logits, *_ = sample(131)
+    half, zero = torch.tensor(0.5).double(), torch.tensor(0.0).double()
+    for x, t in ((logits, half.expand(logits.shape)), (zero.expand(logits.shape), soft(logits))):
+        want = oracle(x.contiguous(), t.contiguous(), activation=family)
+        got = class_balanced_loss(x, t, activation=family, backend=backend.argument)
+        assert_loss(got, want[0], torch.float64)
+
+
 LAYOUTS = {
     "vector": ((5,), None),
     "rows": ((6, 5), None),

@@ -363,10 +363,10 @@ def dense(call: Call, t_strides: tuple[int, ...] | None, VEC: int) -> Plan | Non
     if max(8 * N * K, C) >= 2**31:
         return None
     f = call.formula
-    strides = [s if len(s) == 3 else (*s, 0) for s in (call.x_strides, t_strides or (0, 0),
-                                                       call.g_strides or (0, 0))]  # fmt: skip
     rows, classes, single, warps = dense_config(C, call.dtype.itemsize, f.sigmoid)
-    used = [stride for stride in strides if any(stride)]
+    strides = [(*s, 0)[:3] for s in (call.x_strides, t_strides or (0, 0), call.g_strides or (0, 0))]
+    given = (True, t_strides is not None, call.g_strides is not None)
+    used = [stride for stride, there in zip(strides, given, strict=True) if there]
     unit = UNIT_C if all(stride[1] == 1 for stride in used) else 0
     if not unit and K > 1 and all(stride[2] == 1 for stride in used):
         unit = UNIT_K
