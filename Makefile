@@ -26,6 +26,7 @@ oldest: $(VENV)/ready
 	PYTHONPATH=build/oldest $(BIN)/python -m pytest -q tests/test_codegen.py -k compile
 bench: $(VENV)/ready $(VENV)/bench
 	$(BIN)/python -m bench.run
+	$(BIN)/python -m bench.stats
 codegen: $(VENV)/ready $(VENV)/bench
 	$(BIN)/python -m bench.codegen
 	$(BIN)/python -m bench.launch_cost

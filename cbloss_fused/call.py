@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 REDUCTIONS = ("none", "mean", "weighted_mean", "sum")  # the operators take the index
-
-
 TINY = 1.2e-38  # float32's smallest normal number, rounded up
+GRANTED = (1.0, 1.0, 0.0, 1.0, False)  # alpha to per_class of most losses; gamma_neg is gamma
 
 
 class Formula(NamedTuple):
@@ -30,14 +29,13 @@ class Formula(NamedTuple):
 
     def short(self) -> tuple[float, ...]:
         """Without what the operators take for granted: each number costs 0.2 us of host time."""
-        granted = (self.gamma, 1.0, 1.0, 0.0, 1.0, False)
-        return self[:4] if self[4:] == granted else self
+        return self[:4] if self[4:] == (self.gamma, *GRANTED) else self
 
     @classmethod
     def of(cls, numbers: Sequence[float]) -> Formula:
         """From what an operator was given."""
         if len(numbers) == 4:
-            numbers = (*numbers, numbers[1], 1.0, 1.0, 0.0, 1.0, False)
+            numbers = (*numbers, numbers[1], *GRANTED)
         sigmoid, *rest, per_class = numbers
         return cls._make((bool(sigmoid), *rest, bool(per_class)))
 

@@ -72,7 +72,8 @@ def tile_config(C: int, sigmoid: bool, inner: bool) -> tuple[int, int, bool]:
 def dense_config(C: int, itemsize: int, sigmoid: bool) -> tuple[int, int, bool, int]:
     """(rows, classes, whether these are all, warps) of a tile with a target a class.
 
-    Sigmoid and rows that are many tiles: 16 elements a thread, which keeps several sums an element.
+    Softmax holds a row of logits and one of targets. Sigmoid, which needs no element twice, and
+    longer rows, which keep several sums an element: 16 elements a thread.
     """
     classes = triton.next_power_of_2(C)
     if sigmoid or classes > HELD // 2 >> (itemsize == 8):
