@@ -34,26 +34,14 @@ class StoredGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            _refuse_double_backward()
-        (grad,) = ctx.saved_tensors
-        if is_compiling():
-            grad = ops.scaled(grad, grad_loss)
-        elif grad_loss.is_cpu:  # where looking costs nothing
-            if grad_loss.item() != 1:
-                grad = grad * grad_loss
-        else:
-            grad = ops.scale_stored(grad, grad_loss, not ctx.inplace)
-        return grad, None, None
+        return _scaled_stored(ctx, grad_loss), None, None
 
 
-class StoredGradientAndStats(StoredGradient):
-    """The same, and (4, C) statistics of the classes."""
+class StoredGradientAndStats(torch.autograd.Function):
+    """StoredGradient, and (4, C) statistics of the classes."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, logits: Tensor, inputs: Inputs, spec: Spec
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, logits: Tensor, inputs: Inputs, spec: Spec) -> tuple[Tensor, Tensor]:
         grad = ops.new_grad(logits)
         loss, stats = ops.run_loss_and_stats(logits, inputs, spec, grad)
         ctx.save_for_backward(grad)
@@ -63,10 +51,8 @@ class StoredGradientAndStats(StoredGradient):
         return loss, stats
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, grad_loss: Tensor, _: Tensor
-    ) -> tuple[Tensor | None, ...]:
-        return StoredGradient.backward(ctx, grad_loss)
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return _scaled_stored(ctx, grad_loss), None, None
 
 
 class RecomputedGradient(torch.autograd.Function):
@@ -121,6 +107,17 @@ def recomputed_gradient(logits: Tensor, inputs: Inputs, spec: Spec) -> Tensor:
 # Function.apply without its Python wrapper, 3 us that look for functorch: spec.py has looked.
 _apply_stored: Any = super(torch.autograd.Function, StoredGradient).apply
 _apply_stored_and_stats: Any = super(torch.autograd.Function, StoredGradientAndStats).apply
+
+
+def _scaled_stored(ctx: Any, grad_loss: Tensor) -> Tensor:
+    if torch.is_grad_enabled():
+        _refuse_double_backward()
+    grad: Tensor = ctx.saved_tensors[0]
+    if is_compiling():
+        return ops.scaled(grad, grad_loss)
+    if grad_loss.is_cpu:  # where looking costs nothing
+        return grad if grad_loss.item() == 1 else grad * grad_loss
+    return ops.scale_stored(grad, grad_loss, not ctx.inplace)
 
 
 def _refuse_double_backward() -> None:

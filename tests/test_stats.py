@@ -66,3 +66,22 @@ def test_stats_refuse(options):
     arguments = {"input": torch.zeros(3, 4), "target": torch.tensor([0, 1, 2])} | options
     with pytest.raises(ValueError, match="return_stats"):
         class_balanced_loss(**arguments, return_stats=True)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@FAMILY
+def test_compile(family):
+    torch._dynamo.reset()
+    logits, target, weight, _ = sample(10, torch.float32)
+
+    def loss_and_stats(x):
+        return class_balanced_loss(x, target, weight, activation=family, return_stats=True)
+
+    compiled = torch.compile(loss_and_stats, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (loss_and_stats, compiled):
+        leaf = logits.clone().requires_grad_()
+        loss, stats = function(leaf)
+        loss.backward()
+        results.append((loss.detach(), leaf.grad, *stats))
+    torch.testing.assert_close(*results, equal_nan=True)
