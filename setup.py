@@ -279,7 +279,10 @@ if __name__ == "__main__":
         ext_modules=[
             Extension(
                 "cbloss_fused._C",
-                sources=["csrc/module.cpp", "csrc/cpu/ops.cpp", "csrc/cpu/stats.cpp"],
+                sources=[
+                    "csrc/module.cpp",
+                    *(f"csrc/cpu/{name}.cpp" for name in ("ops", "isa", "stats")),
+                ],
                 depends=[*HEADERS, "csrc/cpu/rows.cpp"],
                 language="c++",
                 py_limited_api=True,

@@ -18,7 +18,8 @@ from .. import reference
 from ..call import REDUCTIONS, Formula, Inputs, is_dense
 from ..reference import compute_dtype
 from .layout import Device
-from .plan import Call, Plan, Step, dense, plan, scaling
+from .plan import dense, plan, scaling
+from .steps import Call, Plan, Step
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 _kept: dict[tuple[Any, ...], Any] = {}

@@ -9,51 +9,11 @@
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
 
 #include "rows.h"
 #include "stats.h"
 
 namespace {
-
-struct Isa {
-  const char* name;
-  FindKernel* find;
-  bool supported;
-};
-
-#if defined(__x86_64__)
-enum Register { EAX, EBX, ECX, EDX };
-// For features that not every compiler knows by name.
-bool cpuid(unsigned leaf, unsigned subleaf, Register reg, int bit) {
-  unsigned r[4];
-  return __get_cpuid_count(leaf, subleaf, &r[EAX], &r[EBX], &r[ECX], &r[EDX]) && r[reg] >> bit & 1;
-}
-#endif
-
-const std::vector<Isa>& isas() {  // best first
-#if defined(__x86_64__)
-  const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-#endif
-  static const std::vector<Isa> all = {
-#if defined(__x86_64__)
-      {"avx512_bf16", avx512_bf16::find, has_avx512 && cpuid(7, 1, EAX, 5)},
-      {"avx512", avx512::find, has_avx512},
-      {"avx2", avx2::find,
-       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && cpuid(1, 0, ECX, 29)},
-#endif
-      {"baseline", baseline::find, true},
-  };
-  return all;
-}
-
-const Isa* best_isa() {
-  return &*std::find_if(isas().begin(), isas().end(), [](const Isa& isa) { return isa.supported; });
-}
-const Isa* isa = best_isa();
 
 DType dtype_of(const Tensor& logits) {
   switch (logits.scalar_type()) {
@@ -247,7 +207,7 @@ void prologue(const Inputs<T>& in, const Shape& shape, DType dtype, Rows& a, T* 
             s[p.bad_sample], ": must be finite and >= 0");
   if (!of_rows) a.weight = w;  // the row kernel's
   if (a.dense && w && in.reduction == Reduction::WEIGHTED_MEAN) {
-    run_rows(isa->find(dtype, Family::SOFTMAX, Mode::LABELS, a), a, shape.rows);
+    run_rows(find_kernel(dtype, Family::SOFTMAX, Mode::LABELS, a), a, shape.rows);
     a.weight = nullptr, p.total = epilogue(scale, shape.rows);
   }
   const double divisor = denominator<T>(in.reduction, in.normalizer, p);
@@ -319,7 +279,7 @@ void run_loss(const Tensor& logits, const Inputs<T>& in, const Shape& shape, Row
   T* row_loss = vector ? loss : own.get();  // in the place of its scale: a kernel reads that first
   a.loss = row_loss;
   const Mode mode = out.grad ? Mode::LOSS_AND_GRAD : Mode::LOSS;
-  run_rows(isa->find(dtype_of(logits), family_of(sigmoid), mode, a), a, shape.rows);
+  run_rows(find_kernel(dtype_of(logits), family_of(sigmoid), mode, a), a, shape.rows);
   if (!vector) *loss = T(epilogue(row_loss, shape.rows));
   if (out.stats)
     class_stats(a, dtype_of(logits), shape.rows, in.ignore_index, out.stats->mutable_data_ptr());
@@ -379,23 +339,7 @@ void gradient(Tensor logits, Tensor target, OptionalTensor weight, OptionalTenso
   a.grad_loss_per_row = grad_loss.dim() > 0;
   check_vector(grad_loss, dtype, a.grad_loss_per_row ? shape.rows : 1, "grad_loss");
   a.grad_loss = grad_loss.const_data_ptr();
-  run_rows(isa->find(dtype_of(logits), family, Mode::GRAD, a), a, shape.rows);
-}
-
-// For tests: runs the variant of that name from now on. Returns the names of those that this
-// machine can run, best first; "" asks and changes nothing.
-std::string set_isa(std::string name) {
-  std::string names;
-  const Isa* found = isa;
-  for (const Isa& each : isas()) {
-    if (!each.supported) continue;
-    names += (names.empty() ? "" : " ") + std::string(each.name);
-    if (name == each.name) found = &each;
-  }
-  require(name.empty() || found->name == name, "no such instruction set here: '", name, "', only ",
-          names);
-  isa = found;
-  return names;
+  run_rows(find_kernel(dtype_of(logits), family, Mode::GRAD, a), a, shape.rows);
 }
 
 }  // namespace
@@ -404,7 +348,4 @@ STABLE_TORCH_LIBRARY_IMPL(cbloss_fused, CPU, m) {
   m.impl("loss", TORCH_BOX(&loss));
   m.impl("_loss_and_stats", TORCH_BOX(&loss_and_stats));
   m.impl("gradient", TORCH_BOX(&gradient));
-}
-STABLE_TORCH_LIBRARY_IMPL(cbloss_fused, CompositeExplicitAutograd, m) {
-  m.impl("_set_isa", TORCH_BOX(&set_isa));
 }

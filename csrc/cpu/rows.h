@@ -36,8 +36,9 @@ struct Rows {
 };
 
 using RowKernel = void (*)(const Rows&, int64_t begin, int64_t end);
-// One variant of the kernels an instruction set.
 using FindKernel = RowKernel(DType, Family, Mode, const Rows&);
+FindKernel find_kernel;  // of the instruction set that serves
+// One variant of the kernels an instruction set.
 namespace baseline {
 FindKernel find;
 }
