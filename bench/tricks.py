@@ -53,12 +53,12 @@ CUDA = (
           "CB_FN float divide(float a, float b) { return a * rcp(b); }",
           "CB_FN float divide(float a, float b) { return a / b; }", SOFTMAX),
     Trick("up to 2048 classes one warp a row, 1000: no barrier", "rows.cu",
-          "if (a.C <= WARP * MEDIUM) return held<SMOOTH, WARP, MEDIUM>(a, device);",
-          "if (a.C <= WARP * MEDIUM) return held<SMOOTH, 128, SMALL / 2>(a, device);",
+          "if (a.C <= WARP * MEDIUM) return held<GENERAL, WARP, MEDIUM>(a, device);",
+          "if (a.C <= WARP * MEDIUM) return held<GENERAL, 128, SMALL / 2>(a, device);",
           WARP_A_ROW, "softmax_rows<__nv_bfloat16, false, 128, 1>"),
     Trick("gamma 0: one logarithm of a product", "../row_math.h",
           "      if constexpr (!SMOOTH) return softplus.add(z);\n",
-          "      if constexpr (!SMOOTH) { const auto e = sigmoid_element<G, SHORT>(z, gamma);"
+          "      if constexpr (!SMOOTH) { const auto e = sigmoid_element<G, SHORT>(z, f.gamma);"
           " softplus.linear += e.L; return e.g; }\n", ZERO),
     Trick("gamma 1/2: root and reciprocal from one rsqrt, no general power", "../row_math.h",
           "", "", HALF, ANY),
@@ -84,6 +84,7 @@ TRITON = (
     Trick("an aligned gradient: 16-byte stores", "rows.py",
           "    if ALIGNED:\n        start", "    if False:\n        start", "softmax_rows"),
 )  # fmt: skip
+FOLDERS = {"CUDA": "csrc/cuda", "Triton": "cbloss_fused/kernels"}
 Counts = Callable[[Path, str], tuple[float, float]]
 
 
@@ -125,17 +126,17 @@ def measured(trick: Trick | None, folder: str, count: Counts, kernel: str) -> tu
 
 def main() -> None:
     print("| | trick | kernel | without | with |\n| --- | --- | --- | --- | --- |")
-    compare("CUDA", "csrc/cuda", CUDA, cuda)
-    compare("Triton", "cbloss_fused/kernels", TRITON, triton)
+    compare("CUDA", CUDA, cuda)
+    compare("Triton", TRITON, triton)
 
 
-def compare(side: str, folder: str, tricks: tuple[Trick, ...], count: Counts) -> None:
+def compare(side: str, tricks: tuple[Trick, ...], count: Counts) -> None:
     """Rows of the table: instructions / special functions an element."""
     jobs: list[tuple[Trick | None, str]] = [(None, k) for k in {t.kernel for t in tricks}]
     jobs += [(trick, trick.without_kernel or trick.kernel) for trick in tricks]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         counts = dict(
-            zip(jobs, pool.map(lambda job: measured(job[0], folder, count, job[1]), jobs),
+            zip(jobs, pool.map(lambda job: measured(job[0], FOLDERS[side], count, job[1]), jobs),
                 strict=True)
         )  # fmt: skip
     for trick in tricks:

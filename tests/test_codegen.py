@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 from conftest import INTERPRETED, name_of
 
-from bench import sass
+from bench import sass, tricks
 from bench.codegen import (
     CLASSES,
     DTYPES,
@@ -244,3 +244,11 @@ def test_float64_compiles(activation, gamma, shape):
             shape, torch.float64, activation, gamma, label_smoothing=0.1, recompute=recompute
         ):
             assert code(launch, "sm_90").straight.all
+
+
+@pytest.mark.parametrize("side", tricks.FOLDERS)
+def test_what_the_tricks_undo_is_there(side):
+    """bench.tricks takes minutes: nobody runs it after every change of a source."""
+    for trick in {"CUDA": tricks.CUDA, "Triton": tricks.TRITON}[side]:
+        text = (tricks.ROOT / tricks.FOLDERS[side] / trick.file).read_text()
+        assert trick.line in text, trick.name
