@@ -150,7 +150,7 @@ def loss_of(
         return _eager_loss(input, inputs, spec)
     edge.check_kernel(input, spec.backend)
     if spec.inplace:
-        edge.check_inplace(input)
+        edge.check_inplace(input, inputs.target)
     if dense or spec.formula.per_class:
         spec = spec._replace(backend=ops.serving_classes(input, spec.backend))
     shape = input.shape

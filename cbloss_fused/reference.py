@@ -312,6 +312,7 @@ def _rows(
         R = e.sum(1, keepdim=True)
         if dense:
             t = y.to(z.dtype)
+            R = torch.where(z.gather(1, top) == -inf, nan, R)  # no class has a probability
             B = torch.where(t == 0, 0.0, t * (z - M)).sum(1, keepdim=True)
             W, W_others = (v.sum(1, keepdim=True) for v in (t, t.scatter(1, top, 0.0)))
             L, k, g_top, uniform, hard = soft_row(R, r, W, W_others, B, D, C, M, f)

@@ -306,7 +306,7 @@ def _check_all(
         raise ValueError(f"{name}{list(first)} = {float(vector[first])}: must be finite{more}")
 
 
-def check_inplace(input: Tensor) -> None:
+def check_inplace(input: Tensor, target: Tensor) -> None:
     """Raise if the gradient may not be written over input."""
     if not input.requires_grad or not torch.is_grad_enabled():
         return  # then nothing is written
@@ -318,6 +318,8 @@ def check_inplace(input: Tensor) -> None:
         )
     if compiling:
         return
+    if target.data_ptr() == input.data_ptr() and input.numel():
+        raise ValueError("inplace=True would write the gradient over target: it is the logits")
     given = f"got one of shape {tuple(input.shape)} and strides {input.stride()}"
     span = 0  # of the dimensions with smaller strides
     for stride, size in sorted(zip(input.stride(), input.shape, strict=True)):

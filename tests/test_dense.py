@@ -132,6 +132,19 @@ def test_an_infinite_logit_takes_all(backend, C):
     assert (grad[0] == 0).all()
     assert loss[1] == float("inf")
     assert loss[2].isnan()
+    loss, grad = loss_and_grad(backend, logits, t, reduction="none", label_smoothing=0.1)
+    p = t[0]
+    assert loss[0] == float("inf")
+    torch.testing.assert_close(grad[0], p - (0.9 * t[0] + 0.1 / C))
+
+
+@pytest.mark.parametrize("C", (1, 3, 131), ids="C{}".format)
+@pytest.mark.parametrize("z", ("nan", "-inf"))
+def test_no_logit_is_a_number(backend, C, z):
+    logits, t = torch.full((3, C), float(z)), torch.full((3, C), 1 / C)
+    loss, grad = loss_and_grad(backend, logits, t, reduction="none")
+    assert loss.isnan().all()
+    assert grad.isnan().all()
 
 
 @FAMILY
@@ -149,12 +162,13 @@ LAYOUTS = {
     "vector": ((5,), None),
     "rows": ((6, 5), None),
     "transposed": ((6, 5), (1, 0)),
-    "image": ((2, 5, 3, 4), None),
+    "many-classes-apart": ((131, 9), (1, 0)),
+    "image": ((2, 5, 5, 7), None),
     "channels-last": ((2, 3, 4, 5), (0, 3, 1, 2)),
 }
 
 
-@pytest.mark.parametrize("reduction", ("none", "mean"))
+@pytest.mark.parametrize("reduction", ("none", "weighted_mean"))
 @pytest.mark.parametrize("target_dtype", (*DTYPES, torch.bool), ids=name_of)
 @pytest.mark.parametrize("shape, order", LAYOUTS.values(), ids=LAYOUTS.keys())
 @FAMILY
@@ -169,15 +183,16 @@ def test_layouts_and_types(backend, family, shape, order, target_dtype, reductio
     if target_dtype.is_floating_point:
         target = target * 0.5
     before = target.clone()
+    options = {"activation": family, "reduction": reduction}
     if logits.dim() == 1:
-        want = oracle(logits[None], target[None], activation=family, reduction=reduction)
+        weight = torch.rand(logits.shape[0], generator=generator)
+        want = oracle(logits[None], target[None], weight, **options)
         want = want[0].reshape(()), want[1][0]
     else:
-        want = oracle(logits, target, activation=family, reduction=reduction)
+        weight = torch.rand(logits.shape[1], generator=generator)
+        want = oracle(logits, target, weight, **options)
     for recompute in (False, True):
-        got = loss_and_grad(
-            backend, logits, target, activation=family, reduction=reduction, recompute=recompute
-        )
+        got = loss_and_grad(backend, logits, target, weight, recompute=recompute, **options)
         assert got[0].shape == want[0].shape
         torch.testing.assert_close(got[0], want[0].float(), rtol=2e-5, atol=1e-6)
         torch.testing.assert_close(got[1], want[1].float(), rtol=2e-5, atol=1e-6)
@@ -212,6 +227,8 @@ def test_in_place(backend, family, recompute):
     loss.backward()
     torch.testing.assert_close(loss.detach(), want[0])
     torch.testing.assert_close(leaf.grad, want[1])
+    with pytest.raises(ValueError, match="over target"):
+        class_balanced_loss(x, x.detach(), inplace=True, backend=backend.argument, **options)
 
 
 def test_no_labels_at_all(backend):

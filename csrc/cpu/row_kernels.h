@@ -1,25 +1,38 @@
 // One row at a time, its classes side by side in memory: vectors of classes.
 
-// body(j, z, n) for all vectors of a row, with the target's lane and those past the end blanked;
-// flush() at least every CHUNK vectors. The order depends on C and y alone.
+// body(j, z, n, blank) for all vectors of a row; z is -inf in blank lanes: the target's and those
+// past the end. flush() at least every CHUNK vectors. The order depends on C and y alone.
 template <class S, class Body, class Flush>
 CB_FN void for_negatives(const S* x, int64_t C, int64_t y, const Body& body, const Flush& flush) {
   using V = typename Lanes<S>::V;
   constexpr int64_t N = Lanes<S>::N;
   const int64_t whole = C / N * N, at_y = y / N * N;
+  const decltype(outside(V{}, 0, 0)) none{};
   const int64_t segment[2][2] = {{0, at_y}, {at_y + N, whole}};
   for (const auto& [begin, end] : segment)
     for (int64_t b = begin; b < end; b += CHUNK * N) {
       const int64_t stop = std::min(end, b + CHUNK * N);
-      for (int64_t j = b; j < stop; j += N) body(j, load(x + j), N);
+      for (int64_t j = b; j < stop; j += N) body(j, load(x + j), N, none);
       flush();
     }
   for (int64_t j = at_y; j < C; j = j < whole ? whole : C) {
     const int64_t n = std::min(C - j, N);
     const V z = load_some(x + j, n);
-    body(j, outside(z, n, y - j) ? V{} - INF<typename Lanes<S>::T> : z, n);  // -inf: its term is 0
+    const auto blank = outside(z, n, y - j);
+    body(j, blank ? V{} - INF<typename Lanes<S>::T> : z, n, blank);  // -inf: its term is 0
   }
   flush();
+}
+
+// body(j, n) for every vector of a row, whole ones first; flush() at least every CHUNK.
+template <int64_t N, class Body, class Flush>
+CB_FN void for_vectors(int64_t C, const Body& body, const Flush& flush) {
+  const int64_t whole = C / N * N;
+  for (int64_t b = 0; b < whole; b += CHUNK * N) {
+    for (int64_t j = b; j < std::min(whole, b + CHUNK * N); j += N) body(j, N);
+    flush();
+  }
+  if (whole < C) body(whole, C - whole), flush();
 }
 
 template <class S, class V>
@@ -93,12 +106,42 @@ class AdjustedRow {
   }
 };
 
-// Not inlined: adjusted rows of half types take the code of float rows.
+// run(i, x, y, r, g, scratch) for every row that counts; y is 0 where targets are no class indices.
+// Adjusted rows of half types run as float rows, whose gradient is then copied from scratch.
+template <class S, Mode MODE, class Run>
+void for_rows(const Rows& a, int64_t begin, int64_t end, const Run& run) {
+  using T = typename Lanes<S>::T;
+  const RowScale<T> scale(a);
+  AdjustedRow<S> adjusted(a);
+  const std::unique_ptr<T[]> scratch(std::is_same_v<S, T> || MODE == Mode::LOSS ? nullptr
+                                                                                : new T[a.C]);
+  for (int64_t i = begin; i < end; ++i) {
+    const S* x = static_cast<const S*>(a.logits) + row_offset(a.logits_stride, a.K, i);
+    S* g = static_cast<S*>(a.grad) + row_offset(a.grad_stride, a.K, i);
+    if (scale.ignored(i)) {
+      if constexpr (MODE != Mode::GRAD) static_cast<T*>(a.loss)[i] = 0;
+      if constexpr (MODE != Mode::LOSS) zero_row(g, a.C);
+      continue;
+    }
+    const int64_t y = a.target ? a.target[i] : 0;
+    const T r = scale(i);
+    if (!adjusted.any()) {
+      run(i, x, y, r, g, scratch.get());
+    } else if constexpr (std::is_same_v<S, T>) {
+      run(i, adjusted(x, y), y, r, g, scratch.get());
+    } else {
+      run(i, adjusted(x, y), y, r, scratch.get(), scratch.get());
+      if constexpr (MODE != Mode::LOSS) copy_row(scratch.get(), g, a.C);
+    }
+  }
+}
+
+// Not inlined: code that rows of several types share.
 #define CB_ROW __attribute__((noinline))
 
 // Traffic: one read of the logits from memory (the maximum's pass leaves the row in cache), one
 // write of the gradient.
-template <class S, Mode MODE, class T = typename Lanes<S>::T>
+template <Mode MODE, class S, class T = typename Lanes<S>::T>
 CB_ROW void softmax_one_row(const Rows& a, int64_t i, const S* x, int64_t y, T r, S* g,
                             T* scratch) {
   using V = typename Lanes<S>::V;
@@ -113,7 +156,8 @@ CB_ROW void softmax_one_row(const Rows& a, int64_t i, const S* x, int64_t y, T r
   } else {
     V top = V{} - LARGEST<T>;
     for_negatives(
-        x, C, y, [&](int64_t, V z, int64_t) __attribute__((always_inline)) { top = max(z, top); },
+        x, C, y,
+        [&](int64_t, V z, int64_t, auto) __attribute__((always_inline)) { top = max(z, top); },
         [] {});
     M = max(T(largest(top)), load_one(x + y));
     if (M_) M_[i] = M;
@@ -134,7 +178,7 @@ CB_ROW void softmax_one_row(const Rows& a, int64_t i, const S* x, int64_t y, T r
     DoubleLanes<V> total;
     for_negatives(
         x, C, y,
-        [&](int64_t j, V z, int64_t n) __attribute__((always_inline)) {
+        [&](int64_t j, V z, int64_t n, auto) __attribute__((always_inline)) {
           const V t = exp(z - M);
           lanes += t;
           if constexpr (MODE == Mode::LOSS_AND_GRAD) store_n(e + j, t, n);
@@ -156,34 +200,13 @@ CB_ROW void softmax_one_row(const Rows& a, int64_t i, const S* x, int64_t y, T r
 
 template <class S, Mode MODE>
 void softmax_rows(const Rows& a, int64_t begin, int64_t end) {
-  using T = typename Lanes<S>::T;
-  const RowScale<T> scale(a);
-  AdjustedRow<S> adjusted(a);
-  const std::unique_ptr<T[]> scratch(std::is_same_v<S, T> || MODE == Mode::LOSS ? nullptr
-                                                                                : new T[a.C]);
-  for (int64_t i = begin; i < end; ++i) {
-    const S* x = static_cast<const S*>(a.logits) + row_offset(a.logits_stride, a.K, i);
-    S* g = static_cast<S*>(a.grad) + row_offset(a.grad_stride, a.K, i);
-    if (scale.ignored(i)) {
-      if constexpr (MODE != Mode::GRAD) static_cast<T*>(a.loss)[i] = 0;
-      if constexpr (MODE != Mode::LOSS) zero_row(g, a.C);
-      continue;
-    }
-    const int64_t y = a.target[i];
-    const T r = scale(i);
-    if (!adjusted.any()) {
-      softmax_one_row<S, MODE>(a, i, x, y, r, g, scratch.get());
-    } else if constexpr (std::is_same_v<S, T>) {
-      softmax_one_row<S, MODE>(a, i, adjusted(x, y), y, r, g, scratch.get());
-    } else {
-      softmax_one_row<T, MODE>(a, i, adjusted(x, y), y, r, scratch.get(), scratch.get());
-      if constexpr (MODE != Mode::LOSS) copy_row(scratch.get(), g, a.C);
-    }
-  }
+  for_rows<S, MODE>(a, begin, end, [&](int64_t i, auto* x, int64_t y, auto r, auto* g, auto* e) {
+    softmax_one_row<MODE>(a, i, x, y, r, g, e);
+  });
 }
 
 // Traffic: one read of the logits, one write of the gradient.
-template <class S, Mode MODE, Gamma G, bool SMOOTH, class T = typename Lanes<S>::T>
+template <Mode MODE, Gamma G, bool SMOOTH, class S, class T = typename Lanes<S>::T>
 CB_ROW void sigmoid_one_row(const Rows& a, int64_t i, const S* x, int64_t y, T r, S* g) {
   using V = typename Lanes<S>::V;
   const int64_t C = a.C;
@@ -195,8 +218,8 @@ CB_ROW void sigmoid_one_row(const Rows& a, int64_t i, const S* x, int64_t y, T r
   LossSum<G, SMOOTH, IS_HALF<S>, V> sum_L;
   for_negatives(
       x, C, y,
-      [&](int64_t j, V z, int64_t n) __attribute__((always_inline)) {
-        const V g_z = sum_L.add(z, t, f, [&] { return outside(z, n, y - j); });
+      [&](int64_t j, V z, int64_t n, auto blank) __attribute__((always_inline)) {
+        const V g_z = sum_L.add(z, t, f, [&] { return blank; });
         if constexpr (MODE != Mode::LOSS) store_n(g + j, slope_others * g_z, n);
       },
       [&]() __attribute__((always_inline)) { total.add(sum_L.take()); });
@@ -208,28 +231,7 @@ CB_ROW void sigmoid_one_row(const Rows& a, int64_t i, const S* x, int64_t y, T r
 
 template <class S, Mode MODE, Gamma G, bool SMOOTH>
 void sigmoid_rows(const Rows& a, int64_t begin, int64_t end) {
-  using T = typename Lanes<S>::T;
-  const RowScale<T> scale(a);
-  AdjustedRow<S> adjusted(a);
-  const std::unique_ptr<T[]> scratch(
-      std::is_same_v<S, T> || MODE == Mode::LOSS || !adjusted.any() ? nullptr : new T[a.C]);
-  for (int64_t i = begin; i < end; ++i) {
-    const S* x = static_cast<const S*>(a.logits) + row_offset(a.logits_stride, a.K, i);
-    S* g = static_cast<S*>(a.grad) + row_offset(a.grad_stride, a.K, i);
-    if (scale.ignored(i)) {
-      if constexpr (MODE != Mode::GRAD) static_cast<T*>(a.loss)[i] = 0;
-      if constexpr (MODE != Mode::LOSS) zero_row(g, a.C);
-      continue;
-    }
-    const int64_t y = a.target[i];
-    const T r = scale(i);
-    if (!adjusted.any()) {
-      sigmoid_one_row<S, MODE, G, SMOOTH>(a, i, x, y, r, g);
-    } else if constexpr (std::is_same_v<S, T>) {
-      sigmoid_one_row<S, MODE, G, SMOOTH>(a, i, adjusted(x, y), y, r, g);
-    } else {
-      sigmoid_one_row<T, MODE, G, SMOOTH>(a, i, adjusted(x, y), y, r, scratch.get());
-      if constexpr (MODE != Mode::LOSS) copy_row(scratch.get(), g, a.C);
-    }
-  }
+  for_rows<S, MODE>(a, begin, end, [&](int64_t i, auto* x, int64_t y, auto r, auto* g, auto*) {
+    sigmoid_one_row<MODE, G, SMOOTH>(a, i, x, y, r, g);
+  });
 }

@@ -26,7 +26,8 @@ namespace CBLOSS_ISA {
 #include "row_kernels.h"
 #include "tile_kernels.h"
 //
-#include "dense_kernels.h"
+#include "dense_rows.h"
+#include "dense_tiles.h"
 
 // A row kernel wants its classes side by side and enough of them to fill vectors.
 constexpr int64_t FEW_CLASSES = 100;
@@ -36,16 +37,23 @@ RowKernel sigmoid_kernel(bool rows) {
   return rows ? sigmoid_rows<S, MODE, G, SMOOTH> : sigmoid_tiles<S, MODE, G, SMOOTH>;
 }
 
+template <class S, Mode MODE, Gamma G>
+RowKernel sigmoid_dense_kernel(bool rows) {
+  return rows ? sigmoid_dense_rows<S, MODE, G> : sigmoid_dense_tiles<S, MODE, G>;
+}
+
 template <class S, Mode MODE>
 RowKernel find_kernel(Family family, const Rows& a) {
   const Formula& f = a.formula;
-  if (a.dense || f.per_class) {
-    if (family == Family::SOFTMAX) return softmax_dense<S, MODE>;
-    return f.gamma == 0 && f.plain() && !f.per_class ? sigmoid_dense<S, MODE, Gamma::ZERO>
-                                                     : sigmoid_dense<S, MODE, Gamma::GENERAL>;
-  }
   const bool rows =
       a.C >= FEW_CLASSES && a.logits_stride.c == 1 && (MODE == Mode::LOSS || a.grad_stride.c == 1);
+  if (a.dense || f.per_class) {
+    if (family == Family::SOFTMAX)
+      return rows ? softmax_dense_rows<S, MODE> : softmax_dense_tiles<S, MODE>;
+    return f.gamma == 0 && f.plain() && !f.per_class
+               ? sigmoid_dense_kernel<S, MODE, Gamma::ZERO>(rows)
+               : sigmoid_dense_kernel<S, MODE, Gamma::GENERAL>(rows);
+  }
   if (family == Family::SOFTMAX) return rows ? softmax_rows<S, MODE> : softmax_tiles<S, MODE>;
   if (f.eps != 0)  // not worth code of its own for each gamma
     return f.gamma == 0 && f.plain() ? sigmoid_kernel<S, MODE, Gamma::ZERO, true>(rows)
@@ -64,7 +72,9 @@ RowKernel find_mode(Family family, Mode mode, const Rows& a) {
   switch (mode) {
     case Mode::LOSS: return find_kernel<S, Mode::LOSS>(family, a);
     case Mode::LOSS_AND_GRAD: return find_kernel<S, Mode::LOSS_AND_GRAD>(family, a);
-    case Mode::LABELS: return label_weights<S>;
+    case Mode::LABELS:
+      return a.C >= FEW_CLASSES && a.dense_stride.c == 1 ? label_weight_rows<S>
+                                                         : label_weight_tiles<S>;
     default: return find_kernel<S, Mode::GRAD>(family, a);
   }
 }

@@ -26,13 +26,6 @@ struct Rows {
   bool grad_loss_per_row;
   const void *logit_bias, *margin;  // T[C], or null
   Formula formula;
-
-  int dense_size() const {
-    return dense_type == DType::Float64   ? 8
-           : dense_type == DType::Float32 ? 4
-           : dense_type == DType::Bool    ? 1
-                                          : 2;
-  }
 };
 
 using RowKernel = void (*)(const Rows&, int64_t begin, int64_t end);

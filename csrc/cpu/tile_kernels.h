@@ -17,36 +17,39 @@ struct Tile {
   Tile(const Rows& a, int64_t i, int64_t end) : a(a), i(i), n(std::min(end - i, N)) {
     const RowScale<T> scale(a);
     if constexpr (N == 1) {
-      ignored = scale.ignored(i), y = a.target[i], r = scale(i);
+      ignored = scale.ignored(i), r = scale(i);
+      if (a.target) y = a.target[i];
     } else {
       for (int64_t l = 0; l < n; ++l) {
         ignored[l] = scale.ignored(i + l) ? -1 : 0;
-        y[l] = int32_t(a.target[i + l]);
         r[l] = scale(i + l);
+        if (a.target) y[l] = int32_t(a.target[i + l]);
       }
     }
   }
-  auto is_y(int64_t c) const {
-    return y == (Index{} + std::conditional_t<N == 1, int64_t, int32_t>(c));
-  }
+  Index index(int64_t c) const { return Index{} + std::conditional_t<N == 1, int64_t, int32_t>(c); }
+  auto is_y(int64_t c) const { return y == index(c); }
   // Whole and side by side in memory: then a vector is loaded as it lies.
   bool adjacent(const Strides& s) const {
     if (n != N) return false;
     return a.K == 1 ? s.n == 1 : s.k == 1 && i / a.K == (i + N - 1) / a.K;
   }
-  void load_logits(V* z, S* gathered) const {
-    const S* x = static_cast<const S*>(a.logits);
-    const Strides& s = a.logits_stride;
+  // out[c] = these rows' numbers of class c, of whatever type; x is where row 0 has its class 0.
+  template <class Q>
+  void read(const Q* x, const Strides& s, V* out, Q* gathered) const {
     if (adjacent(s)) {
       x += row_offset(s, a.K, i);
-      for (int64_t c = 0; c < a.C; ++c) z[c] = load(x + c * s.c);
+      for (int64_t c = 0; c < a.C; ++c) out[c] = load_as<V>(x + c * s.c);
       return;
     }
     for (int64_t l = 0; l < N; ++l) {
-      const S* row = x + row_offset(s, a.K, l < n ? i + l : i);  // spare lanes repeat a row
+      const Q* row = x + row_offset(s, a.K, l < n ? i + l : i);  // spare lanes repeat a row
       for (int64_t c = 0; c < a.C; ++c) gathered[c * N + l] = row[c * s.c];
     }
-    for (int64_t c = 0; c < a.C; ++c) z[c] = load(gathered + c * N);
+    for (int64_t c = 0; c < a.C; ++c) out[c] = load_as<V>(gathered + c * N);
+  }
+  void load_logits(V* z, S* gathered) const {
+    read(static_cast<const S*>(a.logits), a.logits_stride, z, gathered);
   }
   // Adjusts the loaded logits; the target's are named apart, as its margin is.
   void adjust(const Adjustment<T>& adjustment, V* z) const {

@@ -129,9 +129,13 @@ template <bool SHORT>
 CB_FN Vec exp_minus_half(Vec z) {
   return exp<SHORT>(min(Vec{} + 43.5f, z * -0.5f));
 }
-// q^gamma on (0, 1]; what is below the smallest normal number counts as that.
+// q^gamma on [0, 1]; what is below the smallest normal number counts as that, but for the powers
+// that people use.
 template <class T, class Scalar>
 CB_FN T power(T q, Scalar gamma) {
+  if (gamma == 1) return q;
+  if (gamma == 2) return q * q;
+  if (gamma == 4) return (q * q) * (q * q);
   return exp(gamma * log(max(smallest_normal<T>(), q)));
 }
 template <class T>
@@ -269,6 +273,32 @@ CB_FN void store_one(S* p, typename Lanes<S>::T x) {
   else *p = x;
 }
 
+CB_FN Vec load(const uint8_t* p) {  // which compilers do one at a time
+#if defined(__AVX512F__)
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
+#elif defined(__AVX2__)
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+  Vec v;
+  for (int l = 0; l < W; ++l) v[l] = p[l];
+  return v;
+#endif
+}
+// Numbers of any type as V: a vector's, or the one of T.
+template <class V, class Q>
+CB_FN V load_as(const Q* p) {
+  if constexpr (!std::is_same_v<V, Vec>) {
+    return V(load_one(p));
+  } else if constexpr (std::is_same_v<Q, double>) {
+    typedef double Doubles __attribute__((vector_size(8 * W)));
+    Doubles d;
+    std::memcpy(&d, p, sizeof d);
+    return __builtin_convertvector(d, Vec);
+  } else {
+    return load(p);
+  }
+}
+
 // Lanes in their order.
 CB_FN double lane(double v, int) { return v; }
 CB_FN float lane(Vec v, int l) { return v[l]; }
@@ -276,6 +306,20 @@ CB_FN int64_t lane_index(int64_t v, int) { return v; }
 CB_FN int64_t lane_index(IVec v, int l) { return v[l]; }
 CB_FN void set_lane(double& v, int, double x) { v = x; }
 CB_FN void set_lane(Vec& v, int l, float x) { v[l] = x; }
+
+// Whether a comparison holds anywhere.
+CB_FN bool any(bool mask) { return mask; }
+CB_FN bool any(IVec mask) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
+#elif defined(__AVX2__)
+  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#else
+  int32_t some = 0;
+  for (int l = 0; l < W; ++l) some |= mask[l];
+  return some;
+#endif
+}
 
 // A sum in double, lane by lane, that float lanes join now and then.
 template <class V>

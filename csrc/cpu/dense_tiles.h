@@ -1,0 +1,143 @@
+// What dense_rows.h computes, as tile_kernels.h does: vectors of rows, for few classes or any other
+// stride.
+
+template <class S>
+struct DenseTile : Tile<S> {
+  using typename Tile<S>::V;
+  using typename Tile<S>::T;
+  using typename Tile<S>::Index;
+  using Tile<S>::N, Tile<S>::a, Tile<S>::i, Tile<S>::n, Tile<S>::r;
+  using Tile<S>::Tile;
+
+  // gathered has room for N * C numbers of any type.
+  CB_ROW void load_targets(V* t, double* gathered) const {
+    if (!a.dense)
+      for (int64_t c = 0; c < a.C; ++c) t[c] = this->is_y(c) ? constant<V>(1) : V{};
+    else
+      with_targets(a, [&](auto* x) {
+        using Q = std::remove_const_t<std::remove_pointer_t<decltype(x)>>;
+        this->read(x, a.dense_stride, t, reinterpret_cast<Q*>(gathered));
+      });
+  }
+  // The mean weights of the rows' labels; 1 without labels.
+  CB_ROW V label_weight(const V* t) const {
+    const T* weight = static_cast<const T*>(a.weight);
+    V labels{}, weights{}, some{}, weighted{};
+    for_classes(
+        a.C, [&](int64_t c) { some += t[c], weighted += t[c] * weight[c]; },
+        [&] { labels += some, weights += weighted, some = weighted = V{}; });
+    return labels == V{} ? constant<V>(1) : weights / labels;
+  }
+};
+
+// Writes the gradients over z and returns the losses. The largest logit is left out of the sums, as
+// a class index is elsewhere.
+template <Mode MODE, class S, class V = typename Lanes<S>::V>
+CB_FN V softmax_dense_tile(const DenseTile<S>& tile, V* z, const V* t) {
+  using T = typename Lanes<S>::T;
+  using Index = typename Tile<S>::Index;
+  const int64_t C = tile.a.C;
+  const Numbers<T> f = numbers<T>(tile.a.formula);
+  V M = V{} - LARGEST<T>;
+  for (int64_t c = 0; c < C; ++c) M = max(z[c], M);
+  Index top = Index{} - 1;  // the first class whose logit is M
+  for (int64_t c = C; c-- > 0;) top = z[c] == M ? tile.index(c) : top;
+  V R{}, B{}, D{}, W_others{}, t_top{}, part_R{}, part_B{}, part_D{}, part_W{};
+  for_classes(
+      C,
+      [&](int64_t c) __attribute__((always_inline)) {
+        const auto is_top = top == tile.index(c);
+        const V below = z[c] - M, e = is_top ? V{} : exp(below), t_c = is_top ? V{} : t[c];
+        t_top = is_top ? t[c] : t_top;
+        part_R += e, part_D += is_top ? V{} : below, part_W += t_c,
+            part_B += t_c == V{} ? V{} : t_c * below;
+        if constexpr (MODE != Mode::LOSS) z[c] = e;
+      },
+      [&]() __attribute__((always_inline)) {
+        R += part_R, B += part_B, D += part_D, W_others += part_W;
+        part_R = part_B = part_D = part_W = V{};
+      });
+  R = top < Index{} ? V{} + T(NAN) : R;  // none is finite, or all NaN
+  const SoftRow<V> row = soft_row<V, T>(R, tile.r, W_others + t_top, W_others, B, D, T(C), M, f);
+  if constexpr (MODE != Mode::LOSS)
+    for (int64_t c = 0; c < C; ++c) {
+      const V g = row.k * z[c] - row.uniform - row.hard * t[c];
+      z[c] = top == tile.index(c) ? row.g_top : g;
+    }
+  return row.loss;
+}
+
+template <Mode MODE, Gamma G, class S, class V = typename Lanes<S>::V>
+CB_FN V sigmoid_dense_tile(const DenseTile<S>& tile, V* z, const V* t) {
+  using T = typename Lanes<S>::T;
+  const int64_t C = tile.a.C;
+  const Numbers<T> f = numbers<T>(tile.a.formula);
+  const T* weight = tile.a.formula.per_class ? static_cast<const T*>(tile.a.weight) : nullptr;
+  const T keep = 1 - f.eps, uniform = f.eps / T(C);
+  const V slope = tile.r * f.scale;
+  V total{};
+  DenseSum<G, IS_HALF<S>, V> sum_L;
+  for_classes(
+      C,
+      [&](int64_t c) __attribute__((always_inline)) {
+        const V g = sum_L.add(z[c], keep * t[c] + uniform, f, weight,
+                              [&](const T* w) { return V{} + w[c]; });
+        if constexpr (MODE != Mode::LOSS) z[c] = slope * g;
+      },
+      [&]() __attribute__((always_inline)) { total += sum_L.take(); });
+  return weighted(tile.r, total);
+}
+
+// run(tile, z, t) returns the losses and overwrites z.
+template <class S, Mode MODE, class Run>
+void for_dense_tiles(const Rows& a, int64_t begin, int64_t end, const Run& run) {
+  using V = typename Lanes<S>::V;
+  constexpr int64_t N = Lanes<S>::N;
+  const Adjustment<typename Lanes<S>::T> adjustment(a);
+  const std::unique_ptr<V[]> z(new V[a.C]), t(new V[a.C]);
+  const std::unique_ptr<double[]> gathered(new double[a.C * N]);
+  S* gathered_logits = reinterpret_cast<S*>(gathered.get());
+  for (int64_t i = begin; i < end; i += N) {
+    DenseTile<S> tile(a, i, end);
+    tile.load_logits(z.get(), gathered_logits);
+    tile.adjust(adjustment, z.get());
+    tile.load_targets(t.get(), gathered.get());
+    if (a.weight && !a.formula.per_class) {
+      tile.r *= tile.label_weight(t.get());
+      tile.put(a.scale, tile.r);  // for a recomputing backward
+    }
+    const V loss = run(tile, z.get(), t.get());
+    if constexpr (MODE != Mode::GRAD) tile.put(a.loss, tile.ignored ? V{} : loss);
+    if constexpr (MODE != Mode::LOSS) {
+      for (int64_t c = 0; c < a.C; ++c) z[c] = tile.ignored ? V{} : z[c];
+      tile.store_grad(z.get(), gathered_logits);
+    }
+  }
+}
+
+template <class S, Mode MODE>
+void softmax_dense_tiles(const Rows& a, int64_t begin, int64_t end) {
+  for_dense_tiles<S, MODE>(a, begin, end, [](auto& tile, auto* z, auto* t) {
+    return softmax_dense_tile<MODE>(tile, z, t);
+  });
+}
+template <class S, Mode MODE, Gamma G>
+void sigmoid_dense_tiles(const Rows& a, int64_t begin, int64_t end) {
+  for_dense_tiles<S, MODE>(a, begin, end, [](auto& tile, auto* z, auto* t) {
+    return sigmoid_dense_tile<MODE, G>(tile, z, t);
+  });
+}
+
+// For a denominator that is the sum of r_i: scale_i times the mean weight of the row's labels.
+template <class S>
+void label_weight_tiles(const Rows& a, int64_t begin, int64_t end) {
+  using V = typename Lanes<S>::V;
+  constexpr int64_t N = Lanes<S>::N;
+  const std::unique_ptr<V[]> t(new V[a.C]);
+  const std::unique_ptr<double[]> gathered(new double[a.C * N]);
+  for (int64_t i = begin; i < end; i += N) {
+    const DenseTile<S> tile(a, i, end);
+    tile.load_targets(t.get(), gathered.get());
+    tile.put(a.scale, tile.r * tile.label_weight(t.get()));
+  }
+}
