@@ -27,6 +27,7 @@ oldest: $(VENV)/ready
 bench: $(VENV)/ready $(VENV)/bench
 	$(BIN)/python -m bench.run
 	$(BIN)/python -m bench.stats
+	$(BIN)/python -m bench.family
 codegen: $(VENV)/ready $(VENV)/bench
 	$(BIN)/python -m bench.codegen
 	$(BIN)/python -m bench.launch_cost
