@@ -43,6 +43,7 @@ INTERPRETED = kernels.available and os.environ.get("TRITON_INTERPRET") == "1"
 
 SHARE = 12 if INTERPRETED else 8  # see pytest_collection_modifyitems
 CUDA_SHARE = 5  # nothing to compile, and emulated it is faster
+ISA_SHARE = 3  # the best instruction set runs everything, the others are the same source
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 if DEVICE == "cuda":
     torch.set_default_device(DEVICE)
@@ -174,19 +175,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Of the many combinations, as many as there is time for where kernels are slow.
 
     A fixed choice by a hash of the name: interpreted or compiled one of SHARE, a quarter of these
-    for long rows; emulated one of CUDA_SHARE.
+    for long rows; emulated one of CUDA_SHARE; of instruction sets below the best one of ISA_SHARE.
     """
     kept, left_out = [], []
     for item in items:
         callspec = getattr(item, "callspec", None)
         backend = None if callspec is None else callspec.params.get("backend")
-        slow = isinstance(backend, Backend) and backend.gpu
-        if not slow or len(callspec.params) < 3:
+        if not isinstance(backend, Backend) or len(callspec.params) < 3:
             kept.append(item)
             continue
         C = callspec.params.get("C", 0)
-        long = isinstance(C, int) and C >= 1000
-        share = CUDA_SHARE if backend.argument == "cuda" else SHARE * (4 if long else 1)
+        share = 1
+        if backend.argument == "triton":
+            share = SHARE * (4 if isinstance(C, int) and C >= 1000 else 1)
+        elif backend.argument == "cuda":
+            share = CUDA_SHARE
+        elif backend.isa and backend is not BEST:
+            share = ISA_SHARE
         (left_out if zlib.crc32(item.nodeid.encode()) % share else kept).append(item)
     config.hook.pytest_deselected(items=left_out)
     items[:] = kept
