@@ -36,7 +36,7 @@ def arguments(shape, dtype, family, reduction, vectors):
 @pytest.mark.parametrize("vectors", (False, True), ids=("", "vectors"))
 @pytest.mark.parametrize("reduction", ("none", "mean"))
 @pytest.mark.parametrize("shape", ((5, 3), (2, 70, 4)), ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("dtype", (torch.float64, torch.bfloat16), ids=name_of)
 @FAMILY
 def test_opcheck(family, dtype, shape, reduction, vectors):
     inputs, loss, formula = arguments(shape, dtype, family, reduction, vectors)
