@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo.testing
-from conftest import DTYPES, FAMILIES, assert_grad, name_of, operator_arguments, oracle, sample
+from conftest import FAMILIES, assert_grad, name_of, operator_arguments, oracle, sample
 
 from cbloss_fused import ClassBalancedLoss, backends, class_balanced_loss, ops
 
