@@ -11,7 +11,7 @@ SANITIZED := "cuda and (C1000 or C7 or C9 or split or otherwise or scaling)"
 CUDA_PATHS = PATH="$$PATH:$$CUDA_HOME/bin:/usr/local/cuda/bin"; export PATH
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-here test-interpreted oldest bench codegen roofline gpu gpu-build gpu-test gpu-bench sanitize-gpu lint clean
+.PHONY: demo test test-here test-interpreted planted oldest bench codegen roofline gpu gpu-build gpu-test gpu-bench sanitize-gpu lint clean
 demo: $(VENV)/ready
 	$(BIN)/python -m cbloss_fused.demo
 test: $(VENV)/ready
@@ -20,6 +20,9 @@ test-here: $(VENV)/ready
 	$(BIN)/python -m pytest
 test-interpreted: $(VENV)/ready
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(KERNEL_TESTS)
+# Faults planted in the CUDA kernels, each of which a check must find: a test of the tests.
+planted: $(VENV)/ready
+	$(BIN)/python -m pytest -m slow
 # The kernels through the oldest Triton that they promise, which knows less of the language.
 oldest: $(VENV)/ready
 	$(BIN)/pip install --quiet --no-deps --upgrade --target build/oldest "triton==3.6.0"

@@ -41,7 +41,7 @@ def name_of(value: object) -> str | None:
 
 INTERPRETED = kernels.available and os.environ.get("TRITON_INTERPRET") == "1"
 
-SHARE = 14 if INTERPRETED else 8  # see pytest_collection_modifyitems
+SHARE = 18 if INTERPRETED else 8  # see pytest_collection_modifyitems
 CUDA_SHARE = 8  # nothing to compile, and emulated it is faster
 CPU_SHARE = 3  # the best instruction set runs everything; others are the same source, or eager
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"

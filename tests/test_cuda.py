@@ -130,6 +130,7 @@ def findings(tmp_path_factory):
         return dict(zip(faults.FAULTS, pool.map(faults.plant, faults.FAULTS, places), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(EMULATOR is None, reason="the kernels are not emulated here")
 @pytest.mark.parametrize("fault", faults.FAULTS, ids=lambda fault: fault.name)
 def test_a_planted_fault_is_found(findings, fault):
