@@ -6,14 +6,11 @@ Forward and backward in turns, written to bench/results/family-cpu.md: `python -
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 
@@ -21,7 +18,7 @@ from cbloss_fused import class_balanced_loss, ldam_margin, logit_adjustment
 
 from . import measure
 from .cases import CLASSES, Case, Contestant, LossFunction, Problem, counts, problem
-from .run import environment
+from .run import RESULTS, save
 
 THREADS, BUDGET = 2, 2.0  # seconds a row
 SHAPES = (CLASSES, (1_000_000, 10), (8, 19, 256, 256))
@@ -110,7 +107,7 @@ def targets(kind: str, given: Problem) -> Problem:
     return given._replace(target=labels if kind == "multi-hot, bool" else labels.float())
 
 
-def measured(member: Member, shape: tuple[int, ...], given: Problem) -> dict[str, str]:
+def measured(member: Member, case: Case, given: Problem) -> dict[str, str]:
     """A line of the table."""
     torch.compiler.reset()
     given = targets(member.target, given)
@@ -136,7 +133,7 @@ def measured(member: Member, shape: tuple[int, ...], given: Problem) -> dict[str
         assert worst < AGREE, f"{member.name}: {run.contestant.name} differs by {worst:.1e}"
     ours, eager, compile_ = (median(ms) for ms in measure.times(runs, 1, BUDGET))
     return {
-        "logits": str(shape),
+        "logits": str(case.shape),
         "loss": member.name,
         "target": member.target,
         "fused ms": f"{ours:.2f}",
@@ -154,25 +151,15 @@ def gradient(run: measure.Run) -> Tensor:
 
 def main() -> None:
     torch.set_num_threads(THREADS)
-    jobs = [(shape, member) for shape in SHAPES for member in members(counts(case(shape)).float())]
-    given = {shape: problem(case(shape)) for shape in SHAPES}
-    lines = [measured(member, shape, given[shape]) for shape, member in tqdm(jobs)]
-    facts = environment() | {"command": "python -m bench.family"}
-    text = "\n".join(
-        [
-            "# The long-tail family, float32, forward and backward\n",
-            *(f"- {key}: {value}" for key, value in facts.items()),
-            "",
-            tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True),
-            "",
-            "Medians of calls in turns; eager and compile: their time divided by ours.",
-        ]
-    )
-    print(text)
-    (Path(__file__).parent / "results" / "family-cpu.md").write_text(text + "\n")
+    lines = []
+    for shape in tqdm(SHAPES, unit="shape"):
+        case = Case(shape, torch.float32, "softmax", 0.0)
+        given = problem(case)
+        lines += [measured(member, case, given) for member in members(counts(case).float())]
+    title = "The long-tail family, float32, forward and backward"
+    note = "Medians of calls in turns; eager and compile: their time divided by ours."
+    save(RESULTS / "family-cpu.md", title, "python -m bench.family", lines, note)
 
-
-case = partial(Case, dtype=torch.float32, activation="softmax", gamma=0.0)
 
 if __name__ == "__main__":
     main()

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tabulate import tabulate
 from tqdm import tqdm
 
 import cbloss_fused
@@ -26,6 +27,8 @@ from . import measure
 from .cases import CASES, CLASSES, QUICK, Case, contestants, problem
 from .measure import Run, Verdict
 from .table import PASSES, Row, report
+
+RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
@@ -65,7 +68,7 @@ def parse() -> argparse.Namespace:
 
 
 def default_path() -> Path:
-    return Path(__file__).parent / "results" / f"cpu-{date.today().isoformat()}.json"
+    return RESULTS / f"cpu-{date.today().isoformat()}.json"
 
 
 def compiled(case: Case, arguments: argparse.Namespace) -> int:
@@ -89,6 +92,16 @@ def environment() -> dict[str, Any]:
         "cbloss_fused": cbloss_fused.__version__,
         "backends": cbloss_fused.backends(),
     }
+
+
+def save(path: Path, title: str, command: str, lines: list[dict[str, str]], note: str) -> None:
+    """Print a table and where it comes from, and write both to a file."""
+    facts = environment() | {"command": command}
+    table = tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True)
+    where = [f"- {key}: {value}" for key, value in facts.items()]
+    text = "\n".join([f"# {title}\n", *where, "", table, "", note])
+    print(text)
+    path.write_text(text + "\n")
 
 
 def cpu_model() -> str:

@@ -6,19 +6,17 @@ Forward and backward at (256, 8142), written to bench/results/stats-cpu.md.
 from __future__ import annotations
 
 from functools import partial
-from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor
 
 from cbloss_fused import class_balanced_loss
 
 from . import measure
 from .cases import CASES, CLASSES, Case, Contestant, problem
-from .run import environment
+from .run import RESULTS, save
 
 THREADS, BUDGET = 2, 4.0  # seconds a case
 
@@ -26,19 +24,9 @@ THREADS, BUDGET = 2, 4.0  # seconds a case
 def main() -> None:
     torch.set_num_threads(THREADS)
     lines = [measured(case) for case in CASES if case.shape == CLASSES]
-    facts = environment() | {"command": "python -m bench.stats"}
-    text = "\n".join(
-        [
-            "# return_stats=True, forward and backward\n",
-            *(f"- {key}: {value}" for key, value in facts.items()),
-            "",
-            tabulate(lines, headers="keys", tablefmt="github", disable_numparse=True),
-            "",
-            "Ratios of medians and of minima, of calls in turns.",
-        ]
-    )
-    print(text)
-    (Path(__file__).parent / "results" / "stats-cpu.md").write_text(text + "\n")
+    title = "return_stats=True, forward and backward"
+    note = "Ratios of medians and of minima, of calls in turns."
+    save(RESULTS / "stats-cpu.md", title, "python -m bench.stats", lines, note)
 
 
 def measured(case: Case) -> dict[str, str]:

@@ -29,7 +29,7 @@ hypothesis.settings.load_profile("fixed")
 
 FAMILIES = ("softmax", "sigmoid")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-GAMMAS = (0.0, 0.1, 0.5, 1.0, 2.0, 4.0)
+GAMMAS = (0.0, 0.1, 0.5, 1.0, 2.0, 4.0, 5.0)
 REDUCTIONS = ("none", "mean", "weighted_mean", "sum")
 IGNORED = -100
 

@@ -49,13 +49,6 @@ class Targets {
   }
 };
 
-// v with another number in the lanes past the end.
-template <class V, class T>
-CB_FN V padded(V v, int64_t n, T beyond) {
-  if (n >= Lanes<T>::N) return v;
-  return outside(v, n, -1) ? V{} + beyond : v;
-}
-
 // The mean weight of a row's labels; 1 without labels.
 template <class T>
 T label_weight(const T* t, const T* weight, int64_t C) {

@@ -5,9 +5,7 @@ template <class S>
 struct DenseTile : Tile<S> {
   using typename Tile<S>::V;
   using typename Tile<S>::T;
-  using typename Tile<S>::Index;
-  using Tile<S>::N, Tile<S>::a, Tile<S>::i, Tile<S>::n, Tile<S>::r;
-  using Tile<S>::Tile;
+  using Tile<S>::Tile, Tile<S>::a;
 
   // gathered has room for N * C numbers of any type.
   CB_ROW void load_targets(V* t, double* gathered) const {
@@ -22,10 +20,13 @@ struct DenseTile : Tile<S> {
   // The mean weights of the rows' labels; 1 without labels.
   CB_ROW V label_weight(const V* t) const {
     const T* weight = static_cast<const T*>(a.weight);
-    V labels{}, weights{}, some{}, weighted{};
+    V labels{}, weights{}, part_labels{}, part_weights{};
     for_classes(
-        a.C, [&](int64_t c) { some += t[c], weighted += t[c] * weight[c]; },
-        [&] { labels += some, weights += weighted, some = weighted = V{}; });
+        a.C, [&](int64_t c) { part_labels += t[c], part_weights += t[c] * weight[c]; },
+        [&] {
+          labels += part_labels, weights += part_weights;
+          part_labels = part_weights = V{};
+        });
     return labels == V{} ? constant<V>(1) : weights / labels;
   }
 };
@@ -49,8 +50,8 @@ CB_FN V softmax_dense_tile(const DenseTile<S>& tile, V* z, const V* t) {
         const auto is_top = top == tile.index(c);
         const V below = z[c] - M, e = is_top ? V{} : exp(below), t_c = is_top ? V{} : t[c];
         t_top = is_top ? t[c] : t_top;
-        part_R += e, part_D += is_top ? V{} : below, part_W += t_c,
-            part_B += t_c == V{} ? V{} : t_c * below;
+        part_R += e, part_W += t_c;
+        part_B += t_c == V{} ? V{} : t_c * below, part_D += is_top ? V{} : below;
         if constexpr (MODE != Mode::LOSS) z[c] = e;
       },
       [&]() __attribute__((always_inline)) {

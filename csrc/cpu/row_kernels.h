@@ -55,27 +55,29 @@ void zero_row(S* g, int64_t C) {
   for (int64_t j = 0; j < C; ++j) g[j] = S{};
 }
 
-// Sum over all j of (z_j - M), for label smoothing: one more pass over a row that is in cache.
-template <class S, class T>
-double sum_below(const S* x, int64_t C, T M) {
-  using V = typename Lanes<S>::V;
-  constexpr int64_t N = Lanes<S>::N;
-  const int64_t whole = C / N * N;
-  DoubleLanes<V> total;
-  for (int64_t b = 0; b < whole; b += CHUNK * N) {
-    V lanes{};
-    for (int64_t j = b; j < std::min(whole, b + CHUNK * N); j += N) lanes += load(x + j) - M;
-    total.add(lanes);
-  }
-  double D = total.sum();
-  for (int64_t j = whole; j < C; ++j) D += load_one(x + j) - M;
-  return D;
-}
-
 // The first n of a vector, 0 beyond; n may be more than there are lanes.
 template <class S>
 CB_FN auto load_up_to(const S* p, int64_t n) {
   return n < Lanes<S>::N ? load_some(p, n) : load(p);
+}
+
+// v with another number in the lanes past the end.
+template <class V, class T>
+CB_FN V padded(V v, int64_t n, T beyond) {
+  if (n >= Lanes<T>::N) return v;
+  return outside(v, n, -1) ? V{} + beyond : v;
+}
+
+// Sum over all j of (z_j - M), for label smoothing: one more pass over a row that is in cache.
+template <class S, class T>
+double sum_below(const S* x, int64_t C, T M) {
+  using V = typename Lanes<S>::V;
+  V lanes{};
+  DoubleLanes<V> total;
+  for_vectors<Lanes<S>::N>(
+      C, [&](int64_t j, int64_t n) { lanes += padded(load_up_to(x + j, n) - M, n, T(0)); },
+      [&] { total.add(lanes), lanes = V{}; });
+  return total.sum();
 }
 
 // to = from, of another type.
