@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import warnings
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,9 +43,9 @@ def name_of(value: object) -> str | None:
 INTERPRETED = kernels.available and os.environ.get("TRITON_INTERPRET") == "1"
 
 SHARE = 18 if INTERPRETED else 8  # see pytest_collection_modifyitems
-CUDA_SHARE = 8  # nothing to compile, and emulated it is faster
 CPU_SHARE = 3  # the best instruction set runs everything; others are the same source, or eager
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+CUDA_SHARE = 1 if DEVICE == "cuda" else 8  # nothing to compile; emulated it is slow
 if DEVICE == "cuda":
     torch.set_default_device(DEVICE)
 if INTERPRETED:
@@ -106,6 +107,9 @@ class Backend:
     @contextlib.contextmanager
     def on_a_gpu_of(self, multiprocessors: int) -> Iterator[None]:
         """As if the GPU had so many, where it is not a real one."""
+        if DEVICE == "cuda":
+            yield
+            return
         with pytest.MonkeyPatch.context() as patch:
             if self.argument == "triton":
                 from cbloss_fused.kernels import launch, layout
@@ -214,6 +218,23 @@ def gpu(request: pytest.FixtureRequest) -> Iterator[Backend]:
         pytest.skip("needs a GPU, TRITON_INTERPRET=1 or g++")
     with request.param.active():
         yield request.param
+
+
+@contextlib.contextmanager
+def nothing_synchronises() -> Iterator[None]:
+    """Within, on a GPU, what waits for the device raises."""
+    if DEVICE == "cpu":
+        yield
+        return
+    with warnings.catch_warnings():  # that this mode is a prototype
+        warnings.simplefilter("ignore")
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DTYPES, FAMILIES, assert_grad, assert_loss, loss_and_grad, name_of, oracle
+from conftest import (
+    DEVICE,
+    DTYPES,
+    FAMILIES,
+    assert_grad,
+    assert_loss,
+    loss_and_grad,
+    name_of,
+    oracle,
+)
 from conftest import sample as conftest_sample
 
 from cbloss_fused import ClassBalancedLoss, class_balanced_loss
@@ -110,7 +119,7 @@ def test_weights_of_classes_with_class_indices(backend):
 @FAMILY
 def test_equal_logits_and_long_rows(backend, family, C):
     """Several largest logits, which may lie in different tiles of a kernel."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(DEVICE).manual_seed(0)
     logits = torch.randint(-2, 3, (6, C), generator=generator).float()
     t, bias = soft(logits).float(), torch.arange(C) % 2.0
     options = {"activation": family, "label_smoothing": 0.1, "logit_bias": bias}
@@ -173,7 +182,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("shape, order", LAYOUTS.values(), ids=LAYOUTS.keys())
 @FAMILY
 def test_layouts_and_types(backend, family, shape, order, target_dtype, reduction):
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(DEVICE).manual_seed(0)
 
     def laid_out(values):
         return values if order is None else values.permute(order)

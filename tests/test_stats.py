@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DTYPES, FAMILIES, IGNORED, loss_and_grad, name_of, oracle, sample
+from conftest import DEVICE, DTYPES, FAMILIES, IGNORED, loss_and_grad, name_of, oracle, sample
 
 from cbloss_fused import class_balanced_loss
 
@@ -49,7 +49,7 @@ def test_stats_are_sums_over_the_rows_of_a_class(backend, family, dtype, C, redu
 
 
 def test_stats_of_an_image_and_of_nothing(backend):
-    logits = torch.randn(2, 5, 3, 4, generator=torch.Generator().manual_seed(0))
+    logits = torch.randn(2, 5, 3, 4, generator=torch.Generator(DEVICE).manual_seed(0))
     target = torch.arange(24).reshape(2, 3, 4) % 5
     for y in (target, torch.full_like(target, IGNORED)):
         loss, stats = class_balanced_loss(logits, y, return_stats=True, backend=backend.argument)

@@ -1,7 +1,10 @@
-"""Rows whose targets are a number a class (soft or multi-hot), or whose classes have weights.
+"""Rows whose targets are a number per class (soft or multi-hot), or whose classes have weights.
 
-A program takes ROWS rows of any strides, BLOCK_C classes at a time. What is one number a row, the
-labels' mean weight and the denominator too, is in scale already; a class index is a target of 1.
+A program takes ROWS rows of any strides, BLOCK_C classes at a time. With r the row weight (soft
+targets: the sample weight s times the mean weight of the labels), class index y counts as t_y = 1:
+
+    softmax   s sum_c t_c w_c (-log p_c), and r times smoothing and z-loss
+    sigmoid   r sum_j (t_j L(z_j, 1) + (1 - t_j) L(z_j, 0)), its terms times w_j where PER_CLASS
 """
 
 import triton
@@ -9,8 +12,11 @@ import triton.language as tl
 
 from .rows import (
     INF,
+    PARTIALS,
     adjusted,
     clamp_finite,
+    divided,
+    divisor,
     exp,
     f64,
     i32,
@@ -18,6 +24,8 @@ from .rows import (
     kernel,
     log,
     log1m_over,
+    number,
+    row_inputs,
     scale_of,
     weighted,
 )
@@ -63,15 +71,91 @@ def load_logits(
 
 
 @triton.jit
-def soft_row(R, r, W, W_others, B, D, C, M, f, scale, SMOOTH: tl.constexpr, Z: tl.constexpr):
+def load_targets(
+    t, c, inside, t_c, weight, C, T: tl.constexpr, UNIT: tl.constexpr, VEC: tl.constexpr
+):
+    """(t_j, t_j w_j) of classes c of rows, 0 beyond the last."""
+    t_j = tl.load(elements(t, c, t_c, UNIT, VEC), inside, 0.0).to(T)
+    if weight is None:
+        return t_j, t_j
+    else:
+        return t_j, t_j * tl.load(weight + c, c < C, 0.0)[None, :]
+
+
+@triton.jit
+def mean_weight(labels, weights):
+    """Of a row's labels: sum t_j w_j / sum t_j; 1 without labels."""
+    return tl.where(labels != 0, weights / labels, 1.0)
+
+
+@triton.jit
+def mean_weight_of_rows(
+    t, t_c, weight, C, there,
+    ROWS: tl.constexpr, BLOCK_C: tl.constexpr, T: tl.constexpr, UNIT: tl.constexpr,
+    VEC: tl.constexpr,
+):  # fmt: skip
+    labels = tl.zeros((ROWS, BLOCK_C), T)
+    weights = tl.zeros((ROWS, BLOCK_C), T)
+    for first in range(0, C, BLOCK_C):
+        c = first + tl.arange(0, BLOCK_C)
+        inside = within(c, C, there, VEC)
+        t_j, tw_j = load_targets(t, c, inside, t_c, weight, C, T, UNIT, VEC)
+        labels += t_j
+        weights += tw_j
+    return mean_weight(tl.sum(labels, 1), tl.sum(weights, 1))
+
+
+@kernel
+def label_weights(
+    target, weight, sample_weight, parts,
+    rows: i32, C: i32, K: i32, t_n: i64, t_c: i64, t_k: i64,
+    ROWS: tl.constexpr, BLOCK_C: tl.constexpr, T: tl.constexpr, UNIT: tl.constexpr,
+    VEC: tl.constexpr,
+):  # fmt: skip
+    """r_i of soft targets, for a prologue that adds them up."""
+    n, k, row, there = row_starts(rows, K, ROWS)
+    t = target + n * t_n + k * t_k
+    r = mean_weight_of_rows(t, t_c, weight, C, there, ROWS, BLOCK_C, T, UNIT, VEC)
+    if sample_weight is not None:
+        r *= tl.load(sample_weight + row, there, 0.0)
+    tl.store(parts + row, r, there)
+
+
+@triton.jit
+def soft_inputs(
+    sample_weight, scale, normalizer, row, there, denominator, T: tl.constexpr, FOLD: tl.constexpr
+):
+    """(s, r) by the denominator; r is s where no prologue has made it."""
+    s = tl.zeros_like(row).to(T) + 1.0
+    if sample_weight is not None:
+        s = tl.load(sample_weight + row, there, 0.0)
+    r = s
+    if FOLD:
+        r = tl.load(scale + PARTIALS + row, there, 0.0)
+    denominator = divisor(scale, normalizer, number(denominator, T), FOLD)
+    return divided(s, denominator), divided(r, denominator)
+
+
+@triton.jit
+def store_losses(losses, row, there, loss, PER_ROW: tl.constexpr):
+    if PER_ROW:
+        tl.store(losses + row, loss, there)
+    else:
+        tl.store(losses + tl.program_id(0), tl.sum(tl.where(there, loss, 0.0)))
+
+
+@triton.jit
+def soft_row(
+    R, s, r, W, W_others, B, D, C, M, f, logit_scale, SMOOTH: tl.constexpr, Z: tl.constexpr
+):
     """(loss, k, g_top, uniform, hard), see reference.soft_row."""
     _, eps, zeta = f
     S = 1.0 + R
     q = R / S
     nll = tl.where(q <= 0.5, q * log1m_over(tl.minimum(q, 0.5), False), log(S))
-    slope = r * scale
-    hard = slope * (1.0 - eps)
-    loss = weighted(r, (1.0 - eps) * (W * nll - B))
+    slope = r * logit_scale
+    hard = s * logit_scale * (1.0 - eps)
+    loss = weighted(s, (1.0 - eps) * (W * nll - B))
     k = hard * W / S
     g_top = hard * (W_others - W * q)
     uniform = r * 0.0
@@ -90,23 +174,23 @@ def soft_row(R, r, W, W_others, B, D, C, M, f, scale, SMOOTH: tl.constexpr, Z: t
 
 
 @triton.jit
-def soft_terms(z, t_j, inside, c, top, m, SMOOTH: tl.constexpr):
-    """(e, t, B, D) of elements, 0 at the top; whose sums are R, W_others, B, D."""
+def soft_terms(z, tw_j, inside, c, top, m, SMOOTH: tl.constexpr):
+    """(e, t w, B, D) of elements, 0 at the top; whose sums are R, W_others, B, D."""
     other = c[None, :] != top[:, None]
     d = below(z, m[:, None])
     e = tl.where(other, exp(d), 0.0)
-    t_j = tl.where(other, t_j, 0.0)
-    B = tl.where(t_j == 0, 0.0, t_j * d)
-    D = t_j
+    tw_j = tl.where(other, tw_j, 0.0)
+    B = tl.where(tw_j == 0, 0.0, tw_j * d)
+    D = tw_j
     if SMOOTH:
         D = tl.where(other & inside, d, 0.0)
-    return e, t_j, B, D
+    return e, tw_j, B, D
 
 
 @triton.jit
-def soft_gradient(e, t_j, k, uniform, hard, SMOOTH: tl.constexpr):
+def soft_gradient(e, tw_j, k, uniform, hard, SMOOTH: tl.constexpr):
     """Of all but the top's element."""
-    values = k[:, None] * e - hard[:, None] * t_j
+    values = k[:, None] * e - hard[:, None] * tw_j
     if SMOOTH:
         values -= uniform[:, None]
     return values
@@ -114,12 +198,14 @@ def soft_gradient(e, t_j, k, uniform, hard, SMOOTH: tl.constexpr):
 
 @kernel
 def softmax_dense(
-    logits, target, grad, scale, logit_bias, grad_loss, losses,
+    logits, target, weight, sample_weight, normalizer, grad, scale, logit_bias, grad_loss, losses,
+    saved,
     rows: i32, C: i32, K: i32, x_n: i64, x_c: i64, x_k: i64, t_n: i64, t_c: i64, t_k: i64,
     g_n: i64, g_c: i64, g_k: i64, gamma: f64, eps: f64, zeta: f64, logit_scale: f64,
+    denominator: f64,
     ROWS: tl.constexpr, BLOCK_C: tl.constexpr, T: tl.constexpr, UNIT: tl.constexpr,
     VEC: tl.constexpr, SINGLE: tl.constexpr, SMOOTH: tl.constexpr, Z: tl.constexpr,
-    ADJUST: tl.constexpr, VECTOR: tl.constexpr,
+    ADJUST: tl.constexpr, FOLD: tl.constexpr, VECTOR: tl.constexpr, PER_ROW: tl.constexpr,
 ):  # fmt: skip
     """The largest logit, of equals the first, is left out of the sums as a class index elsewhere.
 
@@ -128,9 +214,16 @@ def softmax_dense(
     twice.
     """
     n, k_inner, row, there = row_starts(rows, K, ROWS)
-    r = tl.load(scale + row, there, 0.0)
+    # Whether r is needed, and made here: the backward has it, and so has who divides by its sum.
+    LABELS: tl.constexpr = (
+        (weight is not None) and (SMOOTH or Z) and (grad_loss is None) and not FOLD
+    )
     if grad_loss is not None:
-        r *= tl.load(grad_loss + row * VECTOR, there, 0.0)
+        incoming = tl.load(grad_loss + row * VECTOR, there, 0.0)
+        s = tl.load(saved + row, there, 0.0) * incoming
+        r = tl.load(saved + rows + row, there, 0.0) * incoming
+    else:
+        s, r = soft_inputs(sample_weight, scale, normalizer, row, there, denominator, T, FOLD)
     A = (logit_bias, None, scale_of(logit_scale, T, ADJUST))
     x = logits + n * x_n + k_inner * x_k
     t = target + n * t_n + k_inner * t_k
@@ -138,7 +231,9 @@ def softmax_dense(
     if SINGLE:
         inside = within(c, C, there, VEC)
         z = load_logits(x, c, inside, x_c, A, T, ADJUST, UNIT, VEC)
-        t_j = tl.load(elements(t, c, t_c, UNIT, VEC), inside, 0.0).to(T)
+        t_j, tw_j = load_targets(t, c, inside, t_c, weight, C, T, UNIT, VEC)
+        if LABELS:  # here, where no more than these are in registers
+            r *= mean_weight(tl.sum(t_j, 1), tl.sum(tw_j, 1))
         largest = z
         place = tl.broadcast_to(c[None, :], (ROWS, BLOCK_C))
     else:
@@ -152,26 +247,32 @@ def softmax_dense(
     M = tl.max(largest, 1)
     top = tl.min(tl.where(largest == M[:, None], place, C), 1)
     m = clamp_finite(M)
-    t_top = tl.load(t + top.to(tl.int64) * t_c, there & (top < C), 0.0).to(T)
+    found = there & (top < C)
+    W_top = tl.load(t + top.to(tl.int64) * t_c, found, 0.0).to(T)
+    if weight is not None:
+        W_top *= tl.load(weight + top, found, 0.0)
     if SINGLE:
-        e, t_j, B, D = soft_terms(z, t_j, inside, c, top, m, SMOOTH)
+        e, tw_j, B, D = soft_terms(z, tw_j, inside, c, top, m, SMOOTH)
         R = e
-        W = t_j
+        W = tw_j
     else:
         R = tl.zeros((ROWS, BLOCK_C), T)
         W = tl.zeros((ROWS, BLOCK_C), T)
         B = tl.zeros((ROWS, BLOCK_C), T)
         D = tl.zeros((ROWS, BLOCK_C), T)
+        labels = tl.zeros((ROWS, BLOCK_C), T)
         for first in range(0, C, BLOCK_C):
             j = first + c
             inside = within(j, C, there, VEC)
             z = load_logits(x, j, inside, x_c, A, T, ADJUST, UNIT, VEC)
-            t_j = tl.load(elements(t, j, t_c, UNIT, VEC), inside, 0.0).to(T)
-            e, t_j, B_j, D_j = soft_terms(z, t_j, inside, j, top, m, SMOOTH)
+            t_j, tw_j = load_targets(t, j, inside, t_c, weight, C, T, UNIT, VEC)
+            e, tw_j, B_j, D_j = soft_terms(z, tw_j, inside, j, top, m, SMOOTH)
             R += e
-            W += t_j
+            W += tw_j
             B += B_j
             D += D_j
+            if LABELS:
+                labels += t_j
     R = tl.sum(R, 1)
     W = tl.sum(W, 1)
     B = tl.sum(B, 1)
@@ -180,62 +281,75 @@ def softmax_dense(
     R = tl.where((infinite & (R > 0)) | (M == -INF), float("nan"), R)
     B = tl.where(infinite & (W != 0), -INF, B)
     D = tl.where(infinite & (C > 1), -INF, D)
+    if LABELS and not SINGLE:
+        r *= mean_weight(tl.sum(labels, 1), W + W_top)
     loss, k, g_top, uniform, hard = soft_row(
-        R, r, W + t_top, W, B, D, C, M, softmax_numbers(gamma, eps, zeta, T), A[2], SMOOTH, Z
+        R, s, r, W + W_top, W, B, D, C, M, softmax_numbers(gamma, eps, zeta, T), A[2], SMOOTH, Z
     )  # fmt: skip
     if losses is not None:
-        tl.store(losses + row, loss, there)
+        store_losses(losses, row, there, loss, PER_ROW)
+        if saved is not None:
+            tl.store(saved + row, s, there)
+            tl.store(saved + rows + row, r, there)
     if grad is not None:
         g = grad + n * g_n + k_inner * g_k
         if SINGLE:
-            values = soft_gradient(e, t_j, k, uniform, hard, SMOOTH)
+            values = soft_gradient(e, tw_j, k, uniform, hard, SMOOTH)
             tl.store(elements(g, c, g_c, UNIT, VEC), values.to(grad.dtype.element_ty), inside)
         else:
             for first in range(0, C, BLOCK_C):
                 j = first + c
                 inside = within(j, C, there, VEC)
                 z = load_logits(x, j, inside, x_c, A, T, ADJUST, UNIT, VEC)
-                t_j = tl.load(elements(t, j, t_c, UNIT, VEC), inside, 0.0).to(T)
+                t_j, tw_j = load_targets(t, j, inside, t_c, weight, C, T, UNIT, VEC)
                 e = exp(below(z, m[:, None]))
-                values = soft_gradient(e, t_j, k, uniform, hard, SMOOTH)
+                values = soft_gradient(e, tw_j, k, uniform, hard, SMOOTH)
                 tl.store(elements(g, j, g_c, UNIT, VEC), values.to(grad.dtype.element_ty), inside)
         tl.debug_barrier()  # the top's element once more, when all are there
         at = g + top.to(tl.int64) * g_c
-        tl.store(at, g_top.to(grad.dtype.element_ty), there & (top < C))
+        tl.store(at, g_top.to(grad.dtype.element_ty), found)
 
 
 @kernel
 def sigmoid_dense(
-    logits, target, weight, grad, scale, logit_bias, margin, grad_loss, losses,
+    logits, target, weight, sample_weight, normalizer, grad, scale, logit_bias, margin, grad_loss,
+    losses, saved,
     rows: i32, C: i32, K: i32, x_n: i64, x_c: i64, x_k: i64, t_n: i64, t_c: i64, t_k: i64,
     g_n: i64, g_c: i64, g_k: i64, gamma: f64, gamma_neg: f64, alpha: f64, alpha_neg: f64,
-    clip: f64, eps: f64, logit_scale: f64,
+    clip: f64, eps: f64, logit_scale: f64, denominator: f64,
     ROWS: tl.constexpr, BLOCK_C: tl.constexpr, T: tl.constexpr, UNIT: tl.constexpr,
     VEC: tl.constexpr, G: tl.constexpr, ALPHA: tl.constexpr, ADJUST: tl.constexpr,
-    INDEX: tl.constexpr, VECTOR: tl.constexpr,
+    INDEX: tl.constexpr, PER_CLASS: tl.constexpr, FOLD: tl.constexpr, VECTOR: tl.constexpr,
+    PER_ROW: tl.constexpr,
 ):  # fmt: skip
-    """One read of logits and targets, one write of the gradient."""
+    """One read of logits and targets, one write of the gradient.
+
+    The mean weight of soft labels, which multiplies the gradient, is a read of the targets before,
+    of which the caches keep most.
+    """
     n, k_inner, row, there = row_starts(rows, K, ROWS)
     SHORT: tl.constexpr = logits.dtype.element_ty.primitive_bitwidth == 16
     f = sigmoid_numbers(gamma, gamma_neg, alpha, alpha_neg, clip, eps, C, ALPHA, T)
     A = (logit_bias, margin, scale_of(logit_scale, T, ADJUST))
-    r = tl.load(scale + row, there, 0.0)
-    keep = (r >= 0) | (r != r)  # a row that is ignored has -1
-    r = tl.where(keep, r, 0.0)
-    if grad_loss is not None:
-        r *= tl.load(grad_loss + row * VECTOR, there, 0.0)
-    there_read = there & keep
     x = logits + n * x_n + k_inner * x_k
-    y = row
     t = target
+    y = row
+    keep = there
+    read = there
     if INDEX:
-        y = tl.load(target + row, there, 0)
-        valid = (y >= 0) & (y < C)
-        r = tl.where(keep & (valid == 0), float("nan"), r)
-        there_read &= valid
-        y = tl.where(valid, y, 0)
+        y, r, keep, read = row_inputs(
+            target, saved if grad_loss is not None else scale, normalizer, grad_loss, row, there,
+            C, number(denominator, T), FOLD, VECTOR,
+        )  # fmt: skip
     else:
         t = target + n * t_n + k_inner * t_k
+        if grad_loss is not None:
+            r = tl.load(saved + row, there, 0.0)
+            r *= tl.load(grad_loss + row * VECTOR, there, 0.0)
+        else:
+            _, r = soft_inputs(sample_weight, scale, normalizer, row, there, denominator, T, FOLD)
+            if weight is not None and not PER_CLASS and not FOLD:
+                r *= mean_weight_of_rows(t, t_c, weight, C, there, ROWS, BLOCK_C, T, UNIT, VEC)
     g = x
     if grad is not None:
         g = grad + n * g_n + k_inner * g_k
@@ -243,28 +357,31 @@ def sigmoid_dense(
     L = tl.zeros((ROWS, BLOCK_C), T)
     for first in range(0, C, BLOCK_C):
         c = first + tl.arange(0, BLOCK_C)
-        inside = within(c, C, there_read, VEC)
+        inside = within(c, C, read, VEC)
         z = load_logits(x, c, inside, x_c, A, T, ADJUST, UNIT, VEC)
         if INDEX:
             at_y = c[None, :] == y[:, None]
             t_j = tl.where(at_y, 1.0, 0.0).to(T)
             if ADJUST:
                 if margin is not None:
-                    off = A[2] * tl.load(margin + y, there_read, 0.0)
+                    off = A[2] * tl.load(margin + y, read, 0.0)
                     z -= tl.where(at_y, off[:, None], 0.0)
         else:
             t_j = tl.load(elements(t, c, t_c, UNIT, VEC), inside, 0.0).to(T)
         t_j = (1.0 - f[5]) * t_j + f[6]
         L_j, g_j = mixed(z, t_j, f, G, SHORT)
-        if weight is not None:
-            w = tl.load(weight + c, c < C, 0.0)[None, :]
-            L_j = weighted(w, L_j)
-            g_j *= w
+        if PER_CLASS:
+            if weight is not None:
+                w = tl.load(weight + c, c < C, 0.0)[None, :]
+                L_j = weighted(w, L_j)
+                g_j *= w
         L += tl.where(inside, L_j, 0.0)
         if grad is not None:
             values = tl.where(keep[:, None], slope[:, None] * g_j, 0.0)
             at = elements(g, c, g_c, UNIT, VEC)
             tl.store(at, values.to(grad.dtype.element_ty), within(c, C, there, VEC))
-    L = tl.sum(L, 1)
     if losses is not None:
-        tl.store(losses + row, tl.where(keep, weighted(r, L), 0.0), there)
+        loss = tl.where(keep, weighted(r, tl.sum(L, 1)), 0.0)
+        store_losses(losses, row, there, loss, PER_ROW)
+        if saved is not None:
+            tl.store(saved + row, tl.where(keep, r, -1.0), there)

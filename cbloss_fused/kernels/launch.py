@@ -14,11 +14,10 @@ import triton
 from torch import Tensor
 from triton.runtime import driver
 
-from .. import reference
-from ..call import REDUCTIONS, Formula, Inputs, is_dense
+from ..call import Formula, Inputs, is_dense
 from ..reference import compute_dtype
 from .layout import Device
-from .plan import dense, plan, scaling
+from .plan import plan, scaling
 from .steps import Call, Plan, Step
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
@@ -33,12 +32,10 @@ def loss(logits: Tensor, *arguments: Any) -> bool:
     if rows == 0:
         loss.zero_()
         return True
-    if formula.per_class or is_dense(inputs.target):
-        return _dense_loss(logits, inputs, formula, ignore_index, reduction, loss, grad, saved)
-    _check(inputs.target, torch.int64, rows)
     for vector, numel in zip(inputs[1:], (C, rows, 1, C, C), strict=True):
         if vector is not None:
             _check(vector, loss.dtype, numel)
+    target, soft, access = _target(logits, inputs.target, formula, grad)
     call = Call(
         logits.shape,
         logits.dtype,
@@ -48,12 +45,14 @@ def loss(logits: Tensor, *arguments: Any) -> bool:
         formula,
         device_of(logits),
         logits.device.index,
+        soft=soft,
+        access=access,
         weight=inputs.weight is not None,
         sample_weight=inputs.sample_weight is not None,
         normalizer=inputs.normalizer is not None,
         logit_bias=inputs.logit_bias is not None,
         margin=inputs.margin is not None,
-        ignore_index=ignore_index,
+        ignore_index=ignore_index if soft is None else None,
         reduction=reduction,
         per_row=loss.dim() > 0,
         saved=saved is not None,
@@ -62,7 +61,7 @@ def loss(logits: Tensor, *arguments: Any) -> bool:
     if steps is None:
         return False
     scratch = [loss.new_empty(n) if n else None for n in steps[1:]]
-    run(steps, (logits, *inputs, None, loss, grad, saved, *scratch, None), logits)
+    run(steps, (logits, target, *inputs[1:], None, loss, grad, saved, *scratch, None), logits)
     return True
 
 
@@ -81,15 +80,13 @@ def gradient(
     formula, rows = Formula.of(numbers), logits.numel() // logits.shape[1]
     if rows == 0:
         return True
-    if formula.per_class or is_dense(target):
-        inputs = Inputs(target, weight, logit_bias=logit_bias, margin=margin)
-        scale = saved.flatten()[:rows]
-        return _run_dense(logits, inputs, formula, scale, grad_loss, None, grad)
-    _check(target, torch.int64, rows)
-    _check(saved, compute_dtype(logits.dtype), (1 if formula.sigmoid else 3) * rows)
-    for vector in (logit_bias, margin):
+    compute = compute_dtype(logits.dtype)
+    _check(saved, compute, (1 if formula.sigmoid else 3) * rows)
+    _check(grad_loss, compute, rows if grad_loss.dim() else 1)
+    for vector in (weight, logit_bias, margin):
         if vector is not None:
-            _check(vector, saved.dtype, logits.shape[1])
+            _check(vector, compute, logits.shape[1])
+    target, soft, access = _target(logits, target, formula, grad)
     call = Call(
         logits.shape,
         logits.dtype,
@@ -100,74 +97,42 @@ def gradient(
         device_of(logits),
         logits.device.index,
         backward=True,
+        soft=soft,
+        access=access,
         vector=grad_loss.dim() > 0,
         in_place=grad.data_ptr() == logits.data_ptr(),
+        weight=weight is not None,
         logit_bias=logit_bias is not None,
         margin=margin is not None,
     )
     steps = plan(call)
     if steps is None:
         return False
-    inputs = Inputs(target, logit_bias=logit_bias, margin=margin)
+    inputs = Inputs(target, weight, logit_bias=logit_bias, margin=margin)
     run(steps, (logits, *inputs, grad_loss, None, grad, saved, None, None, None, None), logits)
     return True
 
 
-def _dense_loss(
-    logits: Tensor, inputs: Inputs, formula: Formula, ignore_index: int | None, reduction: int,
-    loss: Tensor, grad: Tensor | None, saved: Tensor | None,
-) -> bool:  # fmt: skip
-    """Soft targets, weights of classes: what is one number a row is left to PyTorch."""
-    name = REDUCTIONS[reduction]
-    scale = reference.row_scale(logits, inputs.by_row(logits), formula, ignore_index, name)[1]
-    scale = scale.flatten()
-    losses = loss.reshape(-1) if loss.dim() else loss.new_empty(scale.shape)
-    if not _run_dense(logits, inputs, formula, scale, None, losses, grad):
-        return False
-    if not loss.dim():
-        loss.copy_(losses.sum())
-    if saved is not None:
-        saved.zero_()[0].copy_(scale)
-    return True
-
-
-def _run_dense(
-    logits: Tensor, inputs: Inputs, formula: Formula, scale: Tensor, grad_loss: Tensor | None,
-    losses: Tensor | None, grad: Tensor | None,
-) -> bool:  # fmt: skip
-    weight = inputs.weight if formula.per_class else None
-    target = inputs.target.view(torch.uint8) if inputs.target.dtype is torch.bool else inputs.target
-    call = Call(
-        logits.shape,
-        logits.dtype,
-        logits.stride(),
-        None if grad is None else grad.stride(),
-        True,
-        formula,
-        device_of(logits),
-        logits.device.index,
-        backward=losses is None,
-        vector=grad_loss is not None and grad_loss.dim() > 0,
-        weight=weight is not None,
-        logit_bias=inputs.logit_bias is not None,
-        margin=inputs.margin is not None,
-    )
-    strided = [logits, *([] if grad is None else [grad])]
-    t_strides = None
-    if is_dense(inputs.target):
-        strided.append(target)
-        t_strides = target.stride()
-    steps = dense(call, t_strides, _vector(strided))
-    if steps is None:
-        return False
-    tensors = (logits, target, weight, None, None, inputs.logit_bias, inputs.margin, grad_loss)
-    run(steps, (*tensors, None, grad, None, scale, losses, None, None), logits)
-    return True
+def _target(
+    logits: Tensor, target: Tensor, formula: Formula, grad: Tensor | None
+) -> tuple[Tensor, tuple[torch.dtype, tuple[int, ...]] | None, int]:
+    """The target as kernels read it, Call.soft and Call.access."""
+    if not is_dense(target):
+        _check(target, torch.int64, logits.numel() // logits.shape[1])
+        return target, None, _access([logits, grad]) if formula.per_class else 1
+    if target.shape != logits.shape:
+        raise ValueError(
+            f"the operator needs soft targets of the logits' shape {tuple(logits.shape)}, got "
+            f"{tuple(target.shape)}"
+        )
+    if target.dtype is torch.bool:
+        target = target.view(torch.uint8)
+    return target, (target.dtype, target.stride()), _access([logits, grad, target])
 
 
 def scale_gradient(grad: Tensor, grad_loss: Tensor, numel: int) -> None:
     """Multiply numel elements of memory from grad on by grad_loss, where that is not 1."""
-    step = scaling(numel, grad.element_size(), device_of(grad), grad.device.index)
+    step = scaling(numel, grad.dtype, grad_loss.dtype, device_of(grad), grad.device.index)
     run(step, (*(None,) * 7, grad_loss, None, grad, *(None,) * 5), grad)
 
 
@@ -190,14 +155,15 @@ def _aligned(logits: Tensor, grad: Tensor) -> bool:
     return apart % 16 == 0
 
 
-def _vector(tensors: list[Tensor]) -> int:
-    """Elements, at most 8, that whole vectors of every row of these may have."""
-    odd = 8 | tensors[0].shape[1]
+def _access(tensors: list[Tensor | None]) -> int:
+    """Elements, at most 8, that whole vectors of every row of these have."""
+    odd = 8
     for tensor in tensors:
-        odd |= tensor.data_ptr() // tensor.element_size()
-        for dim, size in enumerate(tensor.shape):
-            if size > 1 and dim != 1:
-                odd |= tensor.stride(dim)
+        if tensor is not None:
+            odd |= tensor.shape[1] | tensor.data_ptr() // tensor.element_size()
+            for dim, size in enumerate(tensor.shape):
+                if size > 1 and dim != 1:
+                    odd |= tensor.stride(dim)
     return odd & -odd
 
 
@@ -259,7 +225,7 @@ def _compile(step: Step, pointers: tuple[Tensor | None, ...], device: int) -> tu
     """
     types = tuple([p if p is None else p.dtype for p in pointers])
     constants = tuple([(type(c), c) for c in step.constants])  # 1 == True
-    key = (step.kernel, types, constants, step.warps, device)
+    key = (step.kernel, types, constants, step.warps, step.registers, device)
     compiled = _kept.get(key)
     if compiled is None:
         arguments = (*pointers, *step.tail)

@@ -30,9 +30,14 @@ MEAN, WEIGHTED_MEAN = 1, 2  # of call.REDUCTIONS
 
 
 @lru_cache(maxsize=256)
-def scaling(numel: int, itemsize: int, device: Device, ordinal: int | None) -> Plan:
-    """The step that multiplies a stored gradient, or leaves it."""
-    VEC = 16 // itemsize
+def scaling(
+    numel: int, dtype: torch.dtype, factor: torch.dtype, device: Device, ordinal: int | None
+) -> Plan:
+    """The step that multiplies a stored gradient of a dtype by a factor of another, or leaves it.
+
+    A step keeps its compiled kernel, so all that its code depends on is a part of the key.
+    """
+    VEC = 16 // dtype.itemsize
     programs = max(1, min(triton.cdiv(numel, 1024 * VEC), 4 * device.sms))
     pointers, constants = ("grad", "grad_loss"), (512, VEC)
     kernel = step_kernels.scale_gradient
@@ -47,27 +52,34 @@ def plan(call: Call) -> Plan | None:
     """The steps of a call; None where an index that the kernels keep in 32 bits could overflow."""
     N, C, K = _sizes(call)
     strides = (_strides(call, s)[1] for s in (call.x_strides, call.g_strides))
-    if max(8 * N * K, C, *strides) >= 2**31:
+    if max(8 * N * K, C, *(() if _by_class(call) else strides)) >= 2**31:
         return None
     if call.backward:
         return Plan((_gradient(call),))
     rows = N * K
     r = _row_scales(call, rows)
-    if _in_tiles(call):
+    parts_size = 0
+    if _by_class(call):
+        main = _dense(call, r)
+        parts = rows if call.per_row else main.grid[0]
+        steps, parts_size = [main], rows if r.labels else 0
+    elif _in_tiles(call):
         main = _tiles(call, r)
         parts = main.grid[0]
-        steps, parts_size = [main], 0
+        steps = [main]
     elif call.formula.sigmoid:
         main = _sigmoid_rows(call, r)
         parts = rows * main.grid[1]
-        steps, parts_size = [main], 0
+        steps = [main]
     else:
         steps, parts_size = _softmax_rows(call, r)
         parts = rows
     direct = call.per_row and parts <= rows  # the row kernel writes the losses themselves
-    if r.prologue is not None and parts_size == 0:
+    if r.prologue is not None and steps[0].kernel is not softmax_kernels.softmax_parts:
         shares = triton.cdiv(rows, triton.cdiv(rows, PARTIALS * SHARE) * SHARE)
         steps.insert(0, Step(step_kernels.prologue, (shares,), *r.prologue, 4))
+    if r.labels:
+        steps.insert(0, _label_weights(call))
     if not direct:
         count, programs = (parts // rows, rows) if call.per_row else (parts, 1)
         block, warps = (1024, 4) if count <= 4096 else (16384, 32)
@@ -83,12 +95,16 @@ class RowScales(NamedTuple):
     prologue: tuple[Any, Any, Any] | None  # pointers, numbers, constants
     denominator: float
     fold: bool  # the denominator is the sum of the prologue's parts
+    labels: bool = False  # before the prologue, r_i of soft targets from a kernel of its own
 
 
 def _row_scales(call: Call, rows: int) -> RowScales:
+    if call.soft is not None:
+        return _soft_row_scales(call, rows)
     ignore = call.ignore_index is not None
     mean = call.reduction in (MEAN, WEIGHTED_MEAN)
-    needed = call.weight or call.sample_weight or ignore
+    weight = call.weight and not call.formula.per_class
+    needed = weight or call.sample_weight or ignore
     fold = needed and call.reduction == WEIGHTED_MEAN
     fold |= ignore and call.reduction == MEAN and not call.normalizer
     denominator = float(rows) if mean and not fold else 1.0
@@ -96,13 +112,23 @@ def _row_scales(call: Call, rows: int) -> RowScales:
         return RowScales(None, denominator, False)
     pointers = (
         "target",
-        "weight" if call.weight else None,
+        "weight" if weight else None,
         "sample_weight" if call.sample_weight else None,
         "scale",
     )
     numbers = (rows, call.shape[1], call.ignore_index if ignore else 0)
     constants = (ignore, call.reduction == WEIGHTED_MEAN, SHARE)
     return RowScales((pointers, numbers, constants), denominator, fold)
+
+
+def _soft_row_scales(call: Call, rows: int) -> RowScales:
+    """No row is ignored, and row kernels make r_i themselves: only their sum needs a prologue."""
+    mean = call.reduction in (MEAN, WEIGHTED_MEAN)
+    if call.reduction != WEIGHTED_MEAN or not (call.weight or call.sample_weight):
+        return RowScales(None, float(rows) if mean else 1.0, False)
+    pointers = (None, None, "parts" if call.weight else "sample_weight", "scale")
+    numbers, constants = (rows, call.shape[1], 0), (False, True, SHARE)
+    return RowScales((pointers, numbers, constants), 1.0, True, call.weight)
 
 
 def _sizes(call: Call) -> tuple[int, int, int]:
@@ -270,6 +296,8 @@ def _softmax_rows(call: Call, r: RowScales) -> tuple[list[Step], int]:
 
 def _gradient(call: Call) -> Step:
     """The recomputing backward."""
+    if _by_class(call):
+        return _dense(call, RowScales(None, 1.0, False))
     if _in_tiles(call):
         return _tiles(call, None)
     if call.formula.sigmoid:
@@ -290,48 +318,90 @@ def _gradient(call: Call) -> Step:
     )
 
 
-@lru_cache(maxsize=1024)
-def dense(call: Call, t_strides: tuple[int, ...] | None, VEC: int) -> Plan | None:
-    """The step of soft targets, or of class indices (no strides) with weights of classes.
+def _by_class(call: Call) -> bool:
+    """Soft targets, or class indices whose classes have weights of their own."""
+    return call.soft is not None or call.formula.per_class
 
-    VEC: elements that whole vectors of every row may have, where classes lie side by side.
-    """
-    N, C, K = _sizes(call)
-    if max(8 * N * K, C) >= 2**31:
-        return None
-    f = call.formula
-    rows, classes, single, warps = dense_config(C, call.dtype.itemsize, f.sigmoid)
-    strides = [(*s, 0)[:3] for s in (call.x_strides, t_strides or (0, 0), call.g_strides or (0, 0))]
-    given = (True, t_strides is not None, call.g_strides is not None)
-    used = [stride for stride, there in zip(strides, given, strict=True) if there]
+
+class SoftTile(NamedTuple):
+    """A tile of rows with a number per class beside the logits."""
+
+    rows: int
+    classes: int
+    single: bool  # these are all
+    warps: int
+    unit: int  # what lies side by side: UNIT_C, UNIT_K or neither
+    access: int  # elements of one access
+    strides: tuple[tuple[int, ...], ...]  # of logits, target, grad
+
+
+def _soft_tile(call: Call) -> SoftTile:
+    t_strides = None if call.soft is None else call.soft[1]
+    given = (call.x_strides, t_strides, call.g_strides)
+    strides = tuple((*(s or (0, 0)), 0)[:3] for s in given)
+    used = [stride for stride, s in zip(strides, given, strict=True) if s is not None]
     unit = UNIT_C if all(stride[1] == 1 for stride in used) else 0
-    if not unit and K > 1 and all(stride[2] == 1 for stride in used):
+    if not unit and _sizes(call)[2] > 1 and all(stride[2] == 1 for stride in used):
         unit = UNIT_K
-    sizes = (N * K, C, K, *strides[0], *strides[1], *strides[2])
-    tile = (rows, classes, _compute_type(call), unit, VEC if unit == UNIT_C else 1)
-    grad = None if call.g_strides is None else "grad"
+    layout = dense_config(call.shape[1], call.dtype.itemsize, call.formula.sigmoid)
+    return SoftTile(*layout, unit, call.access if unit == UNIT_C else 1, strides)
+
+
+def _dense(call: Call, r: RowScales) -> Step:
+    """The rows of a loss, or of a recomputing backward."""
+    N, C, K = _sizes(call)
+    f, tile = call.formula, _soft_tile(call)
+    x, t, g = tile.strides
+    sizes = (N * K, C, K, *x, *t, *g)
+    shape = (tile.rows, tile.classes, _compute_type(call), tile.unit, tile.access)
+    inputs = (
+        *("logits", "target", "weight" if call.weight else None),
+        "sample_weight" if call.sample_weight and call.soft is not None else None,
+        "normalizer" if call.normalizer else None,
+        None if call.g_strides is None else "grad",
+        None if r.prologue is None else "scale",
+    )
     incoming = "grad_loss" if call.backward else None
-    losses = None if call.backward else "losses"
-    pointers: tuple[str | None, ...]
+    losses = None if call.backward else _outputs(call, N * K, N * K)[0]
+    outputs = (incoming, losses, "saved" if call.saved or call.backward else None)
+    options = (r.fold, call.vector, call.per_row)
+    bias, margin = _adjusting(call)
     constants: tuple[Any, ...]
     numbers: tuple[float, ...]
     if f.sigmoid:
         plain = f.gamma_neg == f.gamma and not has_alpha(f)
         kind = _gamma_kind(f) if plain or f.clip else GENERAL
-        weight = "weight" if call.weight else None
-        pointers = ("logits", "target", weight, grad, "scale", *_adjusting(call), incoming, losses)
-        constants = (*tile, kind, has_alpha(f), _adjusts(call), t_strides is None, call.vector)
-        kernel, numbers = dense_kernels.sigmoid_dense, (*sizes, *_sigmoid_numbers(call))
+        pointers = (*inputs, bias, margin, *outputs)
+        numbers = (*sizes, *_sigmoid_numbers(call), r.denominator)
+        constants = (*shape, kind, has_alpha(f), _adjusts(call), call.soft is None)
+        constants += (f.per_class, *options)
+        kernel = dense_kernels.sigmoid_dense
     else:
-        bias = _adjusting(call)[0]
-        pointers = ("logits", "target", grad, "scale", bias, incoming, losses)
+        pointers = (*inputs, bias, *outputs)
+        numbers = (*sizes, *_softmax_numbers(call), r.denominator)
         smooth, z = f.label_smoothing != 0, f.z_loss != 0
-        constants = (*tile, single, smooth, z, _adjusts(call), call.vector)
-        kernel, numbers = dense_kernels.softmax_dense, (*sizes, *_softmax_numbers(call))
+        constants = (*shape, tile.single, smooth, z, _adjusts(call), *options)
+        kernel = dense_kernels.softmax_dense
     # So that two programs fit: one computes while another waits for memory.
-    registers = 65536 // (2 * 32 * warps) if warps > 4 else None
-    grid = (triton.cdiv(N * K, rows),)
-    return Plan((Step(kernel, grid, pointers, numbers, constants, warps, registers),))
+    registers = 65536 // (2 * 32 * tile.warps) if tile.warps > 4 else None
+    grid = (triton.cdiv(N * K, tile.rows),)
+    return Step(kernel, grid, pointers, numbers, constants, tile.warps, registers)
+
+
+def _label_weights(call: Call) -> Step:
+    """r_i of soft targets into parts, where a mean divides by their sum."""
+    N, C, K = _sizes(call)
+    tile = _soft_tile(call)
+    rows, classes, _, warps = dense_config(C, call.dtype.itemsize, sigmoid=True)
+    sample_weight = "sample_weight" if call.sample_weight else None
+    return Step(
+        dense_kernels.label_weights,
+        (triton.cdiv(N * K, rows),),
+        ("target", "weight", sample_weight, "parts"),
+        (N * K, C, K, *tile.strides[1]),
+        (rows, classes, _compute_type(call), tile.unit, tile.access),
+        warps,
+    )
 
 
 def has_alpha(f: Formula) -> bool:

@@ -130,6 +130,22 @@ def row_pointer(base, row, K, stride_n, stride_k, INNER: tl.constexpr):
 
 
 @triton.jit
+def divisor(scale, normalizer, denominator, FOLD: tl.constexpr):
+    """The denominator: the sum of the prologue's parts, the normalizer's value, or the number."""
+    if FOLD:
+        return tl.sum(tl.load(scale + tl.arange(0, PARTIALS)), 0)
+    elif normalizer is not None:
+        return tl.load(normalizer)
+    else:
+        return denominator
+
+
+@triton.jit
+def divided(r, denominator):
+    return tl.where(denominator != 0, r / denominator, r)  # nothing to average: 0 stays 0
+
+
+@triton.jit
 def row_inputs(
     target, scale, normalizer, grad_loss, row, there, C, denominator,
     FOLD: tl.constexpr, VECTOR: tl.constexpr,
@@ -152,11 +168,7 @@ def row_inputs(
         else:
             r = tl.load(scale + PARTIALS + row, there, 0.0)
         keep = (r >= 0) | (r != r)
-        if FOLD:
-            denominator = tl.sum(tl.load(scale + tl.arange(0, PARTIALS)), 0)
-        elif normalizer is not None:
-            denominator = tl.load(normalizer)
-        r = tl.where(denominator != 0, r / denominator, r)  # nothing to average: 0 stays 0
+        r = divided(r, divisor(scale, normalizer, denominator, FOLD))
     r = tl.where(keep, tl.where(valid, r, float("nan")), 0.0)
     return tl.where(valid, y, 0).to(tl.int32), r, keep, keep & valid & there
 
@@ -271,8 +283,9 @@ def prologue_part(
     for start in range(part * share, tl.minimum(part * share + share, rows), BLOCK):
         i = start + tl.arange(0, BLOCK)
         there = i < rows
-        y = tl.load(target + i, there, 0)
         keep = there
+        if target is not None:
+            y = tl.load(target + i, there, 0)
         if IGNORE:
             keep = there & (y != ignored)
         r = tl.where(keep, 1.0, 0.0).to(T)

@@ -30,6 +30,8 @@ class Call(NamedTuple):
     device: Device
     ordinal: int | None  # which device: a step keeps its kernel there
     backward: bool = False
+    soft: tuple[torch.dtype, tuple[int, ...]] | None = None  # dtype and strides of soft targets
+    access: int = 1  # elements that whole vectors of every row have, where targets are soft
     vector: bool = False  # a grad_loss a row
     in_place: bool = False
     weight: bool = False

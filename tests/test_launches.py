@@ -1,0 +1,99 @@
+"""What a call does on a GPU, recorded instead of run: launches, allocations, torch's operators.
+
+Soft targets and weights of classes beside class indices: nothing reads a value (which would wait
+for the device, and no CUDA graph could hold it), nothing of N x C is made but the gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILIES, REDUCTIONS
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cbloss_fused import kernels, ops
+from cbloss_fused.call import Inputs, formula
+
+pytest.importorskip("triton")
+N, C = 64, 1000
+ALLOCATE = {"empty_like", "new_empty", "empty", "empty_strided"}
+VIEW = {"view", "detach", "as_strided", "select", "alias"}
+
+
+class Recorded(TorchDispatchMode):
+    """The aten operators that are called, and the elements that each makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        size = result.numel() if isinstance(result, torch.Tensor) else 0
+        self.calls.append((func._opname, size))
+        return result
+
+
+def record(
+    monkeypatch: pytest.MonkeyPatch, family: str, kind: str, reduction: str, weighted: bool,
+    sampled: bool, recompute: bool, **options: Any,
+) -> tuple[list[str], list[tuple[str, int]]]:  # fmt: skip
+    """Names of the kernels of a forward, or of a recomputing backward, and torch's operators."""
+    launch, found = kernels.load(), []
+    names = lambda plan: found.extend(step.kernel.__name__ for step in plan.steps)  # noqa: E731
+    monkeypatch.setattr(launch, "run", lambda plan, tensors, like: names(plan))
+    logits = torch.zeros(N, C)
+    target = {
+        "soft": torch.zeros(N, C),
+        "multi-hot": torch.zeros(N, C, dtype=torch.bool),
+        "classes": torch.zeros(N, dtype=torch.int64),
+    }[kind]
+    weight = torch.ones(C) if weighted else None
+    sample_weight = torch.ones(N) if sampled else None
+    weighting = {"class_weighting": "class"} if kind == "classes" else {}
+    numbers, number = formula(family, **weighting, **options), REDUCTIONS.index(reduction)
+    with Recorded() as recorded:
+        loss = ops.new_loss(logits, target, number)
+        grad = ops.co_aligned(logits)
+        if recompute:
+            saved = ops.new_saved(logits, family == "sigmoid")
+            assert launch.gradient(logits, target, weight, None, None, saved, loss, numbers, grad)
+        else:
+            inputs = Inputs(target, weight, sample_weight)
+            assert launch.loss(logits, *inputs, numbers, -100, number, loss, grad, None)
+    return found, recorded.calls
+
+
+@pytest.mark.parametrize("recompute", (False, True), ids=("stored", "recomputed"))
+@pytest.mark.parametrize("weighted", (False, True), ids=("plain", "weighted"))
+@pytest.mark.parametrize("sampled", (False, True), ids=("rows-alike", "sampled"))
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("kind", ("soft", "multi-hot", "classes"))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_kernels_alone(
+    monkeypatch: pytest.MonkeyPatch, family: str, kind: str, reduction: str, weighted: bool,
+    sampled: bool, recompute: bool,
+) -> None:  # fmt: skip
+    if kind == "classes" and (family == "softmax" or reduction == "weighted_mean"):
+        pytest.skip("refused before")
+    options = {} if family == "sigmoid" else {"label_smoothing": 0.1, "z_loss": 1e-3}
+    found, calls = record(
+        monkeypatch, family, kind, reduction, weighted, sampled, recompute, **options
+    )
+    for name, size in calls:
+        assert name in ALLOCATE | VIEW, name
+        if name in ALLOCATE and size > 4 * N:
+            assert size == N * C
+    assert sum(size == N * C and name in ALLOCATE for name, size in calls) == 1  # the gradient
+    if recompute:
+        assert found == [f"{family}_dense"]
+        return
+    before = []
+    if kind == "classes":
+        before = ["prologue"]  # ignore_index
+    elif reduction == "weighted_mean" and (weighted or sampled):
+        before = ["label_weights", "prologue"] if weighted else ["prologue"]
+    after = [] if reduction == "none" else ["epilogue"]
+    assert found == [*before, f"{family}_dense", *after]
