@@ -1,12 +1,13 @@
 # make demo, make test: each does all the set-up, then its job. Also make bench, make codegen, make lint.
-# make gpu: on a machine with a GPU, with its own Python, torch, triton and nvcc; downloads nothing.
+# make gpu: on a machine with a GPU, with its own Python, torch, triton and nvcc; downloads nothing,
+# takes eight minutes, see bench/gpu_run.sh. gpu-test, gpu-bench: one of its parts, without a limit.
 # make sanitize-gpu: there, the CUDA C++ kernels under compute-sanitizer.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.1
 VENV := .venv
 BIN := $(VENV)/bin
-KERNEL_TESTS := $(addprefix tests/test_,autograd.py dense.py edge.py finite.py layouts.py kernels.py modules.py oracle.py presets.py stats.py triton.py)
+KERNEL_TESTS := @bench/gpu_tests.txt
 SANITIZED := "cuda and (C1000 or C7 or C9 or split or otherwise or scaling)"
 CUDA_PATHS = PATH="$$PATH:$$CUDA_HOME/bin:/usr/local/cuda/bin"; export PATH
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
@@ -38,7 +39,7 @@ codegen: $(VENV)/ready $(VENV)/bench
 roofline: $(VENV)/ready
 	$(BIN)/python -m bench.roofline > bench/roofline.md
 gpu:
-	status=0; $(MAKE) gpu-test || status=1; $(MAKE) gpu-bench || status=1; exit $$status
+	PYTHON="$(PYTHON)" bench/gpu_run.sh
 gpu-build:
 	$(CUDA_PATHS); $(PYTHON) setup.py -q build_ext --inplace
 gpu-test: gpu-build

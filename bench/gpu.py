@@ -8,6 +8,9 @@ a pair of events around many calls, queued behind a pause, so that the GPU does 
 first of them. A graph holds one call on every copy. torch.compile takes seconds a formula: see
 COMPILED there, and no forward alone. Of our own, every backend that the machine has takes part in
 every case. `--device cpu --quick` is a dry run, without events, graphs and memory.
+
+A row is a line in FOLDER/GPU-DATE.jsonl as soon as it is measured; at the end, at an interrupt or
+where the GPU is lost they are a report, in .json and .md. --skip goes on in the same file.
 """
 
 from __future__ import annotations
@@ -21,13 +24,17 @@ import os
 import platform
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import date
 from pathlib import Path
 from statistics import median
+from types import FrameType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +54,7 @@ from .gpu_cases import (
     optional,
     problem,
 )
-from .gpu_table import FORWARD, GRAPH, TRAIN, Row, by_backend, report
+from .gpu_table import FORWARD, GRAPH, TRAIN, Row, by_backend, read, report
 from .measure import Verdict, Wanted
 
 TURNS = (20, 100)  # samples of everyone in a row: at the least, at the most within ROW_SECONDS
@@ -58,38 +65,106 @@ HOST_CALLS, HOST_NUMEL = 20, 2**22  # calls that the launch queue holds, logits 
 CASE_BYTES, EAGER_BYTES = 32, 48  # per element: all that a case keeps, what eager adds
 
 
+class LostGpuError(Exception):
+    """The GPU's context: nothing works any more in this process."""
+
+
+class Journal:
+    """The rows, each a line in the file as soon as it is known."""
+
+    def __init__(self, folder: Path, facts: Row, goes_on: bool) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        slug = re.sub(r"[^a-z0-9]+", "-", facts["gpu"].lower()).strip("-")
+        self.path, self.facts = folder / f"{slug}-{facts['date']}.jsonl", facts
+        self.before = read(self.path)["rows"] if goes_on and self.path.exists() else []
+        self.rows: list[Row] = []
+        self.skipped: list[str] = []
+        self.file = self.path.open("a" if goes_on else "w")
+        self.line({"facts": facts})
+
+    def line(self, entry: Row) -> None:
+        self.file.write(json.dumps(entry) + "\n")
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def row(self, row: Row) -> None:
+        self.rows.append(row)
+        self.line(row)
+
+    def skip(self, note: str) -> None:
+        self.skipped.append(note)
+        self.line({"skipped": note})
+
+    def report(self, **more: Any) -> str:
+        """Also written, beside the lines; with the rows of the run that this one goes on with."""
+        self.line({"facts": more})
+        self.file.close()
+        rows = self.before + self.rows
+        result = {**self.facts, **more, "skipped": self.skipped, "rows": rows}
+        text = report(result)
+        self.path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+        self.path.with_suffix(".md").write_text(text)
+        return text
+
+
 def main(argv: list[str]) -> int:
-    """The exit status: 1 where fused is wrong or fails."""
-    arguments = parse(argv)
-    device, start = torch.device(arguments.device), time.perf_counter()
-    cases = QUICK if arguments.quick else all_cases()
-    result = {"command": shlex.join(["python", "-m", "bench.gpu", *argv]), **environment(device)}
-    if device.type == "cuda" and arguments.workers:
-        compile_all(cases, arguments.workers, arguments.budget / 3)
-        result["compiled beforehand in"] = f"{time.perf_counter() - start:.0f} s"
-    rows, skipped = measure_cases(cases, device, start + arguments.budget)
-    result |= {"seconds": round(time.perf_counter() - start, 1), "skipped": skipped, "rows": rows}
-    text = report(result)
-    print(text)
-    slug = re.sub(r"[^a-z0-9]+", "-", result["gpu"].lower()).strip("-")
-    default = Path(__file__).parent / "results" / f"{slug}-{result['date']}.json"
-    path = arguments.json or default
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    path.with_suffix(".md").write_text(text)
+    """The exit status: 1 where fused is wrong or fails, or the run was stopped."""
+    arguments, start = parse(argv), time.perf_counter()
+    device, cases = torch.device(arguments.device), chosen(arguments)
+    command = shlex.join(["python", "-m", "bench.gpu", *argv])
+    facts = {"command": command, **environment(device)}
+    journal, more = Journal(arguments.out, facts, arguments.skip > 0), {}
+    try:
+        with interruptible():
+            if device.type == "cuda" and arguments.workers:
+                compile_all(cases, arguments.workers, arguments.budget / 3)
+                more["compiled beforehand in"] = f"{time.perf_counter() - start:.0f} s"
+            measure_cases(cases, device, start + arguments.budget, journal)
+    except (KeyboardInterrupt, LostGpuError) as error:
+        more["stopped"] = str(error)
+    print(journal.report(**more, seconds=round(time.perf_counter() - start, 1)))
+    rows = journal.rows
     wrong = sum(any(result["outcome"] for result in by_backend(row).values()) for row in rows)
     print(f"fused is wrong or fails in {wrong} of {len(rows)} rows", file=sys.stderr)
-    return 1 if wrong or not rows else 0
+    return 1 if wrong or not rows or "stopped" in more else 0
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench.gpu", description=(__doc__ or "").split("\n")[0])
+    results = Path(__file__).parent / "results"
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--quick", action="store_true", help="two tiny shapes")
+    parser.add_argument("--first", type=int, metavar="K", help="only so many cases")
+    parser.add_argument("--skip", type=int, default=0, metavar="K", help="not the first so many")
     parser.add_argument("--budget", type=float, default=480, help="seconds, compilation included")
     parser.add_argument("--workers", type=int, default=8, help="compile before; 0: on the way")
-    parser.add_argument("--json", type=Path, help="default: bench/results/GPU-DATE.json; .md too")
+    parser.add_argument("--out", type=Path, default=results, metavar="FOLDER", help="%(default)s")
     return parser.parse_args(argv)
+
+
+def chosen(arguments: argparse.Namespace) -> list[Case]:
+    cases = QUICK if arguments.quick else all_cases()
+    return cases[arguments.skip :][: arguments.first]
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Within, SIGINT and SIGTERM raise KeyboardInterrupt, even where a shell has them ignored."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        for each in before:  # the report is not interrupted
+            signal.signal(each, signal.SIG_IGN)
+        raise KeyboardInterrupt(signal.Signals(number).name)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if signal.getsignal(number) is stop:
+                signal.signal(number, handler)
 
 
 def environment(device: torch.device) -> Row:
@@ -228,8 +303,18 @@ def too_large(case: Case, bytes_each: int, device: torch.device) -> bool:
     return bytes_each * torch.Size(case.shape).numel() > torch.cuda.mem_get_info()[0] + kept
 
 
-def failed(error: Exception) -> Verdict:
-    return Verdict(f"failed: {type(error).__name__}: {f'{error} '.splitlines()[0]}")
+def failed(error: Exception, who: str, device: torch.device) -> Verdict:
+    """The others go on, unless the GPU answers nobody any more."""
+    told = f"failed: {type(error).__name__}: {f'{error} '.splitlines()[0]}"
+    if not usable(device):
+        raise LostGpuError(f"the GPU's context is lost: {who} {told}") from error
+    return Verdict(told)
+
+
+def usable(device: torch.device) -> bool:
+    with suppress(Exception):
+        return torch.ones((), device=device).item() == 1
+    return False
 
 
 def check(case: Case, run: Run, want: Wanted, deadline: float) -> Verdict:
@@ -245,7 +330,7 @@ def check(case: Case, run: Run, want: Wanted, deadline: float) -> Verdict:
             return Verdict()
         value = loss.item()
     except Exception as error:  # a compiler's, of memory: it does not stop the others
-        return failed(error)
+        return failed(error, f"{case}: {contestant.name}, {run.title}", want.grad.device)
     ours, rounding = contestant.column in OURS, measure.ROUNDING[case.dtype]
     times = want.denominators[contestant.reduction]
     allowed = measure.LOSS_TOLERANCE + (0 if ours else rounding)
@@ -262,7 +347,8 @@ def check(case: Case, run: Run, want: Wanted, deadline: float) -> Verdict:
 def compile_all(cases: list[Case], workers: int, seconds: float) -> None:
     """Fill the compilers' caches on disk from many processes: one would outlast the budget."""
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-    pool = multiprocessing.get_context("spawn").Pool(workers)
+    ignore = (signal.SIGINT, signal.SIG_IGN)  # a terminal interrupts all of its processes
+    pool = multiprocessing.get_context("spawn").Pool(workers, signal.signal, ignore)
     with pool, suppress(multiprocessing.TimeoutError):
         pool.map_async(compile_case, cases, chunksize=1).get(seconds)
 
@@ -283,28 +369,29 @@ def compile_case(case: Case) -> None:
 
 
 def measure_cases(
-    cases: list[Case], device: torch.device, deadline: float
-) -> tuple[list[Row], list[str]]:
-    """The rows, and which cases were left out and why."""
-    rows, skipped = [], []
+    cases: list[Case], device: torch.device, deadline: float, journal: Journal
+) -> None:
+    """Write down the rows, and which cases were left out and why."""
     for case in cases:
-        if time.perf_counter() > deadline:
-            skipped.append(f"{case}: out of time")
-        elif too_large(case, CASE_BYTES, device):
-            skipped.append(f"{case}: may need more memory than is free")
-        else:
-            try:
-                rows += measure_case(case, device, deadline)
-            except Exception as error:  # of the GPU itself: what there is is still written
-                verdict = failed(error)._asdict()
-                rows.append(as_row(case, TRAIN, {c.name: verdict for c in fused(case, device)}))
-            gc.collect()
-            with suppress(Exception):
-                torch.cuda.empty_cache()
-    return rows, skipped
+        try:
+            if time.perf_counter() > deadline:
+                journal.skip(f"{case}: out of time")
+            elif too_large(case, CASE_BYTES, device):
+                journal.skip(f"{case}: may need more memory than is free")
+            else:
+                for row in measure_case(case, device, deadline):
+                    journal.row(row)
+        except LostGpuError:
+            raise
+        except Exception as error:  # of memory, of the GPU: the next case may work
+            verdict = failed(error, str(case), device)._asdict()
+            journal.row(as_row(case, TRAIN, {c.name: verdict for c in fused(case, device)}))
+        gc.collect()
+        with suppress(Exception):
+            torch.cuda.empty_cache()
 
 
-def measure_case(case: Case, device: torch.device, deadline: float) -> list[Row]:
+def measure_case(case: Case, device: torch.device, deadline: float) -> Iterator[Row]:
     """Check everyone, then, without the float64 gradient, time them: a row for each pass."""
     if case in COMPILED:
         torch.compiler.reset()  # its limit of recompilations counts every case before
@@ -320,7 +407,8 @@ def measure_case(case: Case, device: torch.device, deadline: float) -> list[Row]
         runs = [Run(c, given, own if c.overwrites else ring, title) for c in line]
         checked[title] = [(run, check(case, run, want, deadline)) for run in runs]
     del want
-    return [measure_row(case, title, pairs) for title, pairs in checked.items()]
+    for title, pairs in checked.items():
+        yield measure_row(case, title, pairs)
 
 
 def measure_row(case: Case, title: str, checked: list[tuple[Run, Verdict]]) -> Row:

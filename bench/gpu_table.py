@@ -1,7 +1,13 @@
-"""The GPU benchmark's results as a table that a person reads."""
+"""The GPU benchmark's results as a table that a person reads.
+
+`python -m bench.gpu_table FILE.jsonl ...` makes one of what several runs left.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,6 +35,23 @@ only, eager under a graph where it does not synchronise and its memory is small.
 - memory: peak beyond the logits in a call, in N x C tensors of their dtype (our backends, eager).
 - host µs: what a call keeps the host, not waiting for the GPU (our backends, eager).
 """
+
+
+def read(*paths: Path) -> Row:
+    """The result that files of lines hold, the later row of two that are of the same case."""
+    facts: Row = {}
+    rows: dict[str, Row] = {}
+    skipped: list[str] = []
+    for line in (line for path in paths for line in path.read_text().splitlines()):
+        entry = json.loads(line)
+        if "facts" in entry:
+            facts |= entry["facts"]
+        elif "skipped" in entry:
+            skipped.append(entry["skipped"])
+        else:
+            entry["shape"] = tuple(entry["shape"])
+            rows[str({**entry, "contestants": None})] = entry
+    return {**facts, "skipped": skipped, "rows": list(rows.values())}
 
 
 def report(result: Row) -> str:
@@ -116,3 +139,7 @@ def misaligned(rows: list[Row], title: str) -> list[str]:
         times = [f"{name} {ratio(mine[name], even.get(name, {}))}" for name in mine]
         line.append(f"{row['dtype']} {loss_of(row)}: {', '.join(times)}")
     return [f"Ours at C = 8142 by C = 8192, 4096 rows: {'; '.join(line)}"] if line else []
+
+
+if __name__ == "__main__":
+    print(report(read(*map(Path, sys.argv[1:]))))

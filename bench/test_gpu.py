@@ -39,7 +39,7 @@ def name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 def test_dry_run(tmp_path: Path, one_thread: None, name: str) -> None:
     path = tmp_path / "dry.json"
-    assert gpu.main(["--device", "cpu", "--quick", "--json", str(path)]) == 0
+    assert gpu.main(["--device", "cpu", "--quick", "--out", str(tmp_path)]) == 0
     result = json.loads(path.read_text())
     assert {"date", "command", "gpu", "driver", "cuda", "torch", "triton", "seconds"} <= set(result)
     assert result["skipped"] == [] and len(result["rows"]) == 2 * len(gpu_cases.QUICK)
@@ -56,7 +56,7 @@ def test_dry_run(tmp_path: Path, one_thread: None, name: str) -> None:
 
 def test_budget_ends_the_run(tmp_path: Path) -> None:
     path = tmp_path / "none.json"
-    assert gpu.main(["--device", "cpu", "--quick", "--budget", "0", "--json", str(path)]) == 1
+    assert gpu.main(["--device", "cpu", "--quick", "--budget", "0", "--out", str(tmp_path)]) == 1
     result = json.loads(path.read_text())
     assert result["rows"] == [] and len(result["skipped"]) == len(gpu_cases.QUICK)
 

@@ -1,0 +1,83 @@
+#!/usr/bin/env bash
+# Everything that a GPU is wanted for, within GPU_SECONDS, every step under a timeout of its own:
+#
+#     bench/gpu_run.sh [smoke] [bench] [tests] [rest]      none named: all four
+#
+# smoke: works or not; bench: the first GPU_FIRST cases of the benchmark; tests; rest: the other
+# cases, in the time that is left. After a red smoke come no others, but the smoke again with
+# blocking launches and under compute-sanitizer. Results, a line each as they come, and run.log go
+# to the folder GPU_RESULTS; GPU_TESTS are pytest's arguments. Libraries that were built from these
+# sources elsewhere and brought along are kept; .gpu/triton.tgz fills Triton's cache.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+GPU_SECONDS=${GPU_SECONDS:-470}
+GPU_FIRST=${GPU_FIRST:-24}
+GPU_TESTS=${GPU_TESTS:-"--tb=line @bench/gpu_tests.txt"}
+export GPU_RESULTS=${GPU_RESULTS:-bench/results/gpu-run}
+export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/triton-cache}
+export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
+parts=${*:-smoke bench tests rest}
+for part in $parts; do
+  [[ " smoke bench tests rest " == *" $part "* ]] || { echo "$0: no part $part: smoke, bench, tests, rest"; exit 2; }
+done
+
+asked() { [[ " $parts " == *" $1 "* ]]; }
+
+# limited SIGNAL SECONDS COMMAND: at most so long, and not beyond GPU_SECONDS; a note of how it ended.
+limited() {
+  local signal=$1 limit=$2 left=$((GPU_SECONDS - SECONDS)) began=$SECONDS code
+  shift 2
+  ((limit < left)) || limit=$left
+  if ((limit < 5)); then echo "== no time left for: $*"; return 1; fi
+  echo "== $* (at most $limit s)"
+  timeout -k 10 -s "$signal" "$limit" "$@"
+  code=$?
+  echo "== exit status $code after $((SECONDS - began)) s"
+  return $code
+}
+
+benchmark() { # SECONDS ARGUMENTS: it is interrupted in time to write its report
+  local limit=$1 left=$((GPU_SECONDS - SECONDS))
+  shift
+  ((limit < left)) || limit=$left
+  limited INT "$((limit - 5))" "$PYTHON" -m bench.gpu --workers "$workers" \
+    --budget "$((limit > 60 ? limit - 30 : limit / 2))" --out "$GPU_RESULTS" "$@"
+}
+
+run_tests() {
+  local xdist=()
+  "$PYTHON" -c "import xdist" 2> /dev/null && xdist=(-n "$((workers < 12 ? workers : 12))" --dist worksteal)
+  "$PYTHON" -c "import pytest_timeout" 2> /dev/null && xdist+=(--timeout 60)
+  # shellcheck disable=SC2086  # several arguments
+  limited INT 150 "$PYTHON" -m pytest -o addopts= -m "not slow" -q -p no:cacheprovider \
+    -p bench.pytest_lines "${xdist[@]}" $GPU_TESTS
+}
+
+blame() { # what a red smoke needs: which launch, which address
+  CUDA_LAUNCH_BLOCKING=1 limited TERM 60 "$PYTHON" bench/gpu_smoke.py "$GPU_RESULTS/blocking" 40
+  if ! command -v compute-sanitizer > /dev/null; then echo "== compute-sanitizer is not here"; return; fi
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 limited TERM 150 compute-sanitizer --tool memcheck \
+    --report-api-errors no "$PYTHON" bench/gpu_smoke.py "$GPU_RESULTS/memcheck" 120
+}
+
+if ! reason=$("$PYTHON" -c "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'torch.cuda.is_available() is False')" 2>&1); then
+  echo "$0: no GPU here: ${reason##*$'\n'}"
+  exit 1
+fi
+workers=$(($(nproc) > 3 ? $(nproc) - 2 : 2))
+mkdir -p "$GPU_RESULTS" "$TRITON_CACHE_DIR"
+exec > >(tee -a "$GPU_RESULTS/run.log") 2>&1
+status=0
+[ -f .gpu/triton.tgz ] && tar xzf .gpu/triton.tgz -C "$TRITON_CACHE_DIR" --strip-components=1
+# Without CUDA C++ there is Triton: what fails here does not end the run.
+CBLOSS_KEEP=1 limited TERM 200 "$PYTHON" setup.py -q build_ext --inplace || status=1
+if asked smoke && ! limited TERM 100 "$PYTHON" bench/gpu_smoke.py "$GPU_RESULTS" 60; then
+  blame
+  exit 1
+fi
+if asked bench; then benchmark 160 --first "$GPU_FIRST" || status=1; fi
+if asked tests; then run_tests || status=1; fi
+if asked rest; then benchmark 300 --skip "$GPU_FIRST" || status=1; fi
+echo "== end after $SECONDS s, exit status $status"
+exit $status
