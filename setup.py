@@ -5,11 +5,17 @@ installed all the same, and the reason is recorded for backends(). Any other fai
 the CUDA kernels only where they were asked for: CBLOSS_CUDA=1 builds them beside a torch without
 CUDA too, CBLOSS_CUDA=0 leaves them out. TORCH_CUDA_ARCH_LIST chooses the GPUs as for PyTorch.
 torch is found, never imported, so that an isolated build can use the environment's own.
+
+What is current is not built again: a stamp beside a library, never in a wheel, has digests of its
+sources, of what compiled them and of itself. Times of files do not count: a copy changes them.
+CBLOSS_KEEP=1 keeps what was built from these sources elsewhere, whatever compiled it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import os
 import platform
 import re
@@ -18,6 +24,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -82,6 +89,92 @@ def missing() -> str | None:
             "install torch, then: pip install --no-build-isolation --force-reinstall --no-deps ."
         )
     return None
+
+
+# What is current --------------------------------------------------------------------------------
+
+KEEP = os.environ.get("CBLOSS_KEEP") == "1"
+ENVIRONMENT = ("CC", "CXX", "CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "LDSHARED", "ARCHFLAGS")
+CUDA_ENVIRONMENT = ("NVCC_CCBIN", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS")
+
+
+def digest(*parts: bytes) -> str:
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(f"{len(part)}:".encode() + part)
+    return found.hexdigest()
+
+
+def digest_of_sources(leave_out: str, root: Path = ROOT) -> str:
+    """Of csrc/ but for one of its folders, and of this file."""
+    csrc = root / "csrc"
+    paths = [
+        path for path in csrc.rglob("*") if path.is_file() and csrc / leave_out not in path.parents
+    ]
+    named = {str(path.relative_to(root)): path.read_bytes() for path in [*paths, root / "setup.py"]}
+    return digest(*(part for name in sorted(named) for part in (name.encode(), named[name])))
+
+
+def version_of(tool: str | None) -> str:
+    """Where a compiler is, and what it calls itself."""
+    if tool is None:
+        return "none"
+    told = subprocess.run([tool, "--version"], capture_output=True, text=True).stdout
+    return f"{shutil.which(tool)}: {told}"
+
+
+def digest_of_tools(*flags: str) -> str:
+    """Of torch's version, the compiler, flags, and what the environment adds."""
+    torch = find_torch()
+    version = torch / "version.py" if torch is not None else None
+    told = version.read_text() if version is not None and version.exists() else ""
+    chosen = [f"{name}={os.environ.get(name, '')}" for name in ENVIRONMENT]
+    configured = [str(sysconfig.get_config_var(name)) for name in ("CXX", "CFLAGS", "LDSHARED")]
+    parts = [told, version_of(find_compiler()), *flags, *chosen, *configured]
+    return digest(*(part.encode() for part in parts))
+
+
+class Stamp:
+    """What a library was made of."""
+
+    def __init__(self, path: Path, library: Path, sources: str) -> None:
+        self.path, self.library, self.sources = path, library, sources
+
+    def current(self, tools: Callable[[], str], keep: bool) -> bool:
+        """keep: whatever compiled it, and where nothing is known of a library."""
+        if not self.library.exists():
+            return False
+        if not self.path.exists():
+            return keep
+        try:
+            found = json.loads(self.path.read_text())
+            same = found["sources"] == self.sources and found["library"] == self.contents()
+            return same and (keep or found["tools"] == tools())
+        except (ValueError, KeyError, TypeError):  # no stamp of this kind
+            return False
+
+    def contents(self) -> str:
+        return digest(self.library.read_bytes())
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+    def write(self, tools: str) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        entry = {"sources": self.sources, "tools": tools, "library": self.contents()}
+        self.path.write_text(json.dumps(entry) + "\n")
+
+
+def cpu_tools() -> str:
+    per_set = [f"{name} {shlex.join(flags)}" for name, flags in ISA_FLAGS.items()]
+    return digest_of_tools(*FLAGS, *per_set)
+
+
+def cuda_tools() -> str:
+    nvcc = find_nvcc()
+    assert nvcc is not None
+    chosen = [f"{name}={os.environ.get(name, '')}" for name in CUDA_ENVIRONMENT]
+    return digest_of_tools(version_of(nvcc), *CUDA_FLAGS, *architectures(nvcc), *chosen)
 
 
 # CUDA ---------------------------------------------------------------------------------------------
@@ -198,23 +291,46 @@ class BuildExtension(build_ext):
 
     def run(self) -> None:
         package = Path(self.get_ext_fullpath("cbloss_fused._C")).parent
+        self.cpu_kernels(package)
+        self.cuda_kernels(package)
+
+    def cpu_kernels(self, package: Path) -> None:
+        stamp = self.stamp(Path(self.get_ext_fullpath("cbloss_fused._C")), "cuda")
+        if not self.force and stamp.current(cpu_tools, KEEP):
+            return self.note(package / "_build_note.txt", None)
         reason = missing()
         self.note(package / "_build_note.txt", reason)
         if reason is None:
+            stamp.remove()
             super().run()
-        reason = missing_cuda()
+            stamp.write(cpu_tools())
+
+    def cuda_kernels(self, package: Path) -> None:
         library, folder = package / "_cuda.so", Path(self.build_temp) / "cuda"
-        if reason is None and self.stale(library, folder):
-            library.unlink(missing_ok=True)  # what fails leaves nothing that looks current
+        stamp, reason = self.stamp(library, "cpu"), missing_cuda()
+        if ASKED != "0" and KEEP and not self.force and stamp.current(str, KEEP):
+            return self.note(package / "_cuda_note.txt", None)
+        if reason is None:
             try:
-                build_cuda(library, folder)
+                if self.force or not stamp.current(cuda_tools, KEEP):
+                    stamp.remove()
+                    library.unlink(missing_ok=True)  # what fails leaves nothing that looks current
+                    build_cuda(library, folder)
+                    stamp.write(cuda_tools())
             except (subprocess.CalledProcessError, OSError, ValueError) as error:
                 if ASKED == "1":
                     raise
                 reason = f"the build failed ({error}); CBLOSS_CUDA=1 makes that an error"
         if reason is not None:
+            stamp.remove()
             library.unlink(missing_ok=True)
         self.note(package / "_cuda_note.txt", reason)
+
+    def stamp(self, library: Path, leave_out: str) -> Stamp:
+        """Beside a library in place; else not where it would enter a wheel."""
+        folder = library.parent if self.inplace else Path(self.build_temp)
+        name = library.name.split(".")[0]
+        return Stamp(folder / f"{name}.stamp", library, digest_of_sources(leave_out))
 
     def note(self, path: Path, reason: str | None) -> None:
         path.unlink(missing_ok=True)
@@ -222,17 +338,6 @@ class BuildExtension(build_ext):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(reason + "\n")
             print(f"cbloss_fused: left out: {reason}", file=sys.stderr)
-
-    def stale(self, library: Path, folder: Path) -> bool:
-        """Whether sources, or the architectures that are asked for, have changed since."""
-        asked, stamp = os.environ.get("TORCH_CUDA_ARCH_LIST", ""), folder / "architectures"
-        before = stamp.read_text() if stamp.exists() else None
-        folder.mkdir(parents=True, exist_ok=True)
-        stamp.write_text(asked)
-        sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
-        newest = max(path.stat().st_mtime for path in [*sources, ROOT / "setup.py"])
-        current = library.exists() and library.stat().st_mtime > newest and asked == before
-        return bool(self.force) or not current
 
     def build_extension(self, ext: Extension) -> None:
         torch = find_torch()

@@ -22,6 +22,8 @@ for part in $parts; do
   [[ " smoke bench tests rest " == *" $part "* ]] || { echo "$0: no part $part: smoke, bench, tests, rest"; exit 2; }
 done
 
+here() { "$PYTHON" -c "import $1" 2> /dev/null; }
+
 asked() { [[ " $parts " == *" $1 "* ]]; }
 
 # limited SIGNAL SECONDS COMMAND: at most so long, and not beyond GPU_SECONDS; a note of how it ended.
@@ -46,12 +48,13 @@ benchmark() { # SECONDS ARGUMENTS: it is interrupted in time to write its report
 }
 
 run_tests() {
-  local xdist=()
-  "$PYTHON" -c "import xdist" 2> /dev/null && xdist=(-n "$((workers < 12 ? workers : 12))" --dist worksteal)
-  "$PYTHON" -c "import pytest_timeout" 2> /dev/null && xdist+=(--timeout 60)
+  local options=()
+  here xdist && options+=(-n "$((workers < 12 ? workers : 12))" --dist worksteal)
+  here pytest_timeout && options+=(--timeout 60)
+  here pytest_benchmark && options+=(--benchmark-disable)
   # shellcheck disable=SC2086  # several arguments
   limited INT 150 "$PYTHON" -m pytest -o addopts= -m "not slow" -q -p no:cacheprovider \
-    -p bench.pytest_lines "${xdist[@]}" $GPU_TESTS
+    -p bench.pytest_lines "${options[@]}" $GPU_TESTS
 }
 
 blame() { # what a red smoke needs: which launch, which address
