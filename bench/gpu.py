@@ -312,9 +312,13 @@ def failed(error: Exception, who: str, device: torch.device) -> Verdict:
 
 
 def usable(device: torch.device) -> bool:
-    with suppress(Exception):
-        return torch.ones((), device=device).item() == 1
-    return False
+    """Whether the GPU still answers. A graph whose capture failed is no more than that."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+    except Exception as error:
+        return "captur" in str(error)
+    return True
 
 
 def check(case: Case, run: Run, want: Wanted, deadline: float) -> Verdict:

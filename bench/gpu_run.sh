@@ -71,6 +71,8 @@ fi
 workers=$(($(nproc) > 3 ? $(nproc) - 2 : 2))
 mkdir -p "$GPU_RESULTS" "$TRITON_CACHE_DIR"
 exec > >(tee -a "$GPU_RESULTS/run.log") 2>&1
+tee=$!
+trap 'exec >&- 2>&-; wait "$tee"' EXIT
 status=0
 [ -f .gpu/triton.tgz ] && tar xzf .gpu/triton.tgz -C "$TRITON_CACHE_DIR" --strip-components=1
 # Without CUDA C++ there is Triton: what fails here does not end the run.

@@ -24,6 +24,7 @@ if not __package__:  # run by its path: the package is beside bench/
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import cbloss_fused
+from bench.gpu import usable
 from bench.gpu_cases import backends
 from bench.gpu_table import EVEN, ODD
 from cbloss_fused import class_balanced_loss, cuda, reference
@@ -132,14 +133,6 @@ def machine(device: torch.device) -> dict[str, Any]:
         "missing": cuda.missing,
         "backends": cbloss_fused.backends(),
     }
-
-
-def usable(device: torch.device) -> bool:
-    """Whether the GPU still answers: after some errors nothing works in this process."""
-    try:
-        return torch.ones((), device=device).item() == 1
-    except Exception:
-        return False
 
 
 def check_all(
