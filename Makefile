@@ -1,6 +1,6 @@
 # make demo, make test: each does all the set-up, then its job. Also make bench, make codegen, make lint.
 # make gpu: on a machine with a GPU, with its own Python, torch, triton and nvcc; downloads nothing,
-# takes eight minutes, see bench/gpu_run.sh. gpu-test, gpu-bench: one of its parts, without a limit.
+# eight minutes at most, see bench/gpu_run.sh. make gpu-test, gpu-bench: a part, without a limit.
 # make sanitize-gpu: there, the CUDA C++ kernels under compute-sanitizer.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -62,7 +62,7 @@ lint: $(VENV)/lint
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc bench tests -name '*.cpp' -o -name '*.h' -o -name '*.c' -o -name '*.cu' -o -name '*.cuh')
 clean:
-	rm -rf $(VENV) build dist *.egg-info cbloss_fused/_C*.so cbloss_fused/_cuda.so
+	rm -rf $(VENV) build dist *.egg-info cbloss_fused/_C*.so cbloss_fused/_cuda.so cbloss_fused/*.stamp
 
 # The environment, torch, then the extension, built against that torch and in place.
 $(VENV)/torch:
