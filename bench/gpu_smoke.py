@@ -83,7 +83,8 @@ class Journal:
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.file, self.start = (folder / "smoke.jsonl").open("w"), time.perf_counter()
+        self.path, self.start = folder / "smoke.jsonl", time.perf_counter()
+        self.path.write_text("")
 
     def seconds(self) -> float:
         return round(time.perf_counter() - self.start, 2)
@@ -91,9 +92,10 @@ class Journal:
     def write(self, step: str, **facts: Any) -> None:
         line = json.dumps({"t": self.seconds(), "step": step, **facts}, default=str)
         print(line, flush=True)
-        self.file.write(line + "\n")
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        with self.path.open("a") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def main(argv: list[str]) -> int:
@@ -139,7 +141,7 @@ def check_all(
     journal: Journal, device: torch.device, names: list[str], limit: float
 ) -> tuple[int, list[str]]:
     """How many cases were checked, and the backend of each that was wrong."""
-    checked, wrong = 0, []
+    checked, wrong = 0, list[str]()
     for case, name in product(cases(), names):
         if journal.seconds() > limit:
             journal.write("out of time")

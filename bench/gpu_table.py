@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from . import floors
+
 Row = dict[str, Any]
 FORWARD, TRAIN, GRAPH = "forward only", "forward + backward", "forward + backward, CUDA graph"
 ODD, EVEN = (4096, 8142), (4096, 8192)  # rows that are not 16-byte aligned, and rows that are
@@ -32,6 +34,8 @@ only, eager under a graph where it does not synchronise and its memory is small.
   weights' sum: held to fused with reduction="weighted_mean". liger overwrites the logits.
 - torchvision: sigmoid_focal_loss on a one-hot, its rows weighted and summed.
 - % of copy: the bandwidth of 2 N x C elements in our time, by that of a copy of them.
+- floor ms: what bench/roofline.md predicts: the copy's time, or, where longer, what the kernel's
+  instructions or special functions take (132 multiprocessors). % of floor: that by our time.
 - memory: peak beyond the logits in a call, in N x C tensors of their dtype (our backends, eager).
 - host µs: what a call keeps the host, not waiting for the GPU (our backends, eager).
 """
@@ -85,11 +89,23 @@ def cells(row: Row, rows: list[Row]) -> dict[str, str]:
         line[f"{column} / fused"] = timed if "median_ms" in rival else shown(rival)
     line["copy ms"] = shown(copy)
     line["% of copy"] = ", ".join(ratio(copy, result, 100, 0) for result in mine.values())
+    if row["passes"] != FORWARD:
+        least = predicted(row, copy)
+        line["floor ms"] = shown(least)
+        line["% of floor"] = ", ".join(ratio(least, result, 100, 0) for result in mine.values())
     extras = (("host_us", "host µs"), ("peak_extra", "memory"))
     for key, name in extras if train else extras[:1]:
         each = [result.get(key) for result in (*mine.values(), best(row, "eager"))]
         line[name] = ", ".join("-" if value is None else f"{value:.3g}" for value in each)
     return line
+
+
+def predicted(row: Row, copy: Row) -> Row:
+    """The least time of the row's kernel, its memory at the rate of the copy; {} if not known."""
+    found = floors.floors().get(floors.key(tuple(row["shape"]), row["dtype"], loss_of(row)))
+    if found is None or "median_ms" not in copy:
+        return {}
+    return {"median_ms": max(copy["median_ms"], found.issue / 1e3, found.special / 1e3)}
 
 
 def loss_of(row: Row) -> str:

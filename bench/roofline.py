@@ -7,16 +7,17 @@ Bytes from the shapes, instructions from the machine code of the kernels that th
 from __future__ import annotations
 
 import argparse
-from typing import NamedTuple
 
 import torch
 
 from . import sass
 from .codegen import CLOCK, ISSUE, SPECIAL, TARGETS, Launch, compiled, launches, row_kernel
+from .floors import Floor, key
 
 SHAPES = [
     (32, 10), (32, 1000), (256, 8142), (1024, 8142), (4096, 8142), (4096, 8192), (16384, 8142),
-    (4096, 32768), (4096, 131072), (8, 131072), (64, 1048576), (1_000_000, 10), (8, 19, 512 * 512),
+    (4096, 32768), (4096, 131072), (4, 131072), (8, 131072), (64, 1048576), (1_000_000, 10),
+    (1_000_000, 19), (262144, 100), (8, 19, 512 * 512),
 ]  # fmt: skip
 FAMILIES = [("softmax", 0.0), ("sigmoid", 0.0), ("sigmoid", 0.5)]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -35,14 +36,6 @@ Loss and gradient of one call, computed by `{command}`; no figure here was measu
 - Softmax rows beyond 16,384 classes are read twice. The second read is meant for L2 and is not
   counted in `memory`: from L2 it costs no memory time, else half as much again.
 """
-
-
-class Floor(NamedTuple):
-    """Microseconds."""
-
-    memory: float
-    issue: float
-    special: float
 
 
 def thread_work(launch: Launch, elements: int) -> tuple[float, float]:
@@ -97,9 +90,8 @@ def main() -> None:
                 bound = "host" if largest < arguments.host else found._fields[found.index(largest)]
                 size = 2 * torch.Size(shape).numel() * dtype.itemsize / 1e6
                 times = " | ".join(f"{us:.3g}" for us in found)
-                dims = ", ".join(map(str, shape))
-                loss = f"{family[0]} {family[1]:g}"
-                print(f"| ({dims}) | {name} | {loss} | {size:.3g} | {times} | {bound} |")
+                named = " | ".join(key(shape, name, f"{family[0]} {family[1]:g}"))
+                print(f"| {named} | {size:.3g} | {times} | {bound} |")
 
 
 if __name__ == "__main__":

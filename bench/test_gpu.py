@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+import setup
 from cbloss_fused import cuda, kernels, ops
 
-from . import gpu, gpu_cases, gpu_table
+from . import floors, gpu, gpu_cases, gpu_smoke, gpu_table
+from .cases import Case
 from .launch_cost import emulated
 
 
@@ -38,8 +44,8 @@ def name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
 
 def test_dry_run(tmp_path: Path, one_thread: None, name: str) -> None:
-    path = tmp_path / "dry.json"
     assert gpu.main(["--device", "cpu", "--quick", "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.glob("*.json")
     result = json.loads(path.read_text())
     assert {"date", "command", "gpu", "driver", "cuda", "torch", "triton", "seconds"} <= set(result)
     assert result["skipped"] == [] and len(result["rows"]) == 2 * len(gpu_cases.QUICK)
@@ -55,10 +61,155 @@ def test_dry_run(tmp_path: Path, one_thread: None, name: str) -> None:
 
 
 def test_budget_ends_the_run(tmp_path: Path) -> None:
-    path = tmp_path / "none.json"
     assert gpu.main(["--device", "cpu", "--quick", "--budget", "0", "--out", str(tmp_path)]) == 1
-    result = json.loads(path.read_text())
+    result = written(tmp_path)
     assert result["rows"] == [] and len(result["skipped"]) == len(gpu_cases.QUICK)
+
+
+def written(folder: Path) -> gpu_table.Row:
+    """What a run left: the lines and the report hold the same."""
+    (lines,), (report,) = folder.glob("*.jsonl"), folder.glob("*.json")
+    result = json.loads(report.read_text())
+    assert json.loads(json.dumps(gpu_table.read(lines)["rows"])) == result["rows"]
+    assert next(folder.glob("*.md")).read_text().startswith("# Benchmarks on a GPU")
+    return result
+
+
+def no_measurement(case: Case, *others: object) -> Iterator[gpu_table.Row]:
+    yield gpu.as_row(case, gpu_table.TRAIN, {"fused": {"outcome": None, "median_ms": 1.0}})
+
+
+def test_a_run_goes_on_where_another_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "measure_case", no_measurement)
+    command = ["--device", "cpu", "--quick", "--out", str(tmp_path)]
+    assert gpu.main([*command, "--first", "3"]) == 0
+    assert len(written(tmp_path)["rows"]) == 3
+    assert gpu.main([*command, "--skip", "3"]) == 0
+    names = [(tuple(row["shape"]), row["dtype"]) for row in written(tmp_path)["rows"]]
+    assert names == [(case.shape, str(case.dtype)[6:]) for case in gpu_cases.QUICK]
+    assert gpu.main([*command, "--first", "1"]) == 0  # begins anew
+    assert len(written(tmp_path)["rows"]) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    def interrupted(case: Case, *others: object) -> Iterator[gpu_table.Row]:
+        yield from no_measurement(case)
+        if case == gpu_cases.QUICK[1]:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(gpu, "measure_case", interrupted)
+    before = signal.getsignal(number)
+    try:
+        assert gpu.main(["--device", "cpu", "--quick", "--out", str(tmp_path)]) == 1
+    finally:
+        signal.signal(number, before)
+    result = written(tmp_path)
+    assert len(result["rows"]) == 2 and result["stopped"] == number.name
+
+
+def test_a_lost_gpu_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error does not, as long as the device answers."""
+    answers = iter([True, False])
+
+    def fails(*arguments: object) -> Iterator[gpu_table.Row]:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        yield {}
+
+    monkeypatch.setattr(gpu, "measure_case", fails)
+    monkeypatch.setattr(gpu, "usable", lambda device: next(answers))
+    assert gpu.main(["--device", "cpu", "--quick", "--out", str(tmp_path)]) == 1
+    result = written(tmp_path)
+    assert len(result["rows"]) == 1 and "context is lost" in result["stopped"]
+
+
+def test_first_cases() -> None:
+    cases = gpu_cases.all_cases()
+    assert len(set(cases)) == len(cases)
+    shapes = {case.shape for case in cases[:24]}
+    assert shapes == {*gpu_cases.LONG, *gpu_cases.TELLING}
+
+
+def test_smoke(tmp_path: Path, one_thread: None, name: str) -> None:
+    assert gpu_smoke.main([str(tmp_path), "--device", "cpu"]) == 0
+    lines = [json.loads(line) for line in (tmp_path / "smoke.jsonl").read_text().splitlines()]
+    checked = [line for line in lines if line["step"] == "case"]
+    assert name.split()[-1].replace("fused", "") in {line["backend"] for line in checked}
+    assert lines[-1]["wrong"] == 0
+    assert len(checked) % len(gpu_smoke.cases()) == 0
+
+
+def test_smoke_finds_a_wrong_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = gpu_smoke.class_balanced_loss
+
+    def wrong(x: torch.Tensor, *others: object, **options: object) -> torch.Tensor:
+        return right(x, *others, **options) + 1e-3 * (x - x.detach()).sum()
+
+    monkeypatch.setattr(gpu_smoke, "class_balanced_loss", wrong)
+    monkeypatch.setattr(gpu_smoke, "cases", lambda: [gpu_smoke.Case((8, 10), torch.float32, {})])
+    assert gpu_smoke.main([str(tmp_path), "--device", "cpu"]) == 1
+
+
+def test_gpu_run_without_a_gpu() -> None:
+    done = subprocess.run(
+        ["bench/gpu_run.sh"], cwd=Path(__file__).parent.parent, capture_output=True, text=True,
+        env={**os.environ, "PYTHON": sys.executable, "CUDA_VISIBLE_DEVICES": ""},
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stdout == ("bench/gpu_run.sh: no GPU here: torch.cuda.is_available() is False\n")
+
+
+def test_a_line_for_each_test(tmp_path: Path) -> None:
+    tests = tmp_path / "test_some.py"
+    tests.write_text(
+        "import pytest\ndef test_good(): pass\ndef test_bad(): assert 1 == 2\n"
+        "@pytest.mark.skip(reason='why')\ndef test_left(): pass\n"
+    )
+    root = Path(__file__).parent.parent
+    plugins = ["-p", "bench.pytest_lines", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", *plugins, "-c", os.devnull, str(tests)], cwd=root,
+        env={**os.environ, "GPU_RESULTS": str(tmp_path / "out"), "PYTHONPATH": str(root)},
+        capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 1
+    text = (tmp_path / "out" / "tests.jsonl").read_text()
+    good, bad, left, end = (json.loads(line) for line in text.splitlines())
+    assert [entry["outcome"] for entry in (good, bad, left)] == ["passed", "failed", "skipped"]
+    assert "1 == 2" in bad["reason"] and "why" in left["reason"] and end == {"end": 1}
+
+
+def test_what_makes_a_library_stale(tmp_path: Path) -> None:
+    library, path = tmp_path / "_C.so", tmp_path / "_C.stamp"
+    library.write_bytes(b"code")
+    stamp = setup.Stamp(path, library, "sources")
+    assert not stamp.current(lambda: "tools", keep=False)
+    assert stamp.current(lambda: "tools", keep=True)  # nothing is known of it
+    stamp.write("tools")
+    assert stamp.current(lambda: "tools", keep=False)
+    assert not stamp.current(lambda: "others", keep=False)
+    assert stamp.current(lambda: "others", keep=True)
+    for keep in (False, True):
+        assert not setup.Stamp(path, library, "changed").current(lambda: "tools", keep)
+    library.write_bytes(b"other code")
+    assert not stamp.current(lambda: "tools", keep=True)
+    library.unlink()
+    assert not stamp.current(lambda: "tools", keep=True)
+
+
+def test_digest_of_sources(tmp_path: Path) -> None:
+    """A header's contents count, its time does not; nor does the other library's folder."""
+    for name in ("csrc/ops.h", "csrc/cpu/rows.cpp", "csrc/cuda/rows.cu", "setup.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    before = setup.digest_of_sources("cuda", tmp_path)
+    os.utime(tmp_path / "csrc/ops.h", (0, 0))
+    (tmp_path / "csrc/cuda/rows.cu").write_text("changed")
+    assert setup.digest_of_sources("cuda", tmp_path) == before
+    (tmp_path / "csrc/ops.h").write_text("changed")
+    assert setup.digest_of_sources("cuda", tmp_path) != before
 
 
 @pytest.mark.parametrize("preferred, other", [("cuda", "triton"), ("triton", "cuda")])
@@ -92,7 +243,13 @@ def test_table_of_two_backends() -> None:
     line = gpu_table.cells(rows[0], rows)
     want = {"cuda ms": "2", "triton ms": "3", "triton / cuda": "1.50", "graph ms": "2, 3"}
     want |= {"forward ms": "-, -", "eager / fused": "4.00 ce_none", "cross_entropy / fused": "1.50"}
-    want |= {"% of copy": "50, 33", "host µs": "2, 3, 8"}
+    want |= {"% of copy": "50, 33", "floor ms": "1", "% of floor": "50, 33", "host µs": "2, 3, 8"}
     assert {key: line[key] for key in want} == want
     (found,) = gpu_table.misaligned([*rows, even], gpu_table.TRAIN)
     assert found.endswith(": float32 softmax 0: cuda 1.00, triton 1.00")
+
+
+def test_floors_of_the_page() -> None:
+    found = floors.floors()
+    assert found[floors.key((4096, 8142), "bfloat16", "softmax 0")].memory == 44.5
+    assert floors.key((8, 19, 512, 512), "float32", "sigmoid 0.5") in found
