@@ -9,12 +9,13 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import setup
-from cbloss_fused import cuda, kernels, ops
+from cbloss_fused import class_balanced_loss, cuda, kernels, ops
 
 from . import floors, gpu, gpu_cases, gpu_smoke, gpu_table
 from .cases import Case
@@ -142,9 +143,9 @@ def test_smoke(tmp_path: Path, one_thread: None, name: str) -> None:
 
 
 def test_smoke_finds_a_wrong_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = gpu_smoke.class_balanced_loss
+    right = class_balanced_loss
 
-    def wrong(x: torch.Tensor, *others: object, **options: object) -> torch.Tensor:
+    def wrong(x: torch.Tensor, *others: Any, **options: Any) -> torch.Tensor:
         return right(x, *others, **options) + 1e-3 * (x - x.detach()).sum()
 
     monkeypatch.setattr(gpu_smoke, "class_balanced_loss", wrong)
