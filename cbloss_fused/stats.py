@@ -58,5 +58,4 @@ def class_stats(
     # One vector: of more dimensions index_add_ takes a call a row.
     into = y.flatten() + C * torch.arange(4, device=y.device).unsqueeze(1)
     sums = added.new_zeros(4 * C).index_add_(0, into.flatten(), added.flatten()).reshape(4, C)
-    sums[3] /= sums[0]
-    return sums
+    return torch.cat((sums[:3], sums[3:] / sums[:1]))  # no view: Dynamo refuses to unbind one here

@@ -61,6 +61,9 @@ def expected(family, gamma, eps, dtype, C, reduction="mean"):
 def test_oracle(backend, family, dtype, gamma, C, eps):
     logits, target, weight, sample_weight = sample(C, dtype)
     want = expected(family, gamma, eps, dtype, C)
+    # Near its optimum a smoothed row's terms cancel: what is left of their rounding is not small
+    # beside the gradient.
+    slack = 0 if dtype == torch.float64 else 1e-8 * eps
     for recompute in (False, True):
         loss, grad = loss_and_grad(
             backend,
@@ -74,7 +77,7 @@ def test_oracle(backend, family, dtype, gamma, C, eps):
             recompute=recompute,
         )
         assert_loss(loss, want[0], dtype, recompute=recompute)
-        assert_grad(grad, want[1], dtype, recompute=recompute)
+        assert_grad(grad, want[1], dtype, slack=slack, recompute=recompute)
 
 
 @SMOOTHING
