@@ -89,28 +89,35 @@ def test_one_access_of_16_bytes_a_vector(kernels, dtype):
         if "Gamma)5" not in name and f"<{dtype}, true" not in name:  # these read a bias a column
             assert code.interior.loads_small <= 6, name  # target, weight, z_y, its edge, ...
         assert code.interior.stores_small <= 3, name
-        assert items * 16 / size in (16, 32, 64)
+        assert items * 16 / size in (8, 16, 32, 64)
 
 
-BOUNDS = {  # bfloat16, C = 8142: instructions and special functions an element
+# bfloat16, C = 8142: instructions and special functions an element. Sigmoid's kernels hold half a row
+# at a time: the set-up, counted whole here, is that of twice as many elements.
+BOUNDS = {
     "softmax_rows<__nv_bfloat16, false, 128, 8>": (12.5, 1.3),
-    "sigmoid_rows<__nv_bfloat16, (cbloss::Gamma)0, false, 128, 8, true>": (15, 2.2),
-    "sigmoid_rows<__nv_bfloat16, (cbloss::Gamma)1, false, 128, 8, true>": (26, 2.1),
-    "sigmoid_rows<__nv_bfloat16, (cbloss::Gamma)2, false, 128, 8, true>": (27, 2.1),
-    "sigmoid_rows<__nv_bfloat16, (cbloss::Gamma)3, false, 128, 8, true>": (28, 2.1),
-    "sigmoid_rows<__nv_bfloat16, (cbloss::Gamma)4, false, 128, 8, true>": (32, 3.1),
+    "sigmoid_rows<__nv_bfloat16, (cbloss::Gamma)0, false, 128, 4, true>": (19, 2.2),
+    "sigmoid_rows<__nv_bfloat16, (cbloss::Gamma)1, false, 128, 4, true>": (30, 2.1),
+    "sigmoid_rows<__nv_bfloat16, (cbloss::Gamma)2, false, 128, 4, true>": (31, 2.1),
+    "sigmoid_rows<__nv_bfloat16, (cbloss::Gamma)3, false, 128, 4, true>": (32, 2.1),
+    "sigmoid_rows<__nv_bfloat16, (cbloss::Gamma)4, false, 128, 4, true>": (36, 3.1),
 }
 
 
 @pytest.mark.parametrize("name", BOUNDS)
 def test_instructions_an_element(kernels, name):
     counts, (instructions, special) = named(kernels, name).interior, BOUNDS[name]
-    assert counts.all <= 64 * instructions
-    assert counts.special <= 64 * special
+    elements = 8 * int(re.search(r"(\d+)(, true)?>$", name)[1])
+    assert counts.all <= elements * instructions
+    assert counts.special <= elements * special
 
 
 def test_long_rows_are_read_twice_and_written_once(kernels):
-    code = named(kernels, "softmax_long<__nv_bfloat16, false, 1024>")
+    code = named(kernels, "softmax_long<__nv_bfloat16, false, 512, false>")
     assert (code.interior.loads, code.interior.stores) == (8, 4)
+    code = named(
+        kernels, "softmax_long<__nv_bfloat16, false, 256, true>"
+    )  # then from shared memory
+    assert (code.interior.loads, code.interior.stores) == (4, 4)
     code = named(kernels, "softmax_apply<__nv_bfloat16, false, true, 256>")
     assert (code.interior.loads, code.interior.stores) == (4, 4)

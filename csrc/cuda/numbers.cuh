@@ -13,6 +13,9 @@
 #include "../call.h"
 
 #define CB_FN __device__ __forceinline__
+#ifndef CB_DYNAMIC_SHARED  // the shared memory whose size a launch says
+#define CB_DYNAMIC_SHARED(type, name) extern __shared__ type name[]
+#endif
 
 namespace cbloss {
 

@@ -31,13 +31,15 @@ void check(cudaError_t error) {
   throw std::runtime_error(std::string("CUDA error: ") + cudaGetErrorString(error) + advice);
 }
 
-int multiprocessors(int device) {
+// An attribute of a device, asked for once.
+template <cudaDeviceAttr ATTRIBUTE>
+int attribute(int device) {
   static std::atomic<int> known[64];
   if (device >= 0 && device < 64 && known[device]) return known[device];
-  int count = 0;
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device));
-  if (device >= 0 && device < 64) known[device] = count;
-  return count;
+  int value = 0;
+  check(cudaDeviceGetAttribute(&value, ATTRIBUTE, device));
+  if (device >= 0 && device < 64) known[device] = value;
+  return value;
 }
 
 // Launches go to the tensor's device and the stream that is current there.
@@ -48,7 +50,10 @@ struct Current {
     const int index = t.get_device_index();
     void* stream = nullptr;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
-    device = {multiprocessors(index), static_cast<cudaStream_t>(stream)};
+    device = {attribute<cudaDevAttrMultiProcessorCount>(index),
+              attribute<cudaDevAttrMaxSharedMemoryPerMultiprocessor>(index),
+              attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(index),
+              static_cast<cudaStream_t>(stream)};
   }
 };
 

@@ -13,7 +13,8 @@ using S = CBLOSS_DTYPE;
 using T = Compute<S>;
 constexpr int N = Vec<S>::N;
 constexpr bool F64 = std::is_same_v<S, double>;  // by loops alone: not worth the registers' kernels
-constexpr int FEW_CLASSES = 128;                 // up to here a thread has a whole row
+// Up to FEW_CLASSES a thread has a whole row, up to SOME_CLASSES a part of a warp has.
+constexpr int FEW_CLASSES = 64, SOME_CLASSES = 128, PART_OF_WARP = IS_HALF<S> ? 16 : 8;
 constexpr int SMALL = 16, MEDIUM = 32, LARGE = 64;  // elements of a row that a thread holds
 constexpr int HELD = 256 * LARGE;                   // elements of a row that registers hold
 constexpr int SHARE = 4096, MOST_PARTS = 32;        // rows of a prologue's block; most of these
@@ -38,7 +39,9 @@ Rows<S> typed(const Call& c) {
 
 // How a row is laid out over threads.
 struct Plan {
-  bool tiles, aligned;   // aligned: rows of the gradient lie modulo 16 bytes as those of the logits
+  bool aligned;          // rows of the gradient lie modulo 16 bytes as those of the logits
+  bool tiles;            // a thread has a row
+  bool one_piece;        // and nothing lies between the rows
   int splits = 1, span;  // blocks a row, vectors that each takes
   explicit Plan(const Call& c, const Device& device) {
     const auto apart = [&](int64_t x, int64_t g, int64_t size) {
@@ -48,7 +51,13 @@ struct Plan {
     aligned =
         !c.grad || ((x - g) % 16 == 0 && !apart(c.logits_stride.n, c.grad_stride.n, c.rows / c.K) &&
                     !apart(c.logits_stride.k, c.grad_stride.k, c.K));
-    tiles = c.C <= FEW_CLASSES || c.logits_stride.c != 1 || (c.grad && c.grad_stride.c != 1);
+    const auto packed = [&](const Strides& s) {
+      return s.c == 1 && c.K == 1 && (s.n == c.C || c.rows == 1);
+    };
+    one_piece =
+        !F64 && c.C <= FEW_CLASSES && packed(c.logits_stride) && (!c.grad || packed(c.grad_stride));
+    tiles = one_piece || c.C <= (F64 || !aligned ? SOME_CLASSES : 16) || c.logits_stride.c != 1 ||
+            (c.grad && c.grad_stride.c != 1);
     span = int(c.C / N) + 1;
     // Few rows that registers do not hold: shared by some four blocks a multiprocessor.
     const bool in_place_backward =
@@ -62,10 +71,16 @@ struct Plan {
 };
 
 template <class K, class... A>
-cudaError_t launch(K kernel, dim3 grid, int threads, const Device& device, A... arguments) {
+cudaError_t launch_with(int shared, K kernel, dim3 grid, int threads, const Device& device,
+                        A... arguments) {
   cudaLaunchConfig_t config{};
   config.gridDim = grid, config.blockDim = dim3(unsigned(threads)), config.stream = device.stream;
+  config.dynamicSmemBytes = size_t(shared);
   return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+template <class K, class... A>
+cudaError_t launch(K kernel, dim3 grid, int threads, const Device& device, A... arguments) {
+  return launch_with(0, kernel, grid, threads, device, arguments...);
 }
 
 template <int THREADS, class K>
@@ -75,21 +90,58 @@ cudaError_t launch_rows(K kernel, const Rows<S>& a, int splits, const Device& de
   return launch(kernel, grid, THREADS * TOGETHER_, device, a);
 }
 
+// Rows of a thread each.
+template <bool SHARED, class K>
+cudaError_t tiles(K kernel, const Rows<S>& a, bool per_row, const Device& device) {
+  const int bytes = SHARED ? TILE * pitch_of<S>(a.C) * int(sizeof(S)) : 0;
+  return launch_with(bytes, kernel, dim3(unsigned(ceil_div(a.rows, TILE))), TILE, device, a,
+                     per_row);
+}
+
 template <bool GENERAL, int THREADS, int ELEMENTS>
 cudaError_t held(const Rows<S>& a, const Device& device) {
   return launch_rows<THREADS>(softmax_rows<S, GENERAL, THREADS, ELEMENTS / N>, a, 1, device);
 }
+// A row that registers do not hold: in shared memory, where a multiprocessor has room for more than
+// one, so that one is read while another is written; else in the L2 cache, which holds few rows at
+// a time for the second read. A loss alone reads once.
+template <bool GENERAL, int THREADS>
+cudaError_t shared_rows(const Rows<S>& a, int bytes, const Device& device) {
+  const auto kernel = softmax_long<S, GENERAL, THREADS, true>;
+  const cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error) return error;
+  return launch_with(bytes, kernel, dim3(unsigned(a.rows)), THREADS, device, a);
+}
+template <bool GENERAL>
+cudaError_t longer(const Rows<S>& a, const Device& device) {
+  constexpr int RESERVED = 1024;  // bytes that CUDA takes of each block's
+  constexpr int FULL = GENERAL || IS_HALF<S> ? 512 : 1024;
+  const int64_t bytes = int64_t(a.C) / N * 16, together = device.shared / (bytes + RESERVED);
+  if (!a.grad) return launch_rows<256>(softmax_long<S, GENERAL, 256, false>, a, 1, device);
+  if constexpr (!GENERAL)
+    if (bytes <= device.shared_of_block && together >= 3)
+      return shared_rows<GENERAL, 256>(a, int(bytes), device);
+  if (bytes <= device.shared_of_block && together >= 2)
+    return shared_rows<GENERAL, 512>(a, int(bytes), device);
+  return launch_rows<FULL>(softmax_long<S, GENERAL, FULL, false>, a, 1, device);
+}
+
 template <bool GENERAL>
 cudaError_t softmax(Rows<S> a, const Plan& plan, bool per_row, const Device& device) {
   if (plan.tiles)
-    return launch(softmax_tiles<S, GENERAL>, dim3(ceil_div(a.rows, TILE)), TILE, device, a,
-                  per_row);
+    return plan.one_piece ? tiles<true>(softmax_tiles<S, GENERAL, true>, a, per_row, device)
+                          : tiles<false>(softmax_tiles<S, GENERAL, false>, a, per_row, device);
+  if (a.grad_loss && a.C <= SOME_CLASSES)
+    return launch_rows<PART_OF_WARP>(softmax_apply<S, GENERAL, true, PART_OF_WARP>, a, 1, device);
   if (a.grad_loss && a.C <= 2048)
     return launch_rows<WARP>(softmax_apply<S, GENERAL, true, WARP>, a, plan.splits, device);
   if (a.grad_loss)
     return launch_rows<256>(softmax_apply<S, GENERAL, true, 256>, a, plan.splits, device);
   if constexpr (!F64)
     if (plan.aligned && a.C <= HELD) {
+      if (a.C <= SOME_CLASSES)
+        return held<GENERAL, PART_OF_WARP, SOME_CLASSES / PART_OF_WARP>(a, device);
       if (a.C <= WARP * SMALL) return held<GENERAL, WARP, SMALL>(a, device);
       if (a.C <= WARP * MEDIUM) return held<GENERAL, WARP, MEDIUM>(a, device);
       if (a.C <= WARP * LARGE) return held<GENERAL, WARP, LARGE>(a, device);
@@ -97,11 +149,9 @@ cudaError_t softmax(Rows<S> a, const Plan& plan, bool per_row, const Device& dev
       if (a.C <= 128 * LARGE) return held<GENERAL, 128, LARGE>(a, device);
       return held<GENERAL, 256, LARGE>(a, device);
     }
-  constexpr int FULL = GENERAL ? 512 : 1024;  // few rows at a time: L2 holds them for a second read
   if constexpr (!F64)
-    if (plan.splits == 1 && a.C > HELD)
-      return launch_rows<FULL>(softmax_long<S, GENERAL, FULL>, a, 1, device);
-  if (plan.splits == 1) return launch_rows<256>(softmax_long<S, GENERAL, 256>, a, 1, device);
+    if (plan.splits == 1 && a.C > HELD) return longer<GENERAL>(a, device);
+  if (plan.splits == 1) return launch_rows<256>(softmax_long<S, GENERAL, 256, false>, a, 1, device);
   const cudaError_t error =
       launch_rows<256>(softmax_parts<S, GENERAL, 256>, a, plan.splits, device);
   if (error) return error;
@@ -111,10 +161,16 @@ cudaError_t softmax(Rows<S> a, const Plan& plan, bool per_row, const Device& dev
 template <Gamma G, bool SMOOTH>
 cudaError_t sigmoid(const Rows<S>& a, const Plan& plan, bool per_row, const Device& device) {
   if (plan.tiles)
-    return launch(sigmoid_tiles<S, G, SMOOTH>, dim3(ceil_div(a.rows, TILE)), TILE, device, a,
-                  per_row);
-  constexpr int LONG = 128, ITEMS = (G == Gamma::GENERAL ? SMALL : LARGE) / N;  // no spills
+    return plan.one_piece ? tiles<true>(sigmoid_tiles<S, G, SMOOTH, true>, a, per_row, device)
+                          : tiles<false>(sigmoid_tiles<S, G, SMOOTH, false>, a, per_row, device);
+  // Of half types 64 elements a thread need more registers and so leave fewer loads in flight.
+  constexpr int LONG = 128, MOST = IS_HALF<S> ? MEDIUM : LARGE;
+  constexpr int ITEMS = (G == Gamma::GENERAL ? SMALL : MOST) / N;  // no spills
   if constexpr (!F64) {
+    if (plan.aligned && a.C <= SOME_CLASSES)
+      return launch_rows<PART_OF_WARP>(
+          sigmoid_rows<S, G, SMOOTH, PART_OF_WARP, SOME_CLASSES / PART_OF_WARP / N, true>, a, 1,
+          device);
     if (plan.aligned && a.C <= WARP * LARGE)
       return launch_rows<WARP>(sigmoid_rows<S, G, SMOOTH, WARP, SMALL / N, true>, a, 1, device);
     if (plan.aligned && a.C <= LONG * MEDIUM)

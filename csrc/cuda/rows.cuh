@@ -49,13 +49,26 @@ CB_FN T* row_of(T* base, const Strides& stride, int K, int i) {
   return base + n * stride.n + (i - n * K) * stride.k;
 }
 
-// A kernel of THREADS threads a row; single warps go four to a block.
+// A kernel of THREADS threads a row: a block's, a warp's or a part of a warp's, of which so many
+// rows go to a block as make four warps.
 template <int THREADS>
-constexpr int TOGETHER = THREADS == WARP ? 4 : 1;
+constexpr int TOGETHER = THREADS <= WARP ? 4 * WARP / THREADS : 1;
 template <int THREADS>
-CB_FN int row_index() {
-  return blockIdx.x * TOGETHER<THREADS> + threadIdx.x / THREADS;
-}
+constexpr int LANES = THREADS < WARP ? THREADS : WARP;  // of a row in a warp
+// The row of a thread; there: it is one of the call's. Rows of one warp come and go together, since
+// its lanes exchange values: beyond the last, a thread has the last row and must not touch memory.
+template <int THREADS>
+struct Place {
+  int i;
+  bool none, there;
+  CB_FN explicit Place(int rows) {
+    constexpr int MATES = WARP / LANES<THREADS>;
+    i = blockIdx.x * TOGETHER<THREADS> + threadIdx.x / THREADS;
+    none = i / MATES * MATES >= rows;
+    there = MATES == 1 || i < rows;
+    if (!there) i = rows - 1;
+  }
+};
 
 // z of logit x of a column, for calls that adjust logits; what is beyond the row stays -inf.
 template <bool GENERAL, class S, class T = Compute<S>>
@@ -182,6 +195,7 @@ struct Layout {
       y_vector = vector, y_lane = past_head % N;
     has_y = edge == y || y_vector >= 0;
   }
+  CB_FN void leave_out() { whole = 0, edge = y_vector = -1, has_y = false; }
   CB_FN int column(int v, int lane) const { return head + v * N + lane; }
   CB_FN bool is_y(int k, int lane) const {
     return y_vector >= 0 && y_vector / THREADS == k && y_lane == lane;
@@ -219,22 +233,23 @@ CB_FN void store(uint4* p, const Vec<S>& z, bool aligned = true) {
     for (int j = 0; j < Vec<S>::N; ++j) reinterpret_cast<S*>(p)[j] = S(z[j]);
 }
 
-template <class T, class F>
-CB_FN T reduce_warp(T value, F f) {
+// Over a warp, or each part of so many lanes.
+template <int LANES = WARP, class T, class F>
+CB_FN T reduce_lanes(T value, F f) {
 #pragma unroll
-  for (int apart = WARP / 2; apart; apart /= 2)
+  for (int apart = LANES / 2; apart; apart /= 2)
     value = f(value, __shfl_xor_sync(~0u, value, apart));
   return value;
 }
-template <class T>
-CB_FN T sum_warp(T value) {
-  return reduce_warp(value, [](T a, T b) { return a + b; });
+template <int LANES = WARP, class T>
+CB_FN T sum_lanes(T value) {
+  return reduce_lanes<LANES>(value, [](T a, T b) { return a + b; });
 }
 // For thread 0 of the block.
 template <int THREADS, class T>
 CB_FN T sum_block(T value) {
   __shared__ T of_warp[THREADS / WARP];
-  value = sum_warp(value);
+  value = sum_lanes(value);
   if (threadIdx.x % WARP == 0) of_warp[threadIdx.x / WARP] = value;
   __syncthreads();
   value = of_warp[0];

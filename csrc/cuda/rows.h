@@ -33,9 +33,10 @@ struct Call {
   bool adjusted() const { return logit_bias || margin || formula.scale != 1; }
 };
 
-// A device's multiprocessors, and the stream to launch into.
+// What kernels are chosen by, and the stream to launch into.
 struct Device {
   int multiprocessors;
+  int shared, shared_of_block;  // bytes of shared memory: a multiprocessor's; a block's at most
   cudaStream_t stream;
 };
 

@@ -20,13 +20,15 @@ __global__ void __launch_bounds__(4 * WARP) sigmoid_rows(Rows<S> a) {
   constexpr bool SHORT = IS_HALF<S>;
   constexpr int N = Vec<S>::N;
   const int thread = threadIdx.x % THREADS;
-  const int i = row_index<THREADS>();
-  if (i >= a.rows) return;
+  const Place<THREADS> place(a.rows);
+  if (place.none) return;
+  const int i = place.i;
   const Row<T> row = a.grad_loss ? target_of(a, i, true) : target_of(a, i, false);
   const T r = a.grad_loss ? weight_of(a, i, row, true) : weight_of(a, i, row, false);
   const S* x = row_of(a.logits, a.x, a.K, i);
   S* g = row_of(a.grad, a.g, a.K, i);
-  const Layout<S, THREADS> at(x, a.C, row.y, thread);
+  Layout<S, THREADS> at(x, a.C, row.y, thread);
+  if (!place.there) at.leave_out();
   const int begin = blockIdx.y * a.span, end = ::min(begin + a.span, at.whole);
   const bool edges = blockIdx.y == 0;
   constexpr bool GENERAL = G == Gamma::GENERAL;
@@ -89,8 +91,8 @@ __global__ void __launch_bounds__(4 * WARP) sigmoid_rows(Rows<S> a) {
   }
   if (!a.loss) return;
   if (GENERAL) L = weighted(others, L) + L_y;
-  L = THREADS == WARP ? sum_warp(L) : sum_block<4 * WARP>(L);
-  if (thread > 0) return;
+  L = THREADS <= WARP ? sum_lanes<LANES<THREADS>>(L) : sum_block<4 * WARP>(L);
+  if (thread > 0 || !place.there) return;
   a.loss[int64_t(i) * gridDim.y + blockIdx.y] = weighted(r, L);
   if (a.saved && blockIdx.y == 0) a.saved[i] = row.keep ? r : T(-1);
 }

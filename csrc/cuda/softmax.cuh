@@ -51,13 +51,15 @@ struct Part {
     if (GENERAL && n > 0) D += T(n) * step;
     M = top;
   }
+  template <int LANES>
   CB_FN void join_lanes() {
-    rebase(reduce_warp(M, [](T a, T b) { return larger(a, b); }));
-    sum_lanes();
+    rebase(reduce_lanes<LANES>(M, [](T a, T b) { return larger(a, b); }));
+    add_lanes<LANES>();
   }
-  CB_FN void sum_lanes() {
-    R = sum_warp(R);
-    if (GENERAL) D = sum_warp(D), n = sum_warp(n);
+  template <int LANES>
+  CB_FN void add_lanes() {
+    R = sum_lanes<LANES>(R);
+    if (GENERAL) D = sum_lanes<LANES>(D), n = sum_lanes<LANES>(n);
   }
   // The parts of a block's warps, each that of its lanes: for every thread.
   template <int WARPS>
@@ -122,13 +124,15 @@ CB_FN float held_logit(const Vec<S>& z, const float (&e)[N], int j) {
 // A row held in registers by THREADS threads: one read of the logits, one write of the gradient.
 template <class S, bool GENERAL, int THREADS, int ITEMS>
 __global__ void __launch_bounds__(TOGETHER<THREADS>* THREADS) softmax_rows(Rows<S> a) {
-  constexpr int N = Vec<S>::N, WARPS = THREADS / WARP;
+  constexpr int N = Vec<S>::N, WARPS = (THREADS + WARP - 1) / WARP;
   const int thread = threadIdx.x % THREADS;
-  const int i = row_index<THREADS>();
-  if (i >= a.rows) return;
-  const Row<float> row = target_of(a, i, false);
+  const Place<THREADS> place(a.rows);
+  if (place.none) return;
+  const int i = place.i;
+  Row<float> row = target_of(a, i, false);
   const S* x = row_of(a.logits, a.x, a.K, i);
-  const Layout<S, THREADS> at(x, a.C, row.y, thread);
+  Layout<S, THREADS> at(x, a.C, row.y, thread);
+  if (!place.there) row.read = false, at.leave_out();
   const int left = at.whole - thread;  // vectors from this thread's first on
 
   Vec<S> z[ITEMS];
@@ -155,7 +159,7 @@ __global__ void __launch_bounds__(TOGETHER<THREADS>* THREADS) softmax_rows(Rows<
 #pragma unroll
     for (int j = 0; j < N; ++j) M = larger(M, top[j]);
   }
-  M = reduce_warp(M, [](float a, float b) { return larger(a, b); });
+  M = reduce_lanes<LANES<THREADS>>(M, [](float a, float b) { return larger(a, b); });
 
   // Each warp exponentiates under its own maximum: one barrier joins maxima and sums.
   Part<float, GENERAL> part;
@@ -187,12 +191,12 @@ __global__ void __launch_bounds__(TOGETHER<THREADS>* THREADS) softmax_rows(Rows<
     for (int j = 0; j < N; ++j) sum += e[k][j];
   part.R = sum * factor;
   part.add_distance(z_edge, below(z_edge, clamped(M)));
-  part.sum_lanes();
+  part.template add_lanes<LANES<THREADS>>();
   part.template join_warps<WARPS>();
   SoftmaxRow<float> f = formula(a, row, r, z_y, part);
-  if (thread == 0) put_loss(a, i, row, r, f.loss, part.M, part.R);
+  if (thread == 0 && place.there) put_loss(a, i, row, r, f.loss, part.M, part.R);
   if (!a.grad) return;
-  if (WARPS == 1) __syncwarp();  // in place: all have read the target's logit
+  if (THREADS <= WARP) __syncwarp();  // in place: all have read the target's logit
   S* g = row_of(a.grad, a.g, a.K, i);
   const float k_warp = f.k * factor * exp_exact(clamped(M) - clamped(part.M));
   uint4* p = reinterpret_cast<uint4*>(g + at.head) + thread;
@@ -207,17 +211,23 @@ __global__ void __launch_bounds__(TOGETHER<THREADS>* THREADS) softmax_rows(Rows<
   if (at.has_y) g[row.y] = S(f.g_y);
 }
 
-// Longer than registers: vectors [first, end) of a row, BATCH of them a thread at a time.
+// Longer than registers: vectors [first, end) of a row, BATCH of them a thread at a time; `kept`,
+// if not null, gets them all, for the second read.
 constexpr int BATCH = 4;
 template <class S, bool GENERAL, int THREADS, class T = Compute<S>>
 CB_FN Part<T, GENERAL> part_of(const Rows<S>& a, const S* x, const Layout<S, THREADS>& at,
-                               const Row<T>& row, int first, int end, int thread) {
+                               const Row<T>& row, int first, int end, int thread,
+                               uint4* kept = nullptr) {
   constexpr int N = Vec<S>::N;
   Part<T, GENERAL> part;
   for (; first < end; first += BATCH * THREADS) {
     const int left = row.read ? end - first - thread : 0;
     Vec<S> z[BATCH];
     load_tile<THREADS>(z, x + at.head, first + thread, left);
+    if (kept)
+#pragma unroll
+      for (int k = 0; k < BATCH; ++k)
+        if (k * THREADS < left) kept[first + thread + k * THREADS] = z[k].words;
     at.blank_y(z, first);
     part.template add<BATCH * N>([&](int j) {
       return adjusted<GENERAL>(a, z[j / N][j % N],
@@ -233,17 +243,18 @@ CB_FN void join_row(Part<T, GENERAL>& part, const Rows<S>& a, const S* x,
   const bool there = edges && row.read && at.edge >= 0 && at.edge != row.y;
   const T z_edge = there ? adjusted<GENERAL>(a, T(x[at.edge]), at.edge) : -INF<T>;
   part.template add<1>([&](int) { return z_edge; });
-  part.join_lanes();
+  part.template join_lanes<WARP>();
   part.template join_warps<THREADS / WARP>();
 }
 template <bool GENERAL, class S, int THREADS, class T>
 CB_FN void put_gradient(const Rows<S>& a, const S* x, S* g, const Layout<S, THREADS>& at,
                         const Row<T>& row, int first, int end, int thread, T M,
-                        const SoftmaxRow<T>& f) {
+                        const SoftmaxRow<T>& f, const uint4* kept = nullptr) {
   constexpr int N = Vec<S>::N;
   const T m = clamped(M);
   const int begin = first;
   const bool aligned = reinterpret_cast<uintptr_t>(g + at.head) % 16 == 0;
+  const S* vectors = kept ? reinterpret_cast<const S*>(kept) : x + at.head;
   if (first == 0 && at.edge >= 0) {
     const T z = row.read ? adjusted<GENERAL>(a, T(x[at.edge]), at.edge) : -INF<T>;
     g[at.edge] = S(at.edge == row.y ? f.g_y : f.k * exp(below(z, m)) - f.uniform);
@@ -251,7 +262,7 @@ CB_FN void put_gradient(const Rows<S>& a, const S* x, S* g, const Layout<S, THRE
   for (; first < end; first += BATCH * THREADS) {
     const int left = end - first - thread;
     Vec<S> z[BATCH];
-    load_tile<THREADS>(z, x + at.head, first + thread, row.read ? left : 0);
+    load_tile<THREADS>(z, vectors, first + thread, row.read ? left : 0);
     uint4* p = reinterpret_cast<uint4*>(g + at.head) + first + thread;
 #pragma unroll
     for (int k = 0; k < BATCH; ++k) {
@@ -267,23 +278,26 @@ CB_FN void put_gradient(const Rows<S>& a, const S* x, S* g, const Layout<S, THRE
   if (at.y_vector >= begin && at.y_vector < end) g[row.y] = S(f.g_y);  // after its vector
 }
 
-// A row by a block, any length: the second read is of what L2 still holds.
-template <class S, bool GENERAL, int THREADS>
+// A row by a block, any length. The second read is of shared memory, where each thread finds the
+// vectors that it has put there itself, or else of what L2 still holds.
+template <class S, bool GENERAL, int THREADS, bool SHARED>
 __global__ void __launch_bounds__(THREADS) softmax_long(Rows<S> a) {
   using T = Compute<S>;
+  CB_DYNAMIC_SHARED(uint4, shared);
+  uint4* kept = SHARED ? shared : nullptr;
   const int i = blockIdx.x, thread = threadIdx.x;
   const Row<T> row = target_of(a, i, false);
   const S* x = row_of(a.logits, a.x, a.K, i);
   const Layout<S, THREADS> at(x, a.C, row.y, thread);
   const T z_y = row.read ? target_logit<GENERAL>(a, T(x[row.y]), row.y) : T(0);
-  Part<T, GENERAL> part = part_of<S, GENERAL>(a, x, at, row, 0, at.whole, thread);
+  Part<T, GENERAL> part = part_of<S, GENERAL>(a, x, at, row, 0, at.whole, thread, kept);
   join_row(part, a, x, at, row, true);
   const T r = weight_of(a, i, row, false);
   const SoftmaxRow<T> f = formula(a, row, r, z_y, part);
   if (thread == 0) put_loss(a, i, row, r, f.loss, part.M, part.R);
   if (!a.grad) return;
   S* g = row_of(a.grad, a.g, a.K, i);
-  put_gradient<GENERAL>(a, x, g, at, row, 0, at.whole, thread, part.M, f);
+  put_gradient<GENERAL>(a, x, g, at, row, 0, at.whole, thread, part.M, f, kept);
 }
 
 // The part of `span` vectors of a row, for few rows of very many classes.
@@ -309,8 +323,9 @@ template <class S, bool GENERAL, bool BACKWARD, int THREADS>
 __global__ void __launch_bounds__(TOGETHER<THREADS>* THREADS) softmax_apply(Rows<S> a) {
   using T = Compute<S>;
   const int thread = threadIdx.x % THREADS, first = blockIdx.y * a.span;
-  const int i = row_index<THREADS>();
-  if (i >= a.rows) return;
+  const Place<THREADS> place(a.rows);
+  if (place.none) return;
+  const int i = place.i;
   const Row<T> row = target_of(a, i, BACKWARD);
   const S* x = row_of(a.logits, a.x, a.K, i);
   const T r = weight_of(a, i, row, BACKWARD);
@@ -321,19 +336,20 @@ __global__ void __launch_bounds__(TOGETHER<THREADS>* THREADS) softmax_apply(Rows
     const int lane = threadIdx.x % WARP, parts = gridDim.y;
     z_y = p[PART - 1];
     for (int w = lane; w < parts; w += WARP) part.M = larger(part.M, p[w * PART]);
-    part.M = reduce_warp(part.M, [](T a, T b) { return larger(a, b); });
+    part.M = reduce_lanes(part.M, [](T a, T b) { return larger(a, b); });
     for (int w = lane; w < parts; w += WARP) part.add_part(p + w * PART);
-    part.sum_lanes();
+    part.template add_lanes<WARP>();
   } else {
     part.M = a.saved[int64_t(a.rows) + i], part.R = a.saved[int64_t(a.rows) * 2 + i];
     z_y = row.read ? target_logit<GENERAL>(a, T(x[row.y]), row.y) : T(0);
-    if (THREADS == WARP) __syncwarp();  // in place: all have read it
+    if (THREADS <= WARP) __syncwarp();  // in place: all have read it
     else __syncthreads();
   }
   const SoftmaxRow<T> f = formula(a, row, r, z_y, part);
   if (!BACKWARD && thread == 0 && first == 0) put_loss(a, i, row, r, f.loss, part.M, part.R);
   if (!a.grad) return;
-  const Layout<S, THREADS> at(x, a.C, row.y, thread);
+  Layout<S, THREADS> at(x, a.C, row.y, thread);
+  if (!place.there) at.leave_out();
   const int end = ::min(first + a.span, at.whole);
   S* g = row_of(a.grad, a.g, a.K, i);
   put_gradient<GENERAL>(a, x, g, at, row, first, end, thread, part.M, f);

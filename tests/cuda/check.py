@@ -29,8 +29,8 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-# Tiles, a warp a row, blocks of 128 and 256 threads, loops; 70,001: several blocks a row.
-CLASSES = (1, 7, 9, 128, 129, 500, 1000, 2049, 4100, 8142, 8192, 12_001, 20_003, 70_001)
+# Tiles, a part of a warp a row, a warp, blocks of 128 and 256 threads, loops; 70,001: several blocks.
+CLASSES = (1, 7, 9, 64, 128, 129, 500, 1000, 2049, 4100, 8142, 8192, 12_001, 20_003, 70_001)
 GAMMAS = (0.0, 0.5, 1.0, 2.0, 1.5)
 TOLERANCE = {  # relative: of the loss, of a gradient to the row's largest
     torch.float64: (1e-12, 1e-12),
@@ -113,6 +113,8 @@ def run(case: Case, library: ctypes.CDLL) -> None:
     processors = draw.choice((1, 132))
     ctypes.c_int.in_dll(library, "emulated_multiprocessors").value = processors
     N = draw.choice((3, 6)) if case.C < 20_000 else 3
+    if case.C <= 64 and draw.random() < 0.5:
+        N = 300  # several blocks of tiles
     K = 3 if draw.random() < 0.3 else 1  # (N / K, C, K), classes side by side
     compute = reference.compute_dtype(case.dtype)
     spread = draw.choice((0.01, 1.0, 3.0, 30.0))

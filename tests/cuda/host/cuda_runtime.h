@@ -28,10 +28,13 @@
 #endif
 
 #define __global__ static
+#define __host__
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __shared__ static  // one block at a time; it finds what the last one left
+#define CB_DYNAMIC_SHARED(type, name) \
+  type* name = reinterpret_cast<type*>(emulator::dynamic_shared.get())
 
 // What the tests choose.
 #pragma GCC visibility push(default)
@@ -39,7 +42,8 @@ extern "C" {
 inline int emulated_order = 0;  // of threads: 0 up, 1 down, else the seed of a random one
 inline int emulated_error = 0;  // of special functions: 0 none, 1 up, 2 down, 3 either
 inline int emulated_multiprocessors = 132;
-inline int emulated_idle = 0;  // launches do nothing: for timing the host
+inline int emulated_shared = 228 << 10;  // bytes a multiprocessor
+inline int emulated_idle = 0;            // launches do nothing: for timing the host
 inline long emulated_launches = 0;
 }
 #pragma GCC visibility pop
@@ -67,7 +71,8 @@ inline ucontext_t scheduler;
 inline jmp_buf scheduler_at;
 inline int current;
 inline std::function<void()> body;
-inline std::vector<uint64_t> exchanged[2];  // one for each of two shuffles that may overlap
+inline std::unique_ptr<char[]> dynamic_shared;  // a new one, of NaN, for each block
+inline std::vector<uint64_t> exchanged[2];      // one for each of two shuffles that may overlap
 
 [[noreturn]] inline void fail(const char* what) {
   std::fprintf(stderr, "emulated CUDA: %s (block %u, %u, thread %d)\n", what, blockIdx.x,
@@ -133,9 +138,11 @@ inline bool release(State state, size_t from, size_t to) {
   return true;
 }
 
-inline void run_block(std::mt19937& random) {
+inline void run_block(std::mt19937& random, size_t shared) {
   const size_t n = blockDim.x;
   if (fibers.size() < n) fibers.resize(n);
+  dynamic_shared.reset(new char[shared]);
+  std::memset(dynamic_shared.get(), 0xff, shared);
   for (auto& slots : exchanged) slots.assign(n, 0);
   for (size_t i = 0; i < n; ++i) {
     Fiber& f = fibers[i];
@@ -272,7 +279,17 @@ Pair<H> __hmax2(Pair<H> a, Pair<H> b) {  // the other where one is NaN
 // The runtime.
 using cudaStream_t = void*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorNoKernelImageForDevice = 209 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrMaxSharedMemoryPerMultiprocessor,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+template <class... P>
+cudaError_t cudaFuncSetAttribute(void (*)(P...), cudaFuncAttribute, int bytes) {
+  if (bytes > emulated_shared - 1024) emulator::fail("more shared memory than a block may have");
+  return cudaSuccess;
+}
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   size_t dynamicSmemBytes = 0;
@@ -286,8 +303,10 @@ inline cudaError_t cudaDriverGetVersion(int* version) {
   return cudaSuccess;
 }
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  *value = emulated_multiprocessors;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount                ? emulated_multiprocessors
+           : attribute == cudaDevAttrMaxSharedMemoryPerMultiprocessor ? emulated_shared
+                                                                      : emulated_shared - 1024;
   return cudaSuccess;
 }
 template <class... P, class... A>
@@ -300,7 +319,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   emulator::body = [&] { kernel(a...); };
   std::mt19937 random{unsigned(emulated_order)};
   for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y)
-    for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) emulator::run_block(random);
+    for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x)
+      emulator::run_block(random, config->dynamicSmemBytes);
   return cudaSuccess;
 }
 
