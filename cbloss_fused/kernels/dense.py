@@ -61,6 +61,18 @@ def within(c, C, there, VEC: tl.constexpr):
 
 
 @triton.jit
+def per_class(vector, c, C, UNIT: tl.constexpr, VEC: tl.constexpr):
+    """A vector's numbers of the classes c, for every row."""
+    at = vector + c
+    there = c < C
+    if UNIT == UNIT_C:
+        size: tl.constexpr = vector.dtype.element_ty.primitive_bitwidth // 8
+        at = tl.multiple_of(at, VEC * size)
+        there = tl.max_constancy(there, VEC)
+    return tl.load(at, there, 0.0)[None, :]
+
+
+@triton.jit
 def load_logits(
     x, c, inside, x_c, A, T: tl.constexpr, ADJUST: tl.constexpr, UNIT: tl.constexpr,
     VEC: tl.constexpr,
@@ -79,7 +91,7 @@ def load_targets(
     if weight is None:
         return t_j, t_j
     else:
-        return t_j, t_j * tl.load(weight + c, c < C, 0.0)[None, :]
+        return t_j, t_j * per_class(weight, c, C, UNIT, VEC)
 
 
 @triton.jit
@@ -94,10 +106,11 @@ def mean_weight_of_rows(
     ROWS: tl.constexpr, BLOCK_C: tl.constexpr, T: tl.constexpr, UNIT: tl.constexpr,
     VEC: tl.constexpr,
 ):  # fmt: skip
-    labels = tl.zeros((ROWS, BLOCK_C), T)
-    weights = tl.zeros((ROWS, BLOCK_C), T)
-    for first in range(0, C, BLOCK_C):
-        c = first + tl.arange(0, BLOCK_C)
+    MORE: tl.constexpr = BLOCK_C * (2 if UNIT == UNIT_C else 1)  # loads in flight
+    labels = tl.zeros((ROWS, MORE), T)
+    weights = tl.zeros((ROWS, MORE), T)
+    for first in range(0, C, MORE):
+        c = first + tl.arange(0, MORE)
         inside = within(c, C, there, VEC)
         t_j, tw_j = load_targets(t, c, inside, t_c, weight, C, T, UNIT, VEC)
         labels += t_j
@@ -372,7 +385,7 @@ def sigmoid_dense(
         L_j, g_j = mixed(z, t_j, f, G, SHORT)
         if PER_CLASS:
             if weight is not None:
-                w = tl.load(weight + c, c < C, 0.0)[None, :]
+                w = per_class(weight, c, C, UNIT, VEC)
                 L_j = weighted(w, L_j)
                 g_j *= w
         L += tl.where(inside, L_j, 0.0)

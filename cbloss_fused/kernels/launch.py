@@ -35,7 +35,7 @@ def loss(logits: Tensor, *arguments: Any) -> bool:
     for vector, numel in zip(inputs[1:], (C, rows, 1, C, C), strict=True):
         if vector is not None:
             _check(vector, loss.dtype, numel)
-    target, soft, access = _target(logits, inputs.target, formula, grad)
+    target, soft, access = _target(logits, inputs.target, inputs.weight, formula, grad)
     call = Call(
         logits.shape,
         logits.dtype,
@@ -86,7 +86,7 @@ def gradient(
     for vector in (weight, logit_bias, margin):
         if vector is not None:
             _check(vector, compute, logits.shape[1])
-    target, soft, access = _target(logits, target, formula, grad)
+    target, soft, access = _target(logits, target, weight, formula, grad)
     call = Call(
         logits.shape,
         logits.dtype,
@@ -114,12 +114,12 @@ def gradient(
 
 
 def _target(
-    logits: Tensor, target: Tensor, formula: Formula, grad: Tensor | None
+    logits: Tensor, target: Tensor, weight: Tensor | None, formula: Formula, grad: Tensor | None
 ) -> tuple[Tensor, tuple[torch.dtype, tuple[int, ...]] | None, int]:
     """The target as kernels read it, Call.soft and Call.access."""
     if not is_dense(target):
         _check(target, torch.int64, logits.numel() // logits.shape[1])
-        return target, None, _access([logits, grad]) if formula.per_class else 1
+        return target, None, _access([logits, grad], weight) if formula.per_class else 1
     if target.shape != logits.shape:
         raise ValueError(
             f"the operator needs soft targets of the logits' shape {tuple(logits.shape)}, got "
@@ -127,7 +127,7 @@ def _target(
         )
     if target.dtype is torch.bool:
         target = target.view(torch.uint8)
-    return target, (target.dtype, target.stride()), _access([logits, grad, target])
+    return target, (target.dtype, target.stride()), _access([logits, grad, target], weight)
 
 
 def scale_gradient(grad: Tensor, grad_loss: Tensor, numel: int) -> None:
@@ -155,9 +155,9 @@ def _aligned(logits: Tensor, grad: Tensor) -> bool:
     return apart % 16 == 0
 
 
-def _access(tensors: list[Tensor | None]) -> int:
-    """Elements, at most 8, that whole vectors of every row of these have."""
-    odd = 8
+def _access(tensors: list[Tensor | None], weight: Tensor | None) -> int:
+    """Elements, at most 8, that whole vectors of every row of these, and of weight, have."""
+    odd = 8 if weight is None else 8 | weight.data_ptr() // weight.element_size()
     for tensor in tensors:
         if tensor is not None:
             odd |= tensor.shape[1] | tensor.data_ptr() // tensor.element_size()

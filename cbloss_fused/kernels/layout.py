@@ -57,26 +57,45 @@ def tile_config(C: int, sigmoid: bool, inner: bool) -> tuple[int, int, bool]:
     """(rows, classes, whether these are all) of a tile, at most 32 elements a thread of 4 warps.
 
     Softmax holds all classes where they are few. Sigmoid needs but some at a time: where rows lie
-    side by side in memory, few enough not to compute much for nothing (19 classes are 5 times 4);
-    else enough for the stores of a row to fill what memory moves.
+    side by side in memory (inner), very few; else enough for the stores of a row to fill what
+    memory moves.
     """
     classes = triton.next_power_of_2(C)
     if not sigmoid and classes <= FEW_CLASSES:
         return min(128, 4096 // classes), classes, True
     if sigmoid and inner:
-        padded = {n: triton.cdiv(C, n) * n for n in (4, 8)}
-        return 128, 8 if padded[8] <= 1.1 * padded[4] else 4, False
+        return 128, _few_at_a_time(C), False
     return 128, min(classes, 32), False
 
 
-def dense_config(C: int, itemsize: int, sigmoid: bool) -> tuple[int, int, bool, int]:
-    """(rows, classes, whether these are all, warps) of a tile with a target a class.
+def _few_at_a_time(C: int) -> int:
+    """Of 8 classes or 4, what computes little for nothing: 19 classes are 5 times 4."""
+    padded = {n: triton.cdiv(C, n) * n for n in (4, 8)}
+    return 8 if padded[8] <= 1.1 * padded[4] else 4
 
-    Softmax holds a row of logits and one of targets. Sigmoid, which needs no element twice, and
-    longer rows, which keep several sums an element: 16 elements a thread.
-    """
+
+class SoftConfig(NamedTuple):
+    """A tile of rows with a target per class."""
+
+    rows: int
+    classes: int
+    single: bool  # these are all
+    warps: int
+
+
+def softmax_dense_config(C: int, itemsize: int) -> SoftConfig:
+    """A row of logits and one of targets in registers; longer ones are read three times, few at a
+    time, so that the L2 cache holds them."""
     classes = triton.next_power_of_2(C)
-    if sigmoid or classes > HELD // 2 >> (itemsize == 8):
-        classes = min(classes, 1024 if sigmoid else 2048)
-        return 2048 // classes, classes, False, 4
-    return max(1, 2048 // classes), classes, True, max(4, classes // 1024)
+    if classes > HELD // 2 >> (itemsize == 8):
+        return SoftConfig(1, 4096 >> (itemsize == 8), False, 8)
+    return SoftConfig(max(1, 2048 // classes), classes, True, max(4, classes // 1024))
+
+
+def sigmoid_dense_config(C: int, inner: bool, general: bool) -> SoftConfig:
+    """16 elements a thread, 8 of a formula that needs more registers. Rows side by side in memory
+    (inner): few classes at a time, as in tile_config."""
+    elements, classes = 1024 if general else 2048, min(triton.next_power_of_2(C), 1024)
+    if inner:
+        classes = _few_at_a_time(C)
+    return SoftConfig(elements // classes, classes, False, 4)

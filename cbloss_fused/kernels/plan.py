@@ -5,6 +5,7 @@ At most three launches forward and one backward.
 
 from __future__ import annotations
 
+import itertools
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -18,7 +19,16 @@ from . import rows as step_kernels
 from . import sigmoid as sigmoid_kernels
 from . import softmax as softmax_kernels
 from . import tiles as tile_kernels
-from .layout import FEW_CLASSES, Config, Device, config, dense_config, tile_config
+from .layout import (
+    FEW_CLASSES,
+    Config,
+    Device,
+    SoftConfig,
+    config,
+    sigmoid_dense_config,
+    softmax_dense_config,
+    tile_config,
+)
 from .steps import Call, Plan, Step
 
 PARTIALS: int = step_kernels.PARTIALS.value
@@ -323,19 +333,15 @@ def _by_class(call: Call) -> bool:
     return call.soft is not None or call.formula.per_class
 
 
-class SoftTile(NamedTuple):
-    """A tile of rows with a number per class beside the logits."""
+class SoftLayout(NamedTuple):
+    """How logits, targets and gradient lie."""
 
-    rows: int
-    classes: int
-    single: bool  # these are all
-    warps: int
     unit: int  # what lies side by side: UNIT_C, UNIT_K or neither
     access: int  # elements of one access
     strides: tuple[tuple[int, ...], ...]  # of logits, target, grad
 
 
-def _soft_tile(call: Call) -> SoftTile:
+def _soft_layout(call: Call) -> SoftLayout:
     t_strides = None if call.soft is None else call.soft[1]
     given = (call.x_strides, t_strides, call.g_strides)
     strides = tuple((*(s or (0, 0)), 0)[:3] for s in given)
@@ -343,17 +349,19 @@ def _soft_tile(call: Call) -> SoftTile:
     unit = UNIT_C if all(stride[1] == 1 for stride in used) else 0
     if not unit and _sizes(call)[2] > 1 and all(stride[2] == 1 for stride in used):
         unit = UNIT_K
-    layout = dense_config(call.shape[1], call.dtype.itemsize, call.formula.sigmoid)
-    return SoftTile(*layout, unit, call.access if unit == UNIT_C else 1, strides)
+    return SoftLayout(unit, call.access if unit == UNIT_C else 1, strides)
+
+
+def _sigmoid_tile(call: Call, layout: SoftLayout, kind: int) -> SoftConfig:
+    return sigmoid_dense_config(call.shape[1], layout.unit == UNIT_K, kind >= GENERAL)
 
 
 def _dense(call: Call, r: RowScales) -> Step:
     """The rows of a loss, or of a recomputing backward."""
     N, C, K = _sizes(call)
-    f, tile = call.formula, _soft_tile(call)
-    x, t, g = tile.strides
-    sizes = (N * K, C, K, *x, *t, *g)
-    shape = (tile.rows, tile.classes, _compute_type(call), tile.unit, tile.access)
+    f, layout = call.formula, _soft_layout(call)
+    sizes = (N * K, C, K, *itertools.chain(*layout.strides))
+    lies = (_compute_type(call), layout.unit, layout.access)
     inputs = (
         *("logits", "target", "weight" if call.weight else None),
         "sample_weight" if call.sample_weight and call.soft is not None else None,
@@ -371,16 +379,20 @@ def _dense(call: Call, r: RowScales) -> Step:
     if f.sigmoid:
         plain = f.gamma_neg == f.gamma and not has_alpha(f)
         kind = _gamma_kind(f) if plain or f.clip else GENERAL
+        tile = _sigmoid_tile(call, layout, kind)
         pointers = (*inputs, bias, margin, *outputs)
         numbers = (*sizes, *_sigmoid_numbers(call), r.denominator)
-        constants = (*shape, kind, has_alpha(f), _adjusts(call), call.soft is None)
+        constants = (tile.rows, tile.classes, *lies)
+        constants += (kind, has_alpha(f), _adjusts(call), call.soft is None)
         constants += (f.per_class, *options)
         kernel = dense_kernels.sigmoid_dense
     else:
         pointers = (*inputs, bias, *outputs)
         numbers = (*sizes, *_softmax_numbers(call), r.denominator)
         smooth, z = f.label_smoothing != 0, f.z_loss != 0
-        constants = (*shape, tile.single, smooth, z, _adjusts(call), *options)
+        tile = softmax_dense_config(C, call.dtype.itemsize)
+        constants = (tile.rows, tile.classes, *lies)
+        constants += (tile.single, smooth, z, _adjusts(call), *options)
         kernel = dense_kernels.softmax_dense
     # So that two programs fit: one computes while another waits for memory.
     registers = 65536 // (2 * 32 * tile.warps) if tile.warps > 4 else None
@@ -391,16 +403,16 @@ def _dense(call: Call, r: RowScales) -> Step:
 def _label_weights(call: Call) -> Step:
     """r_i of soft targets into parts, where a mean divides by their sum."""
     N, C, K = _sizes(call)
-    tile = _soft_tile(call)
-    rows, classes, _, warps = dense_config(C, call.dtype.itemsize, sigmoid=True)
+    layout = _soft_layout(call)
+    tile = _sigmoid_tile(call, layout, 0)
     sample_weight = "sample_weight" if call.sample_weight else None
     return Step(
         dense_kernels.label_weights,
-        (triton.cdiv(N * K, rows),),
+        (triton.cdiv(N * K, tile.rows),),
         ("target", "weight", sample_weight, "parts"),
-        (N * K, C, K, *tile.strides[1]),
-        (rows, classes, _compute_type(call), tile.unit, tile.access),
-        warps,
+        (N * K, C, K, *layout.strides[1]),
+        (tile.rows, tile.classes, _compute_type(call), layout.unit, layout.access),
+        tile.warps,
     )
 
 
