@@ -68,7 +68,7 @@ class RecomputedGradient(torch.autograd.Function):
         loss = ops.new_loss(logits, inputs.target, spec.reduction)
         ops.run_loss(logits, inputs, spec, loss, None, saved)
         target, weight, _, _, logit_bias, margin = inputs
-        if not spec.formula.per_class:  # in scale already; it may change in place
+        if not spec.formula.weighs_classes(target):  # in scale already; it may change in place
             weight = None
         ctx.save_for_backward(logits, target, weight, logit_bias, margin, saved)
         ctx.spec = spec

@@ -25,7 +25,11 @@ class Formula(NamedTuple):
     alpha_neg: float  # of t = 0: 1 - alpha, or 1
     clip: float
     logit_scale: float
-    per_class: bool  # weight multiplies classes, not rows
+    per_class: bool  # class_weighting="class"
+
+    def weighs_classes(self, target: Tensor) -> bool:
+        """Whether weight multiplies the classes' terms: then the backward needs it too."""
+        return self.per_class or (not self.sigmoid and is_dense(target))
 
     def short(self) -> tuple[float, ...]:
         """Without what the operators take for granted: each number costs 0.2 us of host time."""

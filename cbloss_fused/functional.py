@@ -54,10 +54,13 @@ def class_balanced_loss(
         input: logits, (C,), (N, C) or (N, C, d1, ..., dk), C >= 1, any strides; float32, bfloat16,
             float16 or float64. Half types are computed in float32.
         target: class indices in [0, C) or ignore_index; any integer type; (), (N,) or
-            (N, d1, ..., dk). Or soft or multi-hot: a float (>= 0, used as given) or bool a class,
-            in input's shape. Then r takes the mean weight of the labels, Σ t_c weight_c / Σ t_c;
-            "softmax" is Σ_j t_j (-log p_j), with gamma=0 and no margin, and "sigmoid" has
-            t_j L(z_j, 1) + (1 - t_j) L(z_j, 0) for each class.
+            (N, d1, ..., dk). Or soft or multi-hot: a float or bool a class, t_j, in input's shape;
+            finite and >= 0, for "sigmoid" at most 1. Then r takes the mean weight of the labels,
+            Σ_j t_j weight_j / Σ_j t_j (1 where there are none), and neither focal softmax nor a
+            margin has a meaning. "softmax" weighs each class's term by that class's weight:
+            sample_weight (1-ε) Σ_j t_j weight_j (-log p_j), and r times its other two terms. For
+            t that sums to 1 it is the mean over t of the losses of the class indices, as mixup
+            wants. "sigmoid" is r Σ_j [t_j L(z_j, 1) + (1 - t_j) L(z_j, 0)].
         weight: (C,) of any floating type, finite and >= 0, as `class_balanced_weights` gives them;
             None weighs all classes 1. Used in float32 (float64 for float64 logits).
         activation: "softmax" or "sigmoid" (one against the rest, summed over the classes).
@@ -105,9 +108,10 @@ def class_balanced_loss(
     Raises:
         IndexError: a target outside [0, C) on the CPU. On other devices nothing synchronises: the
             row's loss and gradient are NaN there; `check_target` looks.
-        ValueError: a shape, device, range or choice that does not fit; a weight that is negative or
-            not finite (values are checked on the CPU); options that have no meaning together, as
-            clip with "softmax"; something but input requires grad.
+        ValueError: a shape, device, range or choice that does not fit; a weight or soft target out
+            of its range (values are checked on the CPU; elsewhere they are used as given); options
+            that have no meaning together, as clip with "softmax"; something but input requires
+            grad.
         TypeError: a dtype or type that does not fit.
         NotImplementedError: torch.func transforms of a fused kernel.
         RuntimeError: a second derivative of a fused kernel (in backward).
@@ -181,7 +185,7 @@ def _recomputes(spec: Spec, dtype: torch.dtype) -> bool:
 
 def _eager_loss(input: Tensor, inputs: Inputs, spec: Spec) -> Tensor:
     if input.device.type == "cpu" and not reference.tracing():
-        edge.check_values(inputs)
+        edge.check_values(input, inputs, spec.formula)
     numbers = spec.formula, spec.ignore_index, REDUCTIONS[spec.reduction]
     if input.dim() > 1:
         return reference.eager_loss(input, inputs, *numbers)

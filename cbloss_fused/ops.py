@@ -3,7 +3,8 @@
 loss fills its buffers, which the caller allocates:
     loss   0-d, or a loss a row, whatever the reduction divides by
     grad   like logits: the gradient of the loss (for reduction "none": of the sum); or None
-    saved  (1, rows) or, for softmax, (3, rows): scale, M, R, for gradient; or None
+    saved  (1, rows) or, for softmax, (3, rows): scale, M, R, for gradient; with soft targets s, r
+           of reference.row_scale and no third; or None
 _loss_and_stats, on the CPU, has stats (4, C) in the place of saved: sums by class, see stats.py.
 Where a device has no kernel, the reference computes both.
 """
@@ -166,17 +167,19 @@ def _loss(
     if logits.device.type == "cpu":  # here, where the message can name target's own index
         if not is_dense(target):
             reference.check_target(target, logits.shape[1], ignore_index)
-        check_values(inputs)
+        check_values(logits, inputs, f)
     inputs = inputs.by_row(logits)
     name = REDUCTIONS[reduction]
-    L, gradient, scale = reference.loss_and_grad(logits, inputs, f, ignore_index, name)
+    L, gradient, s, r = reference.loss_and_grad(logits, inputs, f, ignore_index, name)
     loss.copy_(L.reshape(loss.shape) if loss.dim() else L.sum())
     if grad is not None:
         grad.copy_(gradient)
     if saved is not None:
-        saved.zero_()[0].copy_(scale.flatten())
-        if len(saved) > 1 and not is_dense(target):
-            M, R = reference.max_and_sum(logits, inputs, scale < 0, f.logit_scale)
+        saved.zero_()[0].copy_(s.flatten())
+        if not f.sigmoid and is_dense(target):
+            saved[1].copy_(r.flatten())
+        elif not f.sigmoid:
+            M, R = reference.max_and_sum(logits, inputs, r < 0, f.logit_scale)
             saved[1].copy_(M.flatten())
             saved[2].copy_(R.flatten())
 
@@ -196,8 +199,9 @@ def _gradient(
     inputs = Inputs(target, weight, logit_bias=logit_bias, margin=margin).by_row(logits)
     rows = logits.shape[:1] + logits.shape[2:]
     incoming = grad_loss.reshape(rows) if grad_loss.dim() else grad_loss
-    scale = saved[0].reshape(rows)
-    grad.copy_(reference.gradient(logits, inputs, scale, incoming, Formula.of(formula)))
+    f = Formula.of(formula)
+    s, r = saved[0], saved[1 if is_dense(target) and not f.sigmoid else 0]
+    grad.copy_(reference.gradient(logits, inputs, s.reshape(rows), r.reshape(rows), incoming, f))
 
 
 def _triton_loss(*arguments: Any) -> None:

@@ -52,16 +52,17 @@ def eager_loss(
     if keep is not None:  # selected away, never multiplied by 0
         z = torch.where(keep.unsqueeze(1), z, 0.0)
     z = _adjusted(z, y, inputs, f.logit_scale)
-    if f.sigmoid:
-        L = _sigmoid_loss(z, _targets(z, y, f.label_smoothing), f, _class_weight(z, inputs, f))
-    elif is_dense(y):
-        L = _soft_loss(z, _targets(z, y, f.label_smoothing), f)
+    r = _row_weights(y, inputs, f, z.dtype)
+    w = _class_weight(z, inputs, f)
+    if is_dense(y) and not f.sigmoid:
+        hard, rest = _soft_loss(z, y.to(z.dtype), w, f)
+        L = _weighted(_sample_weight(inputs, z.dtype), hard) + _weighted(r, rest)
     else:
-        L = _softmax_loss(z, y.unsqueeze(1), f)
-    if valid is not None:
-        L = torch.where(valid, L, nan)
-    r = _row_weights(y, inputs, f, L.dtype)
-    L = L if r is None else _weighted(r, L)
+        if f.sigmoid:
+            L = _sigmoid_loss(z, _targets(z, y, f.label_smoothing), f, w)
+        else:
+            L = _softmax_loss(z, y.unsqueeze(1), f)
+        L = _weighted(r, L if valid is None else torch.where(valid, L, nan))
     return _reduce(L, r, keep, reduction, inputs.normalizer)
 
 
@@ -85,7 +86,7 @@ def _targets(z: Tensor, y: Tensor, eps: float) -> Tensor:
 
 
 def _class_weight(z: Tensor, inputs: Inputs, f: Formula) -> Tensor | None:
-    if not f.per_class or inputs.weight is None:
+    if inputs.weight is None or not f.weighs_classes(inputs.target):
         return None
     return _along_classes(inputs.weight, z)
 
@@ -113,15 +114,22 @@ def _softmax_loss(z: Tensor, y: Tensor, f: Formula) -> Tensor:
     return L + eps / z.shape[1] * spread
 
 
-def _soft_loss(z: Tensor, t: Tensor, f: Formula) -> Tensor:
-    """sum_j t_j (lse - z_j) + zeta lse^2, t smoothed.
+def _soft_loss(z: Tensor, t: Tensor, w: Tensor | None, f: Formula) -> tuple[Tensor, Tensor]:
+    """(1-eps) sum_j t_j w_j (-log p_j); eps/C sum_j (-log p_j) + zeta lse^2.
 
-    lse - z_j = (lse - z_top) + (z_top - z_j), the first exact as p_top -> 1.
+    -log p_j = (lse - z_top) + (z_top - z_j), the first exact as p_top -> 1.
     """
+    eps, C = f.label_smoothing, z.shape[1]
     top = z.argmax(1, keepdim=True)
-    nll = -F.logsigmoid(-_log_odds_against(z, top))
-    L = t.sum(1) * nll + torch.where(t == 0, 0.0, t * (z.gather(1, top) - z)).sum(1)
-    return L + f.z_loss * torch.logsumexp(z, 1) ** 2 if f.z_loss else L
+    nll, below = -F.logsigmoid(-_log_odds_against(z, top)), z.gather(1, top) - z
+    a = t if w is None else t * w
+    hard = (1 - eps) * (a.sum(1) * nll + torch.where(a == 0, 0.0, a * below).sum(1))
+    rest = torch.zeros_like(hard)
+    if eps:
+        rest = eps / C * (C * nll + below.sum(1))
+    if f.z_loss:
+        rest = rest + f.z_loss * torch.logsumexp(z, 1) ** 2
+    return hard, rest
 
 
 def _log_odds_against(z: Tensor, y: Tensor) -> Tensor:
@@ -188,20 +196,20 @@ def softmax_row(
 
 
 def soft_row(
-    R: Tensor, r: Tensor, W: Tensor, W_others: Tensor, B: Tensor, D: Tensor | float,
+    R: Tensor, s: Tensor, r: Tensor, W: Tensor, W_others: Tensor, B: Tensor, D: Tensor | float,
     C: int, M: Tensor, f: Formula,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(loss, k, g_top, uniform, hard) of a row with soft targets t.
+    """(loss, k, g_top, uniform, hard) of a row with soft targets t: s weighs them, r the rest.
 
-    From M = z_top, R = sum_{j != top} e^{z_j - M}, W = sum_j t_j, W_others without the top's,
-    B = sum_j t_j (z_j - M), D = sum_j (z_j - M):
-    d loss/d z_j = k e^{z_j - M} - uniform - hard t_j for j != top, g_top for j = top.
+    From M = z_top, R = sum_{j != top} e^{z_j - M}, W = sum_j t_j w_j, W_others without the top's,
+    B = sum_j t_j w_j (z_j - M), D = sum_j (z_j - M):
+    d loss/d z_j = k e^{z_j - M} - uniform - hard t_j w_j for j != top, g_top for j = top.
     """
     eps, zeta = f.label_smoothing, f.z_loss
     S = 1 + R
     q, nll = R / S, torch.log1p(R)  # of the top: exact as p -> 1
-    loss = _weighted(r, (1 - eps) * (W * nll - B))
-    hard, uniform = r * (1 - eps), r * (eps / C)
+    loss = _weighted(s, (1 - eps) * (W * nll - B))
+    hard, uniform = s * (1 - eps), r * (eps / C)
     k, g_top = hard * W / S, hard * (W_others - W * q)
     if eps:
         loss = loss + _weighted(r, eps / C * (C * nll - D))
@@ -235,50 +243,55 @@ def loss_and_grad(
     f: Formula,
     ignore_index: int | None = -100,
     reduction: str = "mean",
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(row losses that reduction adds up, gradient of their sum, scale) by the explicit formulas.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(row losses that reduction adds up, gradient of their sum, s, r) by the explicit formulas.
 
-    scale (rows) is r_i / denominator, negative where the row is ignored: what `gradient` takes.
+    s and r (rows) are `row_scale`'s: what `gradient` takes.
     """
-    y, scale = row_scale(logits, inputs, f, ignore_index, reduction)
-    L, grad = _rows(logits, y, scale, inputs, f)
-    return L, grad, scale
+    y, s, r = row_scale(logits, inputs, f, ignore_index, reduction)
+    L, grad = _rows(logits, y, s, r, inputs, f)
+    return L, grad, s, r
 
 
 def row_scale(
     logits: Tensor, inputs: Inputs, f: Formula, ignore_index: int | None, reduction: str
-) -> tuple[Tensor, Tensor]:
-    """Targets in range, or soft ones as they are; r_i / denominator, negative where ignored."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Targets in range, or soft ones as they are; s, r: one number a row, over the denominator.
+
+    r is r_i, negative where the row is ignored; s too, but with softmax's soft targets, of which it
+    is the sample weight alone.
+    """
     y, keep, valid = _classes(inputs.target, logits.shape[1], ignore_index)
     dtype = compute_dtype(logits.dtype)
+    ones = logits.new_ones(logits.shape[:1] + logits.shape[2:], dtype=dtype)
     r = _row_weights(y, inputs, f, dtype)
-    if r is None:
-        r = logits.new_ones(logits.shape[:1] + logits.shape[2:], dtype=dtype)
-    scale = r
+    s = _sample_weight(inputs, dtype) if is_dense(y) and not f.sigmoid else r
+    s, r = (ones if v is None else v for v in (s, r))
     if reduction not in ("none", "sum"):
         divisor = _denominator(r, keep, reduction, inputs.normalizer)
-        scale = torch.where(divisor != 0, r / divisor, r)
+        s, r = (torch.where(divisor != 0, v / divisor, v) for v in (s, r))
     if keep is not None:
-        scale = torch.where(keep, scale, -1.0)
+        s, r = (torch.where(keep, v, -1.0) for v in (s, r))
     if valid is not None:
-        scale = torch.where(valid, scale, nan)
-    return y, scale
+        s, r = (torch.where(valid, v, nan) for v in (s, r))
+    return y, s, r
 
 
 def gradient(
-    logits: Tensor, inputs: Inputs, scale: Tensor, grad_loss: Tensor, f: Formula
+    logits: Tensor, inputs: Inputs, s: Tensor, r: Tensor, grad_loss: Tensor, f: Formula
 ) -> Tensor:
     """The gradient once more, for an incoming grad_loss: 0-d, or one a row."""
-    ignored, y = scale < 0, inputs.target
+    ignored, y = r < 0, inputs.target
     if not is_dense(y):
         y = torch.where(ignored, 0, y)
-    r = torch.where(ignored, scale, scale * grad_loss)
-    return _rows(logits, y, r, inputs, f, ignored)[1]
+    s, r = (torch.where(ignored, v, v * grad_loss) for v in (s, r))
+    return _rows(logits, y, s, r, inputs, f, ignored)[1]
 
 
 def _rows(
     logits: Tensor,
     y: Tensor,
+    s: Tensor,
     r: Tensor,
     inputs: Inputs,
     f: Formula,
@@ -288,12 +301,13 @@ def _rows(
     if ignored is None:
         ignored = r < 0
     C, dense, eps = logits.shape[1], is_dense(y), f.label_smoothing
-    z, r = logits.to(r.dtype), torch.where(ignored, 0.0, r).unsqueeze(1)
+    z = logits.to(r.dtype)
+    s, r = (torch.where(ignored, 0.0, v).unsqueeze(1) for v in (s, r))
     if not dense:
         y = y.clamp(0, C - 1)
-    z = _adjusted(z, y, inputs, f.logit_scale)
+    z, w = _adjusted(z, y, inputs, f.logit_scale), _class_weight(z, inputs, f)
     if f.sigmoid:
-        t, w = _targets(z, y, eps), _class_weight(z, inputs, f)
+        t = _targets(z, y, eps)
         L_0, g_0 = sigmoid_element(z, f.gamma_neg, f.clip)
         L_1, g_1 = sigmoid_element(-z, f.gamma)
         t_0, t_1 = f.alpha_neg * (1 - t), f.alpha * t
@@ -311,12 +325,12 @@ def _rows(
         D = (z - M).sum(1, keepdim=True) if eps else 0.0
         R = e.sum(1, keepdim=True)
         if dense:
-            t = y.to(z.dtype)
+            a = y.to(z.dtype) if w is None else y.to(z.dtype) * w
             R = torch.where(z.gather(1, top) == -inf, nan, R)  # no class has a probability
-            B = torch.where(t == 0, 0.0, t * (z - M)).sum(1, keepdim=True)
-            W, W_others = (v.sum(1, keepdim=True) for v in (t, t.scatter(1, top, 0.0)))
-            L, k, g_top, uniform, hard = soft_row(R, r, W, W_others, B, D, C, M, f)
-            grad = (k * e - uniform - hard * t).scatter(1, top, g_top)
+            B = torch.where(a == 0, 0.0, a * (z - M)).sum(1, keepdim=True)
+            W, W_others = (v.sum(1, keepdim=True) for v in (a, a.scatter(1, top, 0.0)))
+            L, k, g_top, uniform, hard = soft_row(R, s, r, W, W_others, B, D, C, M, f)
+            grad = (k * e - uniform - hard * a).scatter(1, top, g_top)
         else:
             d = z.gather(1, top) - M
             L, k, g_top, uniform = softmax_row(d, R, r, D, C, M, f)
@@ -399,15 +413,19 @@ def _row_weights(y: Tensor, inputs: Inputs, f: Formula, dtype: torch.dtype) -> T
             r = torch.where(labels != 0, weights / labels, 1.0)
         else:
             r = w[y]
-    if inputs.sample_weight is None:
-        return r
-    s = inputs.sample_weight.to(dtype)
-    return s if r is None else r * s
+    s = _sample_weight(inputs, dtype)
+    if s is None or r is None:
+        return s if r is None else r
+    return r * s
 
 
-def _weighted(r: Tensor, L: Tensor) -> Tensor:
+def _sample_weight(inputs: Inputs, dtype: torch.dtype) -> Tensor | None:
+    return None if inputs.sample_weight is None else inputs.sample_weight.to(dtype)
+
+
+def _weighted(r: Tensor | None, L: Tensor) -> Tensor:
     """r * L where an overflowed loss of a row without weight counts 0, not 0 * inf = NaN."""
-    return r * torch.where((r == 0) & L.isposinf(), 0.0, L)
+    return L if r is None else r * torch.where((r == 0) & L.isposinf(), 0.0, L)
 
 
 def _finite(M: Tensor) -> Tensor:

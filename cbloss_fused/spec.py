@@ -284,26 +284,36 @@ def _check_cuda(input: Tensor) -> None:
         raise ValueError(f"backend='cuda' needs CUDA tensors, got {input.device}")
 
 
-def check_values(inputs: Inputs) -> None:
+def check_values(logits: Tensor, inputs: Inputs, formula: Formula) -> None:
     """What the kernels check as they read, for the reference on the CPU."""
     for name in ("weight", "sample_weight"):
-        _check_all(name, getattr(inputs, name), lambda v: (v >= 0) & v.isfinite(), " and >= 0")
+        _check_all(name, getattr(inputs, name), _is_weight, "finite and >= 0")
     for name in ("logit_bias", "margin"):
-        _check_all(name, getattr(inputs, name), torch.isfinite, "")
+        _check_all(name, getattr(inputs, name), torch.isfinite, "finite")
     normalizer = inputs.normalizer
     if normalizer is not None and not 0 < float(normalizer) < inf:
         raise ValueError(f"normalizer must be positive and finite, got {float(normalizer)}")
+    if inputs.target.dtype.is_floating_point:  # looked at in the type that is computed in
+        target = inputs.target.to(compute_dtype(logits.dtype))
+        if formula.sigmoid:
+            _check_all("target", target, lambda t: (t >= 0) & (t <= 1), "in [0, 1]")
+        else:
+            _check_all("target", target, _is_weight, "finite and >= 0")
+
+
+def _is_weight(v: Tensor) -> Tensor:
+    return (v >= 0) & v.isfinite()
 
 
 def _check_all(
-    name: str, vector: Tensor | None, good: Callable[[Tensor], Tensor], more: str
+    name: str, vector: Tensor | None, good: Callable[[Tensor], Tensor], what: str
 ) -> None:
     if vector is None:
         return
     bad = ~good(vector)
     if bad.any():
         first = tuple(bad.nonzero()[0].tolist())
-        raise ValueError(f"{name}{list(first)} = {float(vector[first])}: must be finite{more}")
+        raise ValueError(f"{name}{list(first)} = {float(vector[first])}: must be {what}")
 
 
 def check_inplace(input: Tensor, target: Tensor) -> None:
@@ -353,7 +363,7 @@ def normalizer_tensor(normalizer: float | Tensor, reduction: int, input: Tensor)
 def check_class_vector(name: str, vector: Tensor, C: int) -> Tensor:
     """The vector, looked at once: (C,), finite, not differentiated."""
     _check_vector(name, vector, (C,), vector.device)
-    _check_all(name, vector, torch.isfinite, "")
+    _check_all(name, vector, torch.isfinite, "finite")
     return vector
 
 

@@ -87,22 +87,23 @@ CB_FN SoftmaxRow<T> softmax_row(T d, T R, T r, T D, Scalar C, T M, const Numbers
   return row;
 }
 
-// The same with soft targets t, from M = z_top, R = sum over j != top of e^{z_j - M}, W = sum_j
-// t_j, W_others without the top's, B = sum_j t_j (z_j - M) and, for smoothing, D.
-//   loss = r [(1-eps) sum_j t_j (lse - z_j) + eps/C sum_j (lse - z_j) + zeta lse^2]
-//   d loss / d x_j = k e^{z_j - M} - uniform - hard t_j  (j != top),  g_top (j = top)
+// The same with soft targets t in classes of weights w, from M = z_top, R = sum over j != top of
+// e^{z_j - M}, W = sum_j t_j w_j, W_others without the top's, B = sum_j t_j w_j (z_j - M) and, for
+// smoothing, D.
+//   loss = s (1-eps) sum_j t_j w_j (lse - z_j) + r [eps/C sum_j (lse - z_j) + zeta lse^2]
+//   d loss / d x_j = k e^{z_j - M} - uniform - hard t_j w_j  (j != top),  g_top (j = top)
 template <class T>
 struct SoftRow {
   T loss, k, g_top, uniform, hard;
 };
 template <class T, class Scalar>
-CB_FN SoftRow<T> soft_row(T R, T r, T W, T W_others, T B, T D, Scalar C, T M,
+CB_FN SoftRow<T> soft_row(T R, T s, T r, T W, T W_others, T B, T D, Scalar C, T M,
                           const Numbers<Scalar>& f) {
   const T one = constant<T>(1), half = constant<T>(0.5f), largest = largest_finite<T>();
   const T S = one + R, inv = divide(one, S), q = R * inv;
   const T nll = q <= half ? q * log1m_over(min(half, q)) : log(S);  // of the top: exact as p -> 1
-  const T slope = r * f.scale, hard = slope * (1 - f.eps);
-  SoftRow<T> row{weighted(r, (1 - f.eps) * (W * nll - B)), hard * W * inv,
+  const T slope = r * f.scale, hard = s * f.scale * (1 - f.eps);
+  SoftRow<T> row{weighted(s, (1 - f.eps) * (W * nll - B)), hard * W * inv,
                  hard * (W_others - W * q), T{}, hard};
   if (f.eps != 0) {
     row.loss += weighted(r, f.eps / C * (C * nll - D));

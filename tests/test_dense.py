@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from math import inf, nan
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,18 +12,21 @@ from conftest import (
     DEVICE,
     DTYPES,
     FAMILIES,
+    REDUCTIONS,
     assert_grad,
     assert_loss,
     loss_and_grad,
     name_of,
+    operator_arguments,
     oracle,
 )
 from conftest import sample as conftest_sample
 
-from cbloss_fused import ClassBalancedLoss, class_balanced_loss
+from cbloss_fused import ClassBalancedLoss, class_balanced_loss, ops
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
 ANYWHERE = pytest.mark.parametrize("C", (1, 2, 10, 131, 1000), ids="C{}".format)
+MODES = pytest.mark.parametrize("recompute", (False, True), ids=("stored", "recomputed"))
 
 
 def sample(C, dtype=torch.float64):
@@ -35,10 +41,10 @@ def soft(logits, seed=0):
     return t / t.sum(1, keepdim=True)
 
 
-def with_autograd(function, logits):
+def with_autograd(function, logits, grad_output=None):
     leaf = logits.clone().requires_grad_()
     loss = function(leaf)
-    loss.sum().backward()
+    loss.backward(torch.ones_like(loss) if grad_output is None else grad_output)
     return loss.detach(), leaf.grad
 
 
@@ -70,6 +76,116 @@ def test_cross_entropy_with_probabilities(backend, C, eps):
     t = soft(logits)
     want = with_autograd(lambda x: F.cross_entropy(x, t, label_smoothing=eps), logits)
     assert_close(loss_and_grad(backend, logits, t, label_smoothing=eps), want)
+
+
+@MODES
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@ANYWHERE
+def test_cross_entropy_with_probabilities_and_weights(backend, C, reduction, recompute):
+    """Row by row, of labels that sum to anything; "weighted_mean" divides by their mean weights."""
+    logits, _, weight, sample_weight = sample(C)
+    t, w, s = 3 * soft(logits), weight.double(), sample_weight.double()
+    r = s * (t @ w) / t.sum(1)
+    divisor = {"mean": len(t), "weighted_mean": r.sum()}.get(reduction, 1)
+
+    def ce(x):
+        rows = s * F.cross_entropy(x, t, w, reduction="none") / divisor
+        return rows if reduction == "none" else rows.sum()
+
+    incoming = torch.linspace(-1, 2, len(t)).double() if reduction == "none" else None
+    options = {"sample_weight": s, "reduction": reduction, "recompute": recompute}
+    got = loss_and_grad(backend, logits, t, w, incoming, **options)
+    assert_close(got, with_autograd(ce, logits, incoming))
+
+
+def two_labels(target, C, share):
+    """share of each row's own label, the rest of another row's."""
+    other = target.flip(0)
+    own, rest = (F.one_hot(y, C).double() for y in (target, other))
+    return other, share * own + (1 - share) * rest
+
+
+@MODES
+@pytest.mark.parametrize("reduction", ("none", "sum", "mean"))
+@ANYWHERE
+def test_mixup_is_the_two_losses(backend, C, reduction, recompute):
+    """With weights, label smoothing and z-loss: what people write, from torch's log_softmax."""
+    logits, target, weight, sample_weight = sample(C)
+    w, s, share, eps, zeta = weight.double(), sample_weight.double(), 0.3, 0.1, 0.01
+    other, t = two_labels(target, C, share)
+
+    def one(x, y):
+        log_p, z = F.log_softmax(2 * x, 1), 2 * x
+        hard = -log_p.gather(1, y.unsqueeze(1)).squeeze(1)
+        return w[y] * ((1 - eps) * hard - eps * log_p.mean(1) + zeta * torch.logsumexp(z, 1) ** 2)
+
+    def mixup(x):
+        rows = s * (share * one(x, target) + (1 - share) * one(x, other))
+        return {"none": rows, "sum": rows.sum(), "mean": rows.mean()}[reduction]
+
+    options = {"label_smoothing": eps, "z_loss": zeta, "logit_scale": 2.0, "sample_weight": s}
+    options |= {"reduction": reduction, "recompute": recompute}
+    incoming = torch.linspace(-1, 2, len(t)).double() if reduction == "none" else None
+    want = with_autograd(mixup, logits, incoming)
+    assert_close(loss_and_grad(backend, logits, t, w, incoming, **options), want)
+    losses = [loss_and_grad(backend, logits, y, w, incoming, **options) for y in (target, other)]
+    for got, a, b in zip(want, *losses, strict=True):
+        torch.testing.assert_close(got, share * a + (1 - share) * b, rtol=1e-11, atol=1e-13)
+
+
+@MODES
+@pytest.mark.parametrize("C", (4, 131), ids="C{}".format)
+def test_what_weighs_nothing_costs_nothing(backend, C, recompute):
+    """An infinite -log p of a class or a sample of weight 0; a row with such a label alone."""
+    logits, _, weight, _ = sample(C)
+    w, s, t = weight.double(), torch.ones(len(logits)).double(), soft(logits)
+    masked, kept = logits.clone(), [j for j in range(C) if j != 1]
+    masked[:, 1], w[1] = -inf, 0
+    t[0], t[0, 1] = 0, 1
+    masked[2, 2], s[2] = -inf, 0
+    options = {"sample_weight": s, "reduction": "none", "recompute": recompute}
+    loss, grad = loss_and_grad(backend, masked, t, w, **options)
+    want = with_autograd(
+        lambda x: F.cross_entropy(x, t[:, kept], w[kept], reduction="none"), logits[:, kept]
+    )
+    rows = [i for i in range(len(t)) if i != 2]
+    assert_close((loss[rows], grad[rows][:, kept]), (v[rows] for v in want))
+    assert loss[0] == loss[2] == 0
+    assert (grad[:, 1] == 0).all()
+    assert (grad[2] == 0).all()
+
+
+@pytest.mark.parametrize("C", (10, 131), ids="C{}".format)
+def test_what_the_forward_leaves(backend, C):
+    """The scales of the hard part and of the rest: sample weight and row weight / denominator."""
+    if backend.argument == "cuda":
+        pytest.skip("leaves soft targets to Triton")
+    logits, _, weight, sample_weight = sample(C)
+    t, w, s = soft(logits), weight.double(), sample_weight.double()
+    arguments, loss, _ = operator_arguments(
+        logits, t, "softmax", 0.0, 0.1, "weighted_mean", (w, s, None)
+    )
+    saved = ops.new_saved(logits, False)
+    ops.loss(*arguments, loss, None, saved)
+    r = s * (t @ w) / t.sum(1)
+    assert_close(saved[:2], (s / r.sum(), r / r.sum()))
+
+
+def test_a_weight_that_changes_before_the_backward(backend):
+    """Of the classes it is read again; of sigmoid's rows it is in their scale."""
+    logits, _, weight, _ = sample(10)
+    t, w = soft(logits), weight.double()
+    for family in FAMILIES:
+        leaf, w_now = logits.clone().requires_grad_(), w.clone()
+        options = {"activation": family, "recompute": True}
+        loss = class_balanced_loss(leaf, t, w_now, backend=backend.argument, **options)
+        w_now += 1
+        if family == "softmax":
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward()
+        else:
+            loss.backward()
+            assert_close((leaf.grad,), (loss_and_grad(backend, logits, t, w, **options)[1],))
 
 
 @pytest.mark.parametrize("weighting", ("sample", "class"))
@@ -224,7 +340,7 @@ def test_a_masked_class_without_a_label_has_no_influence(backend, family, dtype)
     assert (grad[:, 3:40] == 0).all()
 
 
-@pytest.mark.parametrize("recompute", (False, True), ids=("stored", "recomputed"))
+@MODES
 @FAMILY
 def test_in_place(backend, family, recompute):
     logits, *_ = sample(131, torch.float32)
@@ -241,14 +357,156 @@ def test_in_place(backend, family, recompute):
 
 
 def test_no_labels_at_all(backend):
-    """Softmax: nothing to learn. Sigmoid: every class is a negative, with weight 1."""
+    """Softmax: nothing to learn but smoothness. Sigmoid: all are negatives. Both with weight 1."""
     logits, _, weight, _ = sample(10)
     t = torch.zeros_like(logits)
     loss, grad = loss_and_grad(backend, logits, t, weight)
     assert loss == 0
     assert (grad == 0).all()
+    loss, _ = loss_and_grad(backend, logits, t, weight, label_smoothing=0.1)
+    torch.testing.assert_close(loss, -0.1 * F.log_softmax(logits, 1).mean())
     loss, _ = loss_and_grad(backend, logits, t, weight, activation="sigmoid")
     torch.testing.assert_close(loss, F.softplus(logits).sum(1).mean())
+
+
+# What is no target, on the CPU; elsewhere values are used as given --------------------------------
+
+BAD = {"softmax": (-0.5, -inf, inf, nan), "sigmoid": (-0.5, -inf, inf, nan, 1.5)}
+
+
+def refused(index, value, family):
+    wanted = "in [0, 1]" if family == "sigmoid" else "finite and >= 0"
+    return "^" + re.escape(f"target{list(index)} = {value:g}: must be {wanted}")
+
+
+def calls(backend, family, logits, target):
+    """A loss in every way that reads targets, each of which has to raise."""
+    C = logits.shape[0 if logits.dim() == 1 else 1]
+    options = {"activation": family, "backend": backend.argument}
+    weight = torch.linspace(0, 1, C)  # of 0 too: a bad target has to be found all the same
+    leaf = logits.clone().requires_grad_()
+    yield lambda: class_balanced_loss(logits, target, **options)
+    yield lambda: ClassBalancedLoss(range(1, C + 1), **options)(leaf, target)
+    for how in ({"recompute": False}, {"recompute": True}, {"reduction": "weighted_mean"}):
+        yield lambda how=how: class_balanced_loss(leaf, target, **options, **how)
+        yield lambda how=how: class_balanced_loss(leaf, target, weight, **options, **how)
+    x = leaf * 1
+    for how in ({"recompute": False}, {"recompute": True}, {"reduction": "weighted_mean"}):
+        yield lambda how=how: class_balanced_loss(x, target, weight, **options, **how, inplace=True)
+        assert torch.equal(x, logits)
+
+
+@pytest.mark.parametrize("target_dtype", DTYPES, ids=name_of)
+@pytest.mark.parametrize("shape, order", LAYOUTS.values(), ids=LAYOUTS.keys())
+@FAMILY
+def test_what_is_no_target_is_named(backend, family, shape, order, target_dtype):
+    """The first by its index, in the operator's tensor; and nothing else happens."""
+    if backend.gpu:
+        pytest.skip("uses values as given")
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(shape, generator=generator)
+    target = (torch.rand(shape, generator=generator) > 0.6).to(target_dtype)
+    if order is not None:
+        logits, target = logits.permute(order), target.permute(order)
+    place = torch.arange(target.numel()).reshape(target.shape)
+    shape = (1, *target.shape) if target.dim() == 1 else target.shape
+    seen = shape if len(shape) == 2 else target.flatten(2).shape
+    for value in BAD[family]:
+        for first in (0, target.numel() // 2, target.numel() - 1):
+            bad = target.clone()
+            bad[place >= first] = value
+            index = [int(i) for i in torch.unravel_index(torch.tensor(first), seen)]
+            for call in calls(backend, family, logits, bad):
+                with pytest.raises(ValueError, match=refused(index, value, family)):
+                    call()
+
+
+@pytest.mark.parametrize("shape", ((1000, 131), (9000, 3), (2, 5, 60, 60)), ids=str)
+@FAMILY
+def test_what_is_no_target_is_the_first_on_any_number_of_threads(backend, family, shape):
+    if backend.gpu:
+        pytest.skip("uses values as given")
+    logits, target = torch.zeros(shape), torch.zeros(shape)
+    target[1, 1:] = nan
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            index = (1, 1) if len(shape) == 2 else (1, 1, 0)
+            with pytest.raises(ValueError, match=refused(index, nan, family)):
+                class_balanced_loss(logits, target, activation=family, backend=backend.argument)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("C", (3, 131), ids="C{}".format)
+@FAMILY
+def test_what_is_a_target(backend, family, C):
+    """Both ends of its range, -0 for 0; expanded; bool, which nothing has to look at."""
+    generator = torch.Generator().manual_seed(0)
+    logits, t = torch.randn(9, C, generator=generator), torch.rand(9, C, generator=generator)
+    t[0], t[1], t[2, 0] = 0, 1, 1e-45
+    want = loss_and_grad(backend, logits, t, activation=family)
+    minus = torch.where(t == 0, -0.0, t)
+    for a, b in zip(loss_and_grad(backend, logits, minus, activation=family), want, strict=True):
+        torch.testing.assert_close(a, b)
+    one = torch.ones(()).expand(9, C)
+    want = loss_and_grad(backend, logits, one.contiguous(), activation=family)
+    for all_labels in (one, one.bool()):
+        got = loss_and_grad(backend, logits, all_labels, activation=family)
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b)
+    if family == "softmax":
+        loss, _ = loss_and_grad(backend, logits, 1e30 * t)
+        torch.testing.assert_close(loss, 1e30 * loss_and_grad(backend, logits, t)[0])
+
+
+@FAMILY
+def test_what_is_no_target_reads_as_what_it_is(backend, family):
+    if backend.gpu:
+        pytest.skip("uses values as given")
+    logits, options = torch.zeros(3, 131), {"activation": family, "backend": backend.argument}
+    with pytest.raises(ValueError, match=refused((0, 0), -0.5, family)):
+        class_balanced_loss(logits, torch.tensor(-0.5).expand(3, 131), **options)
+    target = torch.zeros(3, 131)
+    if family == "sigmoid":
+        target[2, 130] = 1 + 2**-23
+        with pytest.raises(ValueError, match=r"target\[2, 130\] = 1\.0000001"):
+            class_balanced_loss(logits, target, **options)
+        target = target.double()
+        target[2, 130] = 1 + 2**-52
+        with pytest.raises(ValueError, match=r"target\[2, 130\] = 1\.0000000000000002: "):
+            class_balanced_loss(logits.double(), target, **options)
+    target[2, 130] = -1
+    with pytest.raises(ValueError, match="sample_weight"):  # one a row: looked at before
+        class_balanced_loss(logits, target, sample_weight=torch.full((3,), nan), **options)
+
+
+def test_the_reference_names_what_is_no_target():
+    target = torch.zeros(2, 3, 2, 2)
+    target[1, 2, 0, 1] = -0.5
+    for t, index in ((target, (1, 2, 0, 1)), (target[1, :, 0, 1], (2,))):
+        for family in FAMILIES:
+            with pytest.raises(ValueError, match=refused(index, -0.5, family)):
+                class_balanced_loss(torch.zeros_like(t), t, activation=family, backend="reference")
+
+
+@pytest.mark.parametrize("shape", ((300, 1031), (9000, 3), (2, 5, 60, 60)), ids=str)
+@pytest.mark.parametrize("reduction", ("mean", "weighted_mean"))
+@FAMILY
+def test_threads_change_no_bit(backend, family, reduction, shape):
+    generator = torch.Generator().manual_seed(0)
+    logits, w = torch.randn(shape, generator=generator), torch.rand(shape[1], generator=generator)
+    t, options = soft(logits), {"activation": family, "reduction": reduction}
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(loss_and_grad(backend, logits, t, w, recompute=threads > 2, **options))
+    finally:
+        torch.set_num_threads(before)
+    assert all(backend.same(loss, results[0][0]) for loss, _ in results)
+    assert backend.same(results[1][1], results[0][1])
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

@@ -17,8 +17,9 @@ template <class T>
 struct RowScale {
   const T *scale, *grad_loss;
   bool per_row;
-  explicit RowScale(const Rows& a)
-      : scale(static_cast<const T*>(a.scale)),
+  explicit RowScale(const Rows& a) : RowScale(a, a.scale) {}
+  RowScale(const Rows& a, const void* scale)
+      : scale(static_cast<const T*>(scale)),
         grad_loss(static_cast<const T*>(a.grad_loss)),
         per_row(a.grad_loss_per_row) {}
   bool ignored(int64_t i) const { return scale[i] < 0; }

@@ -49,7 +49,35 @@ class Targets {
   }
 };
 
+// Whether there may be a bad target among those seen, at one operation each: as unsigned numbers
+// the bits of t >= 0 are in t's order, and negative numbers, -0 too, infinity and NaN are beyond.
+template <class V>
+struct TargetCheck {
+  decltype(bits(V{})) largest{};
+  CB_FN void see(V t) { largest = max(bits(t), largest); }
+  CB_FN bool fails(const Rows& a) const {
+    return any(largest > bits(constant<V>(a.formula.sigmoid ? 1 : FLT_MAX)));
+  }
+};
+
+// Notes the first bad target of row i, if there is one.
+template <class T>
+__attribute__((noinline, cold)) void find_bad_target(const Rows& a, int64_t i) {
+  with_targets(a, [&](auto* t) {
+    t += row_offset(a.dense_stride, a.K, i);
+    for (int64_t c = 0; c < a.C; ++c) {
+      const T t_c = load_as<T>(t + c * a.dense_stride.c);
+      if (!(t_c >= 0 && t_c <= (a.formula.sigmoid ? T(1) : LARGEST<T>)))
+        return note_bad_target(*a.bad, (i / a.K * a.C + c) * a.K + i % a.K, t_c);
+    }
+  });
+}
+
 // The mean weight of a row's labels; 1 without labels.
+template <class T>
+T mean_weight(double weights, double labels) {
+  return labels != 0 ? T(weights / labels) : T(1);
+}
 template <class T>
 T label_weight(const T* t, const T* weight, int64_t C) {
   using V = typename Lanes<T>::V;
@@ -64,8 +92,7 @@ T label_weight(const T* t, const T* weight, int64_t C) {
       [&]() __attribute__((always_inline)) {
         all_labels.add(labels), all_weights.add(weights), labels = weights = V{};
       });
-  const double sum = all_labels.sum();
-  return sum != 0 ? T(all_weights.sum() / sum) : T(1);
+  return mean_weight<T>(all_weights.sum(), all_labels.sum());
 }
 
 // The first class whose logit is M; C if there is none.
@@ -79,8 +106,9 @@ int64_t find_logit(const S* x, int64_t C, T M) {
 }
 
 // The largest logit is left out of the sums, as a class index is elsewhere.
-template <Mode MODE, class S, class T = typename Lanes<S>::T>
-CB_ROW double softmax_dense_row(const Rows& a, const S* x, const T* t, T r, S* g, T* scratch) {
+template <Mode MODE, bool WEIGHTED, class S, class T = typename Lanes<S>::T>
+CB_ROW double softmax_dense_row(const Rows& a, int64_t i, const S* x, const T* t, T s, S* g,
+                                T* scratch) {
   using V = typename Lanes<S>::V;
   constexpr int64_t N = Lanes<S>::N;
   const int64_t C = a.C;
@@ -94,38 +122,52 @@ CB_ROW double softmax_dense_row(const Rows& a, const S* x, const T* t, T r, S* g
       [] {});
   const T M = T(largest(top));
   const int64_t at = find_logit(x, C, M), y = at < C ? at : 0;  // none: none is finite, or all NaN
-  const T t_y = t[y];
+  const T* w = static_cast<const T*>(a.weight);
+  const T t_y = t[y], a_y = WEIGHTED ? t_y * w[y] : t_y;
   T* e;  // e^{z - M} waits in the gradient, or in scratch
   if constexpr (std::is_same_v<S, T>) e = g;
   else e = scratch;
-  V lanes_R{}, lanes_B{}, lanes_D{}, lanes_W{};
-  DoubleLanes<V> R, B, D, others;
+  V lanes_R{}, lanes_B{}, lanes_D{}, lanes_W{}, lanes_t{};
+  DoubleLanes<V> R, B, D, others, labels;
+  TargetCheck<V> check;
+  check.see(V{} + t_y);
   for_negatives(
       x, C, y,
       [&](int64_t j, V z, int64_t n, auto blank) __attribute__((always_inline)) {
         const V below = z - M, e_j = exp(below), t_j = blank ? V{} : load_up_to(t + j, n);
-        lanes_R += e_j, lanes_W += t_j, lanes_B += t_j == V{} ? V{} : t_j * below;
+        V a_j = t_j;
+        if constexpr (WEIGHTED) a_j *= load_up_to(w + j, n), lanes_t += t_j;
+        if constexpr (MODE != Mode::GRAD) check.see(t_j);
+        lanes_R += e_j, lanes_W += a_j, lanes_B += a_j == V{} ? V{} : a_j * below;
         if (f.eps != 0) lanes_D += blank ? V{} : below;
         if constexpr (MODE != Mode::LOSS) store_n(e + j, e_j, n);
       },
       [&]() __attribute__((always_inline)) {
         R.add(lanes_R), B.add(lanes_B), D.add(lanes_D), others.add(lanes_W);
         lanes_R = lanes_B = lanes_D = lanes_W = V{};
+        if constexpr (WEIGHTED) labels.add(lanes_t), lanes_t = V{};
       });
+  if (MODE != Mode::GRAD && check.fails(a)) find_bad_target<T>(a, i);
   const T W_others = T(others.sum()), sum_R = at < C ? T(R.sum()) : T(NAN);
-  const SoftRow<V> s = soft_row<V, T>(V{} + sum_R, V{} + r, V{} + (W_others + t_y), V{} + W_others,
-                                      V{} + T(B.sum()), V{} + T(D.sum()), T(C), V{} + M, f);
+  T r = s;
+  if constexpr (MODE == Mode::GRAD) r = RowScale<T>(a, a.r)(i);
+  else if (WEIGHTED) r *= mean_weight<T>(others.sum() + a_y, labels.sum() + t_y);
+  if (MODE != Mode::GRAD && a.r) static_cast<T*>(a.r)[i] = r;
+  const SoftRow<V> row =
+      soft_row<V, T>(V{} + sum_R, V{} + s, V{} + r, V{} + (W_others + a_y), V{} + W_others,
+                     V{} + T(B.sum()), V{} + T(D.sum()), T(C), V{} + M, f);
   if constexpr (MODE != Mode::LOSS) {
     for_vectors<N>(
         C,
         [&](int64_t j, int64_t n) __attribute__((always_inline)) {
-          const V g_j = s.k * load_up_to(e + j, n) - s.uniform - s.hard * load_up_to(t + j, n);
-          store_n(g + j, g_j, n);
+          V a_j = load_up_to(t + j, n);
+          if constexpr (WEIGHTED) a_j *= load_up_to(w + j, n);
+          store_n(g + j, row.k * load_up_to(e + j, n) - row.uniform - row.hard * a_j, n);
         },
         [] {});
-    store_one(g + y, T(lane(s.g_top, 0)));
+    store_one(g + y, T(lane(row.g_top, 0)));
   }
-  return double(lane(s.loss, 0));
+  return double(lane(row.loss, 0));
 }
 
 // LossSum for any targets, in classes with weights of their own where weight() is not null.
@@ -151,7 +193,7 @@ struct DenseSum : LossSum<G, true, SHORT, V> {
 };
 
 template <Mode MODE, Gamma G, class S, class T = typename Lanes<S>::T>
-CB_ROW double sigmoid_dense_row(const Rows& a, const S* x, const T* t, T r, S* g) {
+CB_ROW double sigmoid_dense_row(const Rows& a, int64_t i, const S* x, const T* t, T r, S* g) {
   using V = typename Lanes<S>::V;
   constexpr int64_t N = Lanes<S>::N;
   const Numbers<T> f = numbers<T>(a.formula);
@@ -159,47 +201,67 @@ CB_ROW double sigmoid_dense_row(const Rows& a, const S* x, const T* t, T r, S* g
   const T keep = 1 - f.eps, uniform = f.eps / T(a.C), slope = r * f.scale;
   DoubleLanes<V> total;
   DenseSum<G, IS_HALF<S>, V> sum_L;
+  TargetCheck<V> check;
   for_vectors<N>(
       a.C,
       [&](int64_t j, int64_t n) __attribute__((always_inline)) {
         const V z = padded(load_up_to(x + j, n), n, -INF<T>);  // without a loss, where t is 0
-        const V t_j = padded(keep * load_up_to(t + j, n) + uniform, n, T(0));
+        const V given = load_up_to(t + j, n), t_j = padded(keep * given + uniform, n, T(0));
+        if constexpr (MODE != Mode::GRAD) check.see(given);
         const V g_j =
             sum_L.add(z, t_j, f, weight, [&](const T* w) { return load_up_to(w + j, n); });
         if constexpr (MODE != Mode::LOSS) store_n(g + j, slope * g_j, n);
       },
       [&]() __attribute__((always_inline)) { total.add(sum_L.take()); });
+  if (MODE != Mode::GRAD && check.fails(a)) find_bad_target<T>(a, i);
   return weighted(double(r), total.sum());
 }
 
-// run(x, t, r, g, scratch) returns the loss.
+// run(i, x, t, scale, g, scratch) returns the loss.
 template <class S, Mode MODE, class Run>
 void for_dense_rows(const Rows& a, int64_t begin, int64_t end, const Run& run) {
   using T = typename Lanes<S>::T;
   Targets<T> targets(a);
-  const T* of_labels = a.formula.per_class ? nullptr : static_cast<const T*>(a.weight);
   for_rows<S, MODE>(a, begin, end, [&](int64_t i, auto* x, int64_t y, T r, auto* g, T* scratch) {
-    const T* t = targets(i, y);
-    if (of_labels) {
-      r *= label_weight(t, of_labels, a.C);
-      static_cast<T*>(a.scale)[i] = r;  // for a recomputing backward
-    }
-    const double loss = run(x, t, r, g, scratch);
+    const double loss = run(i, x, targets(i, y), r, g, scratch);
     if constexpr (MODE != Mode::GRAD) static_cast<T*>(a.loss)[i] = T(loss);
   });
 }
 
 template <class S, Mode MODE>
 void softmax_dense_rows(const Rows& a, int64_t begin, int64_t end) {
-  for_dense_rows<S, MODE>(a, begin, end, [&](auto* x, auto* t, auto r, auto* g, auto* scratch) {
-    return softmax_dense_row<MODE>(a, x, t, r, g, scratch);
-  });
+  for_dense_rows<S, MODE>(
+      a, begin, end, [&](int64_t i, auto* x, auto* t, auto s, auto* g, auto* scratch) {
+        return a.weight ? softmax_dense_row<MODE, true>(a, i, x, t, s, g, scratch)
+                        : softmax_dense_row<MODE, false>(a, i, x, t, s, g, scratch);
+      });
 }
 template <class S, Mode MODE, Gamma G>
 void sigmoid_dense_rows(const Rows& a, int64_t begin, int64_t end) {
-  for_dense_rows<S, MODE>(a, begin, end, [&](auto* x, auto* t, auto r, auto* g, auto*) {
-    return sigmoid_dense_row<MODE, G>(a, x, t, r, g);
-  });
+  using T = typename Lanes<S>::T;
+  const T* of_labels = a.formula.per_class ? nullptr : static_cast<const T*>(a.weight);
+  const auto run = [&](int64_t i, auto* x, const T* t, T r, auto* g, T*) {
+    if (of_labels) {
+      r *= label_weight(t, of_labels, a.C);
+      static_cast<T*>(a.scale)[i] = r;  // for a recomputing backward
+    }
+    return sigmoid_dense_row<MODE, G>(a, i, x, t, r, g);
+  };
+  for_dense_rows<S, MODE>(a, begin, end, run);
+}
+
+// Before the gradient is written over the logits.
+template <class S>
+void check_rows(const Rows& a, int64_t begin, int64_t end) {
+  using T = typename Lanes<S>::T;
+  Targets<T> targets(a);
+  for (int64_t i = begin; i < end; ++i) {
+    const T* t = targets(i, 0);
+    TargetCheck<typename Lanes<T>::V> check;
+    for_vectors<Lanes<T>::N>(
+        a.C, [&](int64_t j, int64_t n) { check.see(load_up_to(t + j, n)); }, [] {});
+    if (check.fails(a)) find_bad_target<T>(a, i);
+  }
 }
 
 // For a denominator that is the sum of r_i: scale_i times the mean weight of the row's labels.
@@ -207,7 +269,8 @@ template <class S>
 void label_weight_rows(const Rows& a, int64_t begin, int64_t end) {
   using T = typename Lanes<S>::T;
   Targets<T> targets(a);
-  T* scale = static_cast<T*>(a.scale);
+  const T* scale = static_cast<const T*>(a.scale);
   for (int64_t i = begin; i < end; ++i)
-    scale[i] *= label_weight(targets(i, 0), static_cast<const T*>(a.weight), a.C);
+    static_cast<T*>(a.r)[i] =
+        scale[i] * label_weight(targets(i, 0), static_cast<const T*>(a.weight), a.C);
 }

@@ -29,12 +29,22 @@ struct DenseTile : Tile<S> {
         });
     return labels == V{} ? constant<V>(1) : weights / labels;
   }
+  CB_FN void look_at(const TargetCheck<V>& check) const {
+    if (check.fails(a))
+      for (int64_t l = 0; l < this->n; ++l) find_bad_target<T>(a, this->i + l);
+  }
+  V scaled(const void* rows) const {  // by the incoming gradient
+    const RowScale<T> scale(a, rows);
+    V v{};
+    for (int64_t l = 0; l < this->n; ++l) set_lane(v, l, scale(this->i + l));
+    return v;
+  }
 };
 
 // Writes the gradients over z and returns the losses. The largest logit is left out of the sums, as
-// a class index is elsewhere.
+// a class index is elsewhere. t is times the weights, tile.r is s.
 template <Mode MODE, class S, class V = typename Lanes<S>::V>
-CB_FN V softmax_dense_tile(const DenseTile<S>& tile, V* z, const V* t) {
+CB_FN V softmax_dense_tile(const DenseTile<S>& tile, V r, V* z, const V* t) {
   using T = typename Lanes<S>::T;
   using Index = typename Tile<S>::Index;
   const int64_t C = tile.a.C;
@@ -44,12 +54,14 @@ CB_FN V softmax_dense_tile(const DenseTile<S>& tile, V* z, const V* t) {
   Index top = Index{} - 1;  // the first class whose logit is M
   for (int64_t c = C; c-- > 0;) top = z[c] == M ? tile.index(c) : top;
   V R{}, B{}, D{}, W_others{}, t_top{}, part_R{}, part_B{}, part_D{}, part_W{};
+  TargetCheck<V> check;
   for_classes(
       C,
       [&](int64_t c) __attribute__((always_inline)) {
         const auto is_top = top == tile.index(c);
         const V below = z[c] - M, e = is_top ? V{} : exp(below), t_c = is_top ? V{} : t[c];
         t_top = is_top ? t[c] : t_top;
+        if constexpr (MODE != Mode::GRAD) check.see(t[c]);
         part_R += e, part_W += t_c;
         part_B += t_c == V{} ? V{} : t_c * below, part_D += is_top ? V{} : below;
         if constexpr (MODE != Mode::LOSS) z[c] = e;
@@ -58,8 +70,9 @@ CB_FN V softmax_dense_tile(const DenseTile<S>& tile, V* z, const V* t) {
         R += part_R, B += part_B, D += part_D, W_others += part_W;
         part_R = part_B = part_D = part_W = V{};
       });
+  tile.look_at(check);
   R = top < Index{} ? V{} + T(NAN) : R;  // none is finite, or all NaN
-  const SoftRow<V> row = soft_row<V, T>(R, tile.r, W_others + t_top, W_others, B, D, T(C), M, f);
+  const SoftRow<V> row = soft_row<V, T>(R, tile.r, r, W_others + t_top, W_others, B, D, T(C), M, f);
   if constexpr (MODE != Mode::LOSS)
     for (int64_t c = 0; c < C; ++c) {
       const V g = row.k * z[c] - row.uniform - row.hard * t[c];
@@ -78,14 +91,17 @@ CB_FN V sigmoid_dense_tile(const DenseTile<S>& tile, V* z, const V* t) {
   const V slope = tile.r * f.scale;
   V total{};
   DenseSum<G, IS_HALF<S>, V> sum_L;
+  TargetCheck<V> check;
   for_classes(
       C,
       [&](int64_t c) __attribute__((always_inline)) {
+        if constexpr (MODE != Mode::GRAD) check.see(t[c]);
         const V g = sum_L.add(z[c], keep * t[c] + uniform, f, weight,
                               [&](const T* w) { return V{} + w[c]; });
         if constexpr (MODE != Mode::LOSS) z[c] = slope * g;
       },
       [&]() __attribute__((always_inline)) { total += sum_L.take(); });
+  tile.look_at(check);
   return weighted(tile.r, total);
 }
 
@@ -103,10 +119,6 @@ void for_dense_tiles(const Rows& a, int64_t begin, int64_t end, const Run& run) 
     tile.load_logits(z.get(), gathered_logits);
     tile.adjust(adjustment, z.get());
     tile.load_targets(t.get(), gathered.get());
-    if (a.weight && !a.formula.per_class) {
-      tile.r *= tile.label_weight(t.get());
-      tile.put(a.scale, tile.r);  // for a recomputing backward
-    }
     const V loss = run(tile, z.get(), t.get());
     if constexpr (MODE != Mode::GRAD) tile.put(a.loss, tile.ignored ? V{} : loss);
     if constexpr (MODE != Mode::LOSS) {
@@ -118,15 +130,46 @@ void for_dense_tiles(const Rows& a, int64_t begin, int64_t end, const Run& run) 
 
 template <class S, Mode MODE>
 void softmax_dense_tiles(const Rows& a, int64_t begin, int64_t end) {
-  for_dense_tiles<S, MODE>(a, begin, end, [](auto& tile, auto* z, auto* t) {
-    return softmax_dense_tile<MODE>(tile, z, t);
+  using T = typename Lanes<S>::T;
+  using V = typename Lanes<S>::V;
+  const T* weight = static_cast<const T*>(a.weight);
+  for_dense_tiles<S, MODE>(a, begin, end, [&](auto& tile, V* z, V* t) {
+    V r = tile.r;
+    if (weight) {
+      r *= tile.label_weight(t);
+      for (int64_t c = 0; c < a.C; ++c) t[c] *= weight[c];
+    }
+    if (MODE == Mode::GRAD) r = tile.scaled(a.r);
+    else if (a.r) tile.put(a.r, r);
+    return softmax_dense_tile<MODE>(tile, r, z, t);
   });
 }
 template <class S, Mode MODE, Gamma G>
 void sigmoid_dense_tiles(const Rows& a, int64_t begin, int64_t end) {
-  for_dense_tiles<S, MODE>(a, begin, end, [](auto& tile, auto* z, auto* t) {
+  const bool of_labels = a.weight && !a.formula.per_class;
+  for_dense_tiles<S, MODE>(a, begin, end, [&](auto& tile, auto* z, auto* t) {
+    if (of_labels) {
+      tile.r *= tile.label_weight(t);
+      tile.put(a.scale, tile.r);  // for a recomputing backward
+    }
     return sigmoid_dense_tile<MODE, G>(tile, z, t);
   });
+}
+
+// Before the gradient is written over the logits.
+template <class S>
+void check_tiles(const Rows& a, int64_t begin, int64_t end) {
+  using V = typename Lanes<S>::V;
+  constexpr int64_t N = Lanes<S>::N;
+  const std::unique_ptr<V[]> t(new V[a.C]);
+  const std::unique_ptr<double[]> gathered(new double[a.C * N]);
+  for (int64_t i = begin; i < end; i += N) {
+    const DenseTile<S> tile(a, i, end);
+    tile.load_targets(t.get(), gathered.get());
+    TargetCheck<V> check;
+    for (int64_t c = 0; c < a.C; ++c) check.see(t[c]);
+    tile.look_at(check);
+  }
 }
 
 // For a denominator that is the sum of r_i: scale_i times the mean weight of the row's labels.
@@ -139,6 +182,6 @@ void label_weight_tiles(const Rows& a, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; i += N) {
     const DenseTile<S> tile(a, i, end);
     tile.load_targets(t.get(), gathered.get());
-    tile.put(a.scale, tile.r * tile.label_weight(t.get()));
+    tile.put(a.r, tile.r * tile.label_weight(t.get()));
   }
 }

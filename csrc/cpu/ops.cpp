@@ -3,7 +3,12 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
+#include <iomanip>
+#include <limits>
 #include <memory>
+#include <mutex>
+#include <sstream>
 #include <string>
 #include <vector>
 #if defined(__linux__)
@@ -50,6 +55,17 @@ std::string position(const Tensor& t, int64_t i) {
     i /= t.size(d);
   }
   return "[" + text + "]";
+}
+
+// The shortest text that reads as v again: a target of 1 + 1e-7 must not look like 1.
+template <class T>
+std::string shortest(T v) {
+  std::ostringstream text;
+  for (int digits = 6; digits <= std::numeric_limits<T>::max_digits10; ++digits) {
+    text.str(""), text << std::setprecision(digits) << v;
+    if (T(std::strtod(text.str().c_str(), nullptr)) == v) break;
+  }
+  return text.str();
 }
 
 struct RowWeights {
@@ -207,8 +223,12 @@ void prologue(const Inputs<T>& in, const Shape& shape, DType dtype, Rows& a, T* 
             s[p.bad_sample], ": must be finite and >= 0");
   if (!of_rows) a.weight = w;  // the row kernel's
   if (a.dense && w && in.reduction == Reduction::WEIGHTED_MEAN) {
-    run_rows(find_kernel(dtype, Family::SOFTMAX, Mode::LABELS, a), a, shape.rows);
-    a.weight = nullptr, p.total = epilogue(scale, shape.rows);
+    Rows labels = a;
+    const std::unique_ptr<T[]> apart(a.formula.sigmoid ? nullptr : new T[shape.rows]);
+    labels.r = a.formula.sigmoid ? scale : apart.get();  // softmax takes the weights class by class
+    run_rows(find_kernel(dtype, Family::SOFTMAX, Mode::LABELS, labels), labels, shape.rows);
+    p.total = epilogue(static_cast<const T*>(labels.r), shape.rows);
+    if (a.formula.sigmoid) a.weight = nullptr;
   }
   const double divisor = denominator<T>(in.reduction, in.normalizer, p);
   if (divisor != 1 && divisor > 0)  // nothing to average: 0 stays 0
@@ -244,12 +264,12 @@ void set_grad(Rows& a, const Tensor& grad, const Tensor& logits) {
   if (a.grad != a.logits) advise_huge_pages(grad);
 }
 
-// scale and, for softmax, M and R behind it, each of so many bytes.
+// scale and, for softmax, M and R behind it, of soft targets r; each of so many bytes.
 void set_saved(Rows& a, void* saved, int64_t bytes) {
   a.scale = saved;
   if (a.formula.sigmoid) return;
-  a.M = static_cast<char*>(saved) + bytes;
-  a.R = static_cast<char*>(saved) + 2 * bytes;
+  (a.dense ? a.r : a.M) = static_cast<char*>(saved) + bytes;
+  if (!a.dense) a.R = static_cast<char*>(saved) + 2 * bytes;
 }
 
 // What a loss fills: the loss or the rows' losses, and whichever of the others there are.
@@ -278,8 +298,16 @@ void run_loss(const Tensor& logits, const Inputs<T>& in, const Shape& shape, Row
   T* loss = static_cast<T*>(out.loss.mutable_data_ptr());
   T* row_loss = vector ? loss : own.get();  // in the place of its scale: a kernel reads that first
   a.loss = row_loss;
-  const Mode mode = out.grad ? Mode::LOSS_AND_GRAD : Mode::LOSS;
-  run_rows(find_kernel(dtype_of(logits), family_of(sigmoid), mode, a), a, shape.rows);
+  BadTarget bad;
+  a.bad = &bad;
+  const auto run = [&](Mode mode) {
+    run_rows(find_kernel(dtype_of(logits), family_of(sigmoid), mode, a), a, shape.rows);
+    if (bad.at < 0) return;
+    require(false, "target", position(in.target, bad.at), " = ", shortest(T(bad.value)),
+            ": must be ", sigmoid ? "in [0, 1]" : "finite and >= 0");
+  };
+  if (a.dense && a.dense_type != DType::Bool && a.grad == a.logits) run(Mode::CHECK);
+  run(out.grad ? Mode::LOSS_AND_GRAD : Mode::LOSS);
   if (!vector) *loss = T(epilogue(row_loss, shape.rows));
   if (out.stats)
     class_stats(a, dtype_of(logits), shape.rows, in.ignore_index, out.stats->mutable_data_ptr());
@@ -333,7 +361,7 @@ void gradient(Tensor logits, Tensor target, OptionalTensor weight, OptionalTenso
   const auto dtype = f64 ? ScalarType::Double : ScalarType::Float;
   check_vector(saved, dtype, saved_rows(formula.sigmoid) * shape.rows, "saved");
   set_saved(a, saved.mutable_data_ptr(), shape.rows * saved.element_size());
-  if (formula.per_class && weight)
+  if (weight && (formula.per_class || (a.dense && !formula.sigmoid)))
     a.weight = f64 ? static_cast<const void*>(data<double>(weight, shape.C, "weight"))
                    : data<float>(weight, shape.C, "weight");
   a.grad_loss_per_row = grad_loss.dim() > 0;
@@ -343,6 +371,13 @@ void gradient(Tensor logits, Tensor target, OptionalTensor weight, OptionalTenso
 }
 
 }  // namespace
+
+// Outside the kernels: no code of an instruction set, and rare.
+void note_bad_target(BadTarget& first, int64_t at, double value) {
+  static std::mutex mutex;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (first.at < 0 || at < first.at) first = {at, value};
+}
 
 STABLE_TORCH_LIBRARY_IMPL(cbloss_fused, CPU, m) {
   m.impl("loss", TORCH_BOX(&loss));

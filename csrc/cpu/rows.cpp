@@ -69,12 +69,12 @@ RowKernel find_kernel(Family family, const Rows& a) {
 
 template <class S>
 RowKernel find_mode(Family family, Mode mode, const Rows& a) {
+  const bool target_rows = a.C >= FEW_CLASSES && a.dense_stride.c == 1;
   switch (mode) {
     case Mode::LOSS: return find_kernel<S, Mode::LOSS>(family, a);
     case Mode::LOSS_AND_GRAD: return find_kernel<S, Mode::LOSS_AND_GRAD>(family, a);
-    case Mode::LABELS:
-      return a.C >= FEW_CLASSES && a.dense_stride.c == 1 ? label_weight_rows<S>
-                                                         : label_weight_tiles<S>;
+    case Mode::CHECK: return target_rows ? check_rows<S> : check_tiles<S>;
+    case Mode::LABELS: return target_rows ? label_weight_rows<S> : label_weight_tiles<S>;
     default: return find_kernel<S, Mode::GRAD>(family, a);
   }
 }

@@ -307,6 +307,13 @@ CB_FN int64_t lane_index(IVec v, int l) { return v[l]; }
 CB_FN void set_lane(double& v, int, double x) { v = x; }
 CB_FN void set_lane(Vec& v, int l, float x) { v[l] = x; }
 
+CB_FN UVec bits(Vec v) { return (UVec)v; }
+CB_FN uint64_t bits(double v) {
+  uint64_t b;
+  std::memcpy(&b, &v, sizeof b);
+  return b;
+}
+
 // Whether a comparison holds anywhere.
 CB_FN bool any(bool mask) { return mask; }
 CB_FN bool any(IVec mask) {
