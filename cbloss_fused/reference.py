@@ -383,8 +383,10 @@ def _classes(
 
 
 def tracing() -> bool:
-    """Whether values cannot be looked at: under torch.compile, torch.export or torch.func."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    """Whether values cannot be looked at: torch.compile, export, torch.func, FakeTensorMode."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    return torch._guards.active_fake_mode() is not None
 
 
 def check_target(target: Tensor, num_classes: int, ignore_index: int | None = -100) -> None:

@@ -21,6 +21,7 @@ from conftest import (
     oracle,
 )
 from conftest import sample as conftest_sample
+from torch._subclasses import FakeTensorMode
 
 from cbloss_fused import ClassBalancedLoss, class_balanced_loss, ops
 
@@ -489,6 +490,13 @@ def test_the_reference_names_what_is_no_target():
         for family in FAMILIES:
             with pytest.raises(ValueError, match=refused(index, -0.5, family)):
                 class_balanced_loss(torch.zeros_like(t), t, activation=family, backend="reference")
+
+
+@pytest.mark.parametrize("argument", (None, "reference"))
+def test_a_fake_tensor_has_no_values(argument):
+    with FakeTensorMode():
+        loss = class_balanced_loss(torch.zeros(4, 3), torch.zeros(4, 3), backend=argument)
+    assert loss.shape == ()
 
 
 @pytest.mark.parametrize("shape", ((300, 1031), (9000, 3), (2, 5, 60, 60)), ids=str)
