@@ -469,6 +469,11 @@ def test_what_is_no_target_reads_as_what_it_is(backend, family):
     logits, options = torch.zeros(3, 131), {"activation": family, "backend": backend.argument}
     with pytest.raises(ValueError, match=refused((0, 0), -0.5, family)):
         class_balanced_loss(logits, torch.tensor(-0.5).expand(3, 131), **options)
+    for c in (0, 65, 130):  # alone: at the first of the largest logits, within a vector, in a rest
+        target = torch.zeros(3, 131)
+        target[1, c] = nan
+        with pytest.raises(ValueError, match=refused((1, c), nan, family)):
+            class_balanced_loss(logits, target, **options)
     target = torch.zeros(3, 131)
     if family == "sigmoid":
         target[2, 130] = 1 + 2**-23
