@@ -13,6 +13,7 @@ from conftest import (
     DTYPES,
     FAMILIES,
     REDUCTIONS,
+    Backend,
     assert_grad,
     assert_loss,
     loss_and_grad,
@@ -27,6 +28,7 @@ from cbloss_fused import ClassBalancedLoss, class_balanced_loss, ops
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
 ANYWHERE = pytest.mark.parametrize("C", (1, 2, 10, 131, 1000), ids="C{}".format)
+EAGER = Backend("reference")
 MODES = pytest.mark.parametrize("recompute", (False, True), ids=("stored", "recomputed"))
 
 
@@ -95,8 +97,9 @@ def test_cross_entropy_with_probabilities_and_weights(backend, C, reduction, rec
 
     incoming = torch.linspace(-1, 2, len(t)).double() if reduction == "none" else None
     options = {"sample_weight": s, "reduction": reduction, "recompute": recompute}
-    got = loss_and_grad(backend, logits, t, w, incoming, **options)
-    assert_close(got, with_autograd(ce, logits, incoming))
+    want = with_autograd(ce, logits, incoming)
+    for each in (backend, EAGER):
+        assert_close(loss_and_grad(each, logits, t, w, incoming, **options), want)
 
 
 def two_labels(target, C, share):
@@ -128,7 +131,8 @@ def test_mixup_is_the_two_losses(backend, C, reduction, recompute):
     options |= {"reduction": reduction, "recompute": recompute}
     incoming = torch.linspace(-1, 2, len(t)).double() if reduction == "none" else None
     want = with_autograd(mixup, logits, incoming)
-    assert_close(loss_and_grad(backend, logits, t, w, incoming, **options), want)
+    for each in (backend, EAGER):
+        assert_close(loss_and_grad(each, logits, t, w, incoming, **options), want)
     losses = [loss_and_grad(backend, logits, y, w, incoming, **options) for y in (target, other)]
     for got, a, b in zip(want, *losses, strict=True):
         torch.testing.assert_close(got, share * a + (1 - share) * b, rtol=1e-11, atol=1e-13)
@@ -145,15 +149,16 @@ def test_what_weighs_nothing_costs_nothing(backend, C, recompute):
     t[0], t[0, 1] = 0, 1
     masked[2, 2], s[2] = -inf, 0
     options = {"sample_weight": s, "reduction": "none", "recompute": recompute}
-    loss, grad = loss_and_grad(backend, masked, t, w, **options)
     want = with_autograd(
         lambda x: F.cross_entropy(x, t[:, kept], w[kept], reduction="none"), logits[:, kept]
     )
     rows = [i for i in range(len(t)) if i != 2]
+    loss, grad = loss_and_grad(backend, masked, t, w, **options)
     assert_close((loss[rows], grad[rows][:, kept]), (v[rows] for v in want))
     assert loss[0] == loss[2] == 0
     assert (grad[:, 1] == 0).all()
     assert (grad[2] == 0).all()
+    assert_close((class_balanced_loss(masked, t, w, backend="reference", **options),), (loss,))
 
 
 @pytest.mark.parametrize("C", (10, 131), ids="C{}".format)
@@ -287,6 +292,7 @@ def test_one_number_expanded(backend, family):
 LAYOUTS = {
     "vector": ((5,), None),
     "rows": ((6, 5), None),
+    "many-classes": ((3, 131), None),
     "transposed": ((6, 5), (1, 0)),
     "many-classes-apart": ((131, 9), (1, 0)),
     "image": ((2, 5, 5, 7), None),
