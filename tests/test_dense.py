@@ -410,7 +410,7 @@ def test_what_is_no_target_is_named(backend, family, shape, order, target_dtype)
     """The first by its index, in the operator's tensor; and nothing else happens."""
     if backend.gpu:
         pytest.skip("uses values as given")
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(DEVICE).manual_seed(0)
     logits = torch.randn(shape, generator=generator)
     target = (torch.rand(shape, generator=generator) > 0.6).to(target_dtype)
     if order is not None:
@@ -450,7 +450,7 @@ def test_what_is_no_target_is_the_first_on_any_number_of_threads(backend, family
 @FAMILY
 def test_what_is_a_target(backend, family, C):
     """Both ends of its range, -0 for 0; expanded; bool, which nothing has to look at."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(DEVICE).manual_seed(0)
     logits, t = torch.randn(9, C, generator=generator), torch.rand(9, C, generator=generator)
     t[0], t[1], t[2, 0] = 0, 1, 1e-45
     want = loss_and_grad(backend, logits, t, activation=family)
@@ -495,7 +495,7 @@ def test_what_is_no_target_reads_as_what_it_is(backend, family):
 
 
 def test_the_reference_names_what_is_no_target():
-    target = torch.zeros(2, 3, 2, 2)
+    target = torch.zeros(2, 3, 2, 2, device="cpu")  # elsewhere nothing looks
     target[1, 2, 0, 1] = -0.5
     for t, index in ((target, (1, 2, 0, 1)), (target[1, :, 0, 1], (2,))):
         for family in FAMILIES:
@@ -514,7 +514,7 @@ def test_a_fake_tensor_has_no_values(argument):
 @pytest.mark.parametrize("reduction", ("mean", "weighted_mean"))
 @FAMILY
 def test_threads_change_no_bit(backend, family, reduction, shape):
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(DEVICE).manual_seed(0)
     logits, w = torch.randn(shape, generator=generator), torch.rand(shape[1], generator=generator)
     t, options = soft(logits), {"activation": family, "reduction": reduction}
     before, results = torch.get_num_threads(), []

@@ -67,8 +67,8 @@ def per_class(vector, c, C, UNIT: tl.constexpr, VEC: tl.constexpr):
     there = c < C
     if UNIT == UNIT_C:
         size: tl.constexpr = vector.dtype.element_ty.primitive_bitwidth // 8
-        at = tl.multiple_of(at, VEC * size)
-        there = tl.max_constancy(there, VEC)
+        at = tl.multiple_of(at, (VEC * size,))
+        there = tl.max_constancy(there, (VEC,))
     return tl.load(at, there, 0.0)[None, :]
 
 
