@@ -58,6 +58,8 @@ def cases() -> list[Case]:
         Case((64, 1000), f16, {"recompute": True}),
         Case((300, 10), f32, {"gamma": 0.5}),
         Case((300, 10), bf16, {**sigmoid, "gamma": 1.0}),
+        Case((300, 100), f32, {}),
+        Case((300, 100), bf16, {**sigmoid, "gamma": 2.0}),
         Case((4, 131072), f32, {}),
         Case((4, 131072), bf16, {**sigmoid, "gamma": 2.0}),
         Case((600, 20000), bf16, {}),

@@ -93,7 +93,9 @@ def test_kernels_alone(
     before = []
     if kind == "classes":
         before = ["prologue"]  # ignore_index
-    elif reduction == "weighted_mean" and (weighted or sampled):
-        before = ["label_weights", "prologue"] if weighted else ["prologue"]
+    else:
+        total = reduction == "weighted_mean"
+        before = ["label_weights"] * (weighted and (total or family == "sigmoid"))
+        before += ["prologue"] * (total and (weighted or sampled))
     after = [] if reduction == "none" else ["epilogue"]
     assert found == [*before, f"{family}_dense", *after]

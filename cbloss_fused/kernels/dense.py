@@ -4,7 +4,7 @@ A program takes ROWS rows of any strides, BLOCK_C classes at a time. With r the 
 targets: the sample weight s times the mean weight of the labels), class index y counts as t_y = 1:
 
     softmax   s sum_c t_c w_c (-log p_c), and r times smoothing and z-loss
-    sigmoid   r sum_j (t_j L(z_j, 1) + (1 - t_j) L(z_j, 0)), its terms times w_j where PER_CLASS
+    sigmoid   r sum_j (t_j L(z_j, 1) + (1 - t_j) L(z_j, 0)), or w_j in each term and none in r
 """
 
 import triton
@@ -12,7 +12,6 @@ import triton.language as tl
 
 from .rows import (
     INF,
-    PARTIALS,
     adjusted,
     clamp_finite,
     divided,
@@ -100,24 +99,6 @@ def mean_weight(labels, weights):
     return tl.where(labels != 0, weights / labels, 1.0)
 
 
-@triton.jit
-def mean_weight_of_rows(
-    t, t_c, weight, C, there,
-    ROWS: tl.constexpr, BLOCK_C: tl.constexpr, T: tl.constexpr, UNIT: tl.constexpr,
-    VEC: tl.constexpr,
-):  # fmt: skip
-    MORE: tl.constexpr = BLOCK_C * (2 if UNIT == UNIT_C else 1)  # loads in flight
-    labels = tl.zeros((ROWS, MORE), T)
-    weights = tl.zeros((ROWS, MORE), T)
-    for first in range(0, C, MORE):
-        c = first + tl.arange(0, MORE)
-        inside = within(c, C, there, VEC)
-        t_j, tw_j = load_targets(t, c, inside, t_c, weight, C, T, UNIT, VEC)
-        labels += t_j
-        weights += tw_j
-    return mean_weight(tl.sum(labels, 1), tl.sum(weights, 1))
-
-
 @kernel
 def label_weights(
     target, weight, sample_weight, parts,
@@ -125,10 +106,18 @@ def label_weights(
     ROWS: tl.constexpr, BLOCK_C: tl.constexpr, T: tl.constexpr, UNIT: tl.constexpr,
     VEC: tl.constexpr,
 ):  # fmt: skip
-    """r_i of soft targets, for a prologue that adds them up."""
+    """r_i of soft targets, for a row kernel that needs it first or a prologue that adds them up."""
     n, k, row, there = row_starts(rows, K, ROWS)
     t = target + n * t_n + k * t_k
-    r = mean_weight_of_rows(t, t_c, weight, C, there, ROWS, BLOCK_C, T, UNIT, VEC)
+    labels = tl.zeros((ROWS, BLOCK_C), T)
+    weights = tl.zeros((ROWS, BLOCK_C), T)
+    for first in range(0, C, BLOCK_C):
+        c = first + tl.arange(0, BLOCK_C)
+        inside = within(c, C, there, VEC)
+        t_j, tw_j = load_targets(t, c, inside, t_c, weight, C, T, UNIT, VEC)
+        labels += t_j
+        weights += tw_j
+    r = mean_weight(tl.sum(labels, 1), tl.sum(weights, 1))
     if sample_weight is not None:
         r *= tl.load(sample_weight + row, there, 0.0)
     tl.store(parts + row, r, there)
@@ -136,15 +125,16 @@ def label_weights(
 
 @triton.jit
 def soft_inputs(
-    sample_weight, scale, normalizer, row, there, denominator, T: tl.constexpr, FOLD: tl.constexpr
-):
-    """(s, r) by the denominator; r is s where no prologue has made it."""
+    sample_weight, parts, scale, normalizer, row, there, denominator,
+    T: tl.constexpr, FOLD: tl.constexpr,
+):  # fmt: skip
+    """(s, r) by the denominator; r is s where label_weights has not made it."""
     s = tl.zeros_like(row).to(T) + 1.0
     if sample_weight is not None:
         s = tl.load(sample_weight + row, there, 0.0)
     r = s
-    if FOLD:
-        r = tl.load(scale + PARTIALS + row, there, 0.0)
+    if parts is not None:
+        r = tl.load(parts + row, there, 0.0)
     denominator = divisor(scale, normalizer, number(denominator, T), FOLD)
     return divided(s, denominator), divided(r, denominator)
 
@@ -211,8 +201,8 @@ def soft_gradient(e, tw_j, k, uniform, hard, SMOOTH: tl.constexpr):
 
 @kernel
 def softmax_dense(
-    logits, target, weight, sample_weight, normalizer, grad, scale, logit_bias, grad_loss, losses,
-    saved,
+    logits, target, weight, sample_weight, normalizer, grad, scale, parts, logit_bias, grad_loss,
+    losses, saved,
     rows: i32, C: i32, K: i32, x_n: i64, x_c: i64, x_k: i64, t_n: i64, t_c: i64, t_k: i64,
     g_n: i64, g_c: i64, g_k: i64, gamma: f64, eps: f64, zeta: f64, logit_scale: f64,
     denominator: f64,
@@ -227,16 +217,18 @@ def softmax_dense(
     twice.
     """
     n, k_inner, row, there = row_starts(rows, K, ROWS)
-    # Whether r is needed, and made here: the backward has it, and so has who divides by its sum.
+    # Whether r is needed and made here.
     LABELS: tl.constexpr = (
-        (weight is not None) and (SMOOTH or Z) and (grad_loss is None) and not FOLD
+        (weight is not None) and (SMOOTH or Z) and (grad_loss is None) and (parts is None)
     )
     if grad_loss is not None:
         incoming = tl.load(grad_loss + row * VECTOR, there, 0.0)
         s = tl.load(saved + row, there, 0.0) * incoming
         r = tl.load(saved + rows + row, there, 0.0) * incoming
     else:
-        s, r = soft_inputs(sample_weight, scale, normalizer, row, there, denominator, T, FOLD)
+        s, r = soft_inputs(
+            sample_weight, parts, scale, normalizer, row, there, denominator, T, FOLD
+        )  # fmt: skip
     A = (logit_bias, None, scale_of(logit_scale, T, ADJUST))
     x = logits + n * x_n + k_inner * x_k
     t = target + n * t_n + k_inner * t_k
@@ -325,21 +317,16 @@ def softmax_dense(
 
 @kernel
 def sigmoid_dense(
-    logits, target, weight, sample_weight, normalizer, grad, scale, logit_bias, margin, grad_loss,
-    losses, saved,
+    logits, target, weight, sample_weight, normalizer, grad, scale, parts, logit_bias, margin,
+    grad_loss, losses, saved,
     rows: i32, C: i32, K: i32, x_n: i64, x_c: i64, x_k: i64, t_n: i64, t_c: i64, t_k: i64,
     g_n: i64, g_c: i64, g_k: i64, gamma: f64, gamma_neg: f64, alpha: f64, alpha_neg: f64,
     clip: f64, eps: f64, logit_scale: f64, denominator: f64,
     ROWS: tl.constexpr, BLOCK_C: tl.constexpr, T: tl.constexpr, UNIT: tl.constexpr,
     VEC: tl.constexpr, G: tl.constexpr, ALPHA: tl.constexpr, ADJUST: tl.constexpr,
-    INDEX: tl.constexpr, PER_CLASS: tl.constexpr, FOLD: tl.constexpr, VECTOR: tl.constexpr,
-    PER_ROW: tl.constexpr,
+    INDEX: tl.constexpr, FOLD: tl.constexpr, VECTOR: tl.constexpr, PER_ROW: tl.constexpr,
 ):  # fmt: skip
-    """One read of logits and targets, one write of the gradient.
-
-    The mean weight of soft labels, which multiplies the gradient, is a read of the targets before,
-    of which the caches keep most.
-    """
+    """One read of logits and targets, one write of the gradient; weight: of the classes' terms."""
     n, k_inner, row, there = row_starts(rows, K, ROWS)
     SHORT: tl.constexpr = logits.dtype.element_ty.primitive_bitwidth == 16
     f = sigmoid_numbers(gamma, gamma_neg, alpha, alpha_neg, clip, eps, C, ALPHA, T)
@@ -360,9 +347,9 @@ def sigmoid_dense(
             r = tl.load(saved + row, there, 0.0)
             r *= tl.load(grad_loss + row * VECTOR, there, 0.0)
         else:
-            _, r = soft_inputs(sample_weight, scale, normalizer, row, there, denominator, T, FOLD)
-            if weight is not None and not PER_CLASS and not FOLD:
-                r *= mean_weight_of_rows(t, t_c, weight, C, there, ROWS, BLOCK_C, T, UNIT, VEC)
+            _, r = soft_inputs(
+                sample_weight, parts, scale, normalizer, row, there, denominator, T, FOLD
+            )  # fmt: skip
     g = x
     if grad is not None:
         g = grad + n * g_n + k_inner * g_k
@@ -383,11 +370,10 @@ def sigmoid_dense(
             t_j = tl.load(elements(t, c, t_c, UNIT, VEC), inside, 0.0).to(T)
         t_j = (1.0 - f[5]) * t_j + f[6]
         L_j, g_j = mixed(z, t_j, f, G, SHORT)
-        if PER_CLASS:
-            if weight is not None:
-                w = per_class(weight, c, C, UNIT, VEC)
-                L_j = weighted(w, L_j)
-                g_j *= w
+        if weight is not None:
+            w = per_class(weight, c, C, UNIT, VEC)
+            L_j = weighted(w, L_j)
+            g_j *= w
         L += tl.where(inside, L_j, 0.0)
         if grad is not None:
             values = tl.where(keep[:, None], slope[:, None] * g_j, 0.0)

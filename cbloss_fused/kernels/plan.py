@@ -105,7 +105,7 @@ class RowScales(NamedTuple):
     prologue: tuple[Any, Any, Any] | None  # pointers, numbers, constants
     denominator: float
     fold: bool  # the denominator is the sum of the prologue's parts
-    labels: bool = False  # before the prologue, r_i of soft targets from a kernel of its own
+    labels: bool = False  # before, a kernel leaves r_i of soft targets in parts
 
 
 def _row_scales(call: Call, rows: int) -> RowScales:
@@ -132,13 +132,15 @@ def _row_scales(call: Call, rows: int) -> RowScales:
 
 
 def _soft_row_scales(call: Call, rows: int) -> RowScales:
-    """No row is ignored, and row kernels make r_i themselves: only their sum needs a prologue."""
-    mean = call.reduction in (MEAN, WEIGHTED_MEAN)
-    if call.reduction != WEIGHTED_MEAN or not (call.weight or call.sample_weight):
-        return RowScales(None, float(rows) if mean else 1.0, False)
-    pointers = (None, None, "parts" if call.weight else "sample_weight", "scale")
+    """No row is ignored. Sigmoid's gradient needs the labels' mean weight first, a mean its sum."""
+    total = call.reduction == WEIGHTED_MEAN
+    labels = call.weight and not call.formula.per_class and (call.formula.sigmoid or total)
+    if not total or not (call.weight or call.sample_weight):
+        mean = call.reduction in (MEAN, WEIGHTED_MEAN)
+        return RowScales(None, float(rows) if mean else 1.0, False, labels)
+    pointers = (None, None, "parts" if labels else "sample_weight", "scale")
     numbers, constants = (rows, call.shape[1], 0), (False, True, SHARE)
-    return RowScales((pointers, numbers, constants), 1.0, True, call.weight)
+    return RowScales((pointers, numbers, constants), 1.0, True, labels)
 
 
 def _sizes(call: Call) -> tuple[int, int, int]:
@@ -362,12 +364,14 @@ def _dense(call: Call, r: RowScales) -> Step:
     f, layout = call.formula, _soft_layout(call)
     sizes = (N * K, C, K, *itertools.chain(*layout.strides))
     lies = (_compute_type(call), layout.unit, layout.access)
+    weighs_terms = call.weight and (f.per_class or not f.sigmoid)
     inputs = (
-        *("logits", "target", "weight" if call.weight else None),
+        *("logits", "target", "weight" if weighs_terms else None),
         "sample_weight" if call.sample_weight and call.soft is not None else None,
         "normalizer" if call.normalizer else None,
         None if call.g_strides is None else "grad",
         None if r.prologue is None else "scale",
+        "parts" if r.labels else None,
     )
     incoming = "grad_loss" if call.backward else None
     losses = None if call.backward else _outputs(call, N * K, N * K)[0]
@@ -384,7 +388,7 @@ def _dense(call: Call, r: RowScales) -> Step:
         numbers = (*sizes, *_sigmoid_numbers(call), r.denominator)
         constants = (tile.rows, tile.classes, *lies)
         constants += (kind, has_alpha(f), _adjusts(call), call.soft is None)
-        constants += (f.per_class, *options)
+        constants += options
         kernel = dense_kernels.sigmoid_dense
     else:
         pointers = (*inputs, bias, *outputs)

@@ -14,7 +14,8 @@ using T = Compute<S>;
 constexpr int N = Vec<S>::N;
 constexpr bool F64 = std::is_same_v<S, double>;  // by loops alone: not worth the registers' kernels
 // Up to FEW_CLASSES a thread has a whole row, up to SOME_CLASSES a part of a warp has.
-constexpr int FEW_CLASSES = 64, SOME_CLASSES = 128, PART_OF_WARP = IS_HALF<S> ? 16 : 8;
+constexpr int FEW_CLASSES = IS_HALF<S> ? 128 : 56, SOME_CLASSES = 128;
+constexpr int PART_OF_WARP = IS_HALF<S> ? 16 : 8;
 constexpr int SMALL = 16, MEDIUM = 32, LARGE = 64;  // elements of a row that a thread holds
 constexpr int HELD = 256 * LARGE;                   // elements of a row that registers hold
 constexpr int SHARE = 4096, MOST_PARTS = 32;        // rows of a prologue's block; most of these
@@ -121,7 +122,7 @@ cudaError_t longer(const Rows<S>& a, const Device& device) {
   if (!a.grad) return launch_rows<256>(softmax_long<S, GENERAL, 256, false>, a, 1, device);
   if constexpr (!GENERAL)
     if (bytes <= device.shared_of_block && together >= 3)
-      return shared_rows<GENERAL, 256>(a, int(bytes), device);
+      return shared_rows<GENERAL, 384>(a, int(bytes), device);
   if (bytes <= device.shared_of_block && together >= 2)
     return shared_rows<GENERAL, 512>(a, int(bytes), device);
   return launch_rows<FULL>(softmax_long<S, GENERAL, FULL, false>, a, 1, device);

@@ -29,7 +29,7 @@ DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-# Tiles, a part of a warp a row, a warp, blocks of 128 and 256 threads, loops; 70,001: several blocks.
+# Tiles, a part of a warp a row, a warp, blocks of 128 and 256 threads, loops; 70,001: many blocks.
 CLASSES = (1, 7, 9, 64, 128, 129, 500, 1000, 2049, 4100, 8142, 8192, 12_001, 20_003, 70_001)
 GAMMAS = (0.0, 0.5, 1.0, 2.0, 1.5)
 TOLERANCE = {  # relative: of the loss, of a gradient to the row's largest
