@@ -23,7 +23,7 @@ from . import sass
 
 ROOT = Path(__file__).resolve().parent.parent
 SOFTMAX = "softmax_rows<__nv_bfloat16, false, 128, 8>"
-SIGMOID = "sigmoid_rows<__nv_bfloat16, (cbloss::Gamma){}, false, 128, 8, true>"
+SIGMOID = "sigmoid_rows<__nv_bfloat16, (cbloss::Gamma){}, false, 128, 4, true>"
 WARP_A_ROW = "softmax_rows<__nv_bfloat16, false, 32, 4>"
 ZERO, HALF, ANY = (SIGMOID.format(kind) for kind in (0, 1, 4))
 

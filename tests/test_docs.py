@@ -13,7 +13,7 @@ import cbloss_fused
 MODULES = ["cbloss_fused"] + [
     f"cbloss_fused.{module.name}"
     for module in pkgutil.iter_modules(cbloss_fused.__path__)
-    if module.name not in ("_C", "__main__")
+    if module.name not in ("_C", "_cuda", "__main__")
 ]
 
 
