@@ -380,6 +380,7 @@ def _dense(call: Call, r: RowScales) -> Step:
     bias, margin = _adjusting(call)
     constants: tuple[Any, ...]
     numbers: tuple[float, ...]
+    pointers: tuple[str | None, ...]
     if f.sigmoid:
         plain = f.gamma_neg == f.gamma and not has_alpha(f)
         kind = _gamma_kind(f) if plain or f.clip else GENERAL
