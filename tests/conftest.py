@@ -42,8 +42,9 @@ def name_of(value: object) -> str | None:
 
 INTERPRETED = kernels.available and os.environ.get("TRITON_INTERPRET") == "1"
 
-SHARE = 18 if INTERPRETED else 8  # see pytest_collection_modifyitems
+SHARE = 18 if INTERPRETED else 8  # see share()
 CPU_SHARE = 3  # the best instruction set runs everything; others are the same source, or eager
+QUICK = 12  # a run that is not --long takes one of so many of these
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 CUDA_SHARE = 1 if DEVICE == "cuda" else 8  # nothing to compile; emulated it is slow
 if DEVICE == "cuda":
@@ -175,30 +176,57 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", "ignore:.*deterministic")
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Of the many combinations, as many as there is time for where kernels are slow.
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--long", action="store_true", help="many more of the combinations of parameters"
+    )
 
-    A fixed choice by a hash of the name: interpreted or compiled one of SHARE, a quarter of these
-    for long rows; emulated one of CUDA_SHARE; of what is not the best on this CPU one of CPU_SHARE.
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of many combinations of parameters some; all of a test that is named on the command line.
+
+    Of tests that take a backend, and of those marked `sampled`. By a hash of their names and
+    parameters, not of their files: for each backend, enough to have every value of every parameter
+    at least once, and one of `share` of the rest.
     """
-    kept, left_out = [], []
-    for item in items:
-        callspec = getattr(item, "callspec", None)
-        backend = None if callspec is None else callspec.params.get("backend")
-        if not isinstance(backend, Backend) or len(callspec.params) < 3:
-            kept.append(item)
+    if any("::" in argument for argument in config.args):
+        return
+    long = config.getoption("long")
+    covered: set[tuple[object, ...]] = set()
+    kept, left_out = set(), []
+    for item in sorted(items, key=_hash):
+        parameters = getattr(getattr(item, "callspec", None), "params", {})
+        backend = parameters.get("backend", parameters.get("gpu"))
+        if not isinstance(backend, Backend) and not item.get_closest_marker("sampled"):
+            kept.add(item)
             continue
-        C = callspec.params.get("C", 0)
-        share = 1
-        if backend.argument == "triton":
-            share = SHARE * (4 if isinstance(C, int) and C >= 1000 else 1)
-        elif backend.argument == "cuda":
-            share = CUDA_SHARE
-        elif backend is not BEST:
-            share = CPU_SHARE
-        (left_out if zlib.crc32(item.nodeid.encode()) % share else kept).append(item)
+        test = getattr(item, "originalname", item.name), repr(backend)
+        values = {(*test, name, repr(value)) for name, value in parameters.items()}
+        if values - covered or _hash(item) % share(parameters, backend, long) == 0:
+            covered |= values
+            kept.add(item)
+        else:
+            left_out.append(item)
     config.hook.pytest_deselected(items=left_out)
-    items[:] = kept
+    items[:] = [item for item in items if item in kept]
+
+
+def _hash(item: pytest.Item) -> int:
+    return zlib.crc32(item.name.encode())
+
+
+def share(parameters: dict[str, object], backend: Backend | None, long: bool) -> int:
+    """One of how many combinations runs."""
+    if backend is None or (long and len(parameters) < 3):
+        each = 1
+    elif backend.argument == "triton":  # interpreted, or compiled; long rows even less
+        C = parameters.get("C", 0)
+        each = SHARE * (4 if isinstance(C, int) and C >= 1000 else 1)
+    elif backend.argument == "cuda":
+        each = CUDA_SHARE
+    else:
+        each = 1 if backend is BEST else CPU_SHARE
+    return each if long else each * QUICK
 
 
 @pytest.fixture(params=BACKENDS.values(), ids=BACKENDS.keys())

@@ -25,9 +25,12 @@ from bench.codegen import (
     row_kernel,
 )
 
-pytestmark = pytest.mark.skipif(
-    INTERPRETED or not (sass.TOOLS / "cuobjdump").exists(), reason="needs Triton's compiler"
-)
+pytestmark = [
+    pytest.mark.sampled,
+    pytest.mark.skipif(
+        INTERPRETED or not (sass.TOOLS / "cuobjdump").exists(), reason="needs Triton's compiler"
+    ),
+]
 FAMILY = pytest.mark.parametrize("activation, gamma", FAMILIES, ids=lambda v: f"{v}")
 DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 
