@@ -4,7 +4,7 @@
 # make sanitize-gpu: there, the CUDA C++ kernels under compute-sanitizer.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
-TRITON ?= triton==3.7.1
+TRITON ?= triton==3.7.1; platform_system == 'Linux'
 VENV := .venv
 BIN := $(VENV)/bin
 KERNEL_TESTS := @bench/gpu_tests.txt

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,8 +27,8 @@ SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 
 def emulated(sanitized: bool = False) -> Path | None:
-    """The library, compiled if it is not up to date; None where there is no g++."""
-    if shutil.which("g++") is None:
+    """The library, compiled if it is not up to date; None without Linux (ucontext) or g++."""
+    if sys.platform != "linux" or shutil.which("g++") is None:
         return None
     folder = ROOT / "build" / ("emulated-sanitized" if sanitized else "emulated")
     library = folder / "cuda_on_cpu.so"
