@@ -1,4 +1,4 @@
-# make demo, make test: each does all the set-up, then its job. Also make bench, make codegen, make lint.
+# make demo, make test: each does all the set-up, then its job. make help: all the verbs.
 # make gpu: on a machine with a GPU, with its own Python, torch, triton and nvcc; downloads nothing,
 # eight minutes at most, see bench/gpu_run.sh. make gpu-test, gpu-bench: a part, without a limit.
 # make sanitize-gpu: there, the CUDA C++ kernels under compute-sanitizer.
@@ -12,43 +12,45 @@ SANITIZED := "cuda and (C1000 or C7 or C9 or split or otherwise or scaling)"
 CUDA_PATHS = PATH="$$PATH:$$CUDA_HOME/bin:/usr/local/cuda/bin"; export PATH
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test test-here test-interpreted planted oldest bench codegen roofline gpu gpu-build gpu-test gpu-bench sanitize-gpu lint clean
-demo: $(VENV)/ready
+.PHONY: demo help test test-here test-interpreted planted oldest bench codegen roofline gpu gpu-build gpu-test gpu-bench sanitize-gpu lint clean
+demo: $(VENV)/ready  ## train on long-tailed digits, with and without class balance
 	$(BIN)/python -m cbloss_fused.demo
-test: $(VENV)/ready
+help:  ## this list
+	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "%-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+test: $(VENV)/ready  ## all tests: test-here and test-interpreted
 	$(MAKE) -j2 --output-sync=target test-here test-interpreted
-test-here: $(VENV)/ready
+test-here: $(VENV)/ready  ## tests on this machine: CPU, or GPU if there is one; kernels emulated
 	$(BIN)/python -m pytest
-test-interpreted: $(VENV)/ready
+test-interpreted: $(VENV)/ready  ## Triton kernels in its interpreter, without a GPU
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(KERNEL_TESTS)
 # Faults planted in the CUDA kernels, each of which a check must find: a test of the tests.
-planted: $(VENV)/ready
+planted: $(VENV)/ready  ## faults planted in the CUDA kernels, each must be found; minutes
 	$(BIN)/python -m pytest -m slow
 # The kernels through the oldest Triton that they promise, which knows less of the language.
-oldest: $(VENV)/ready
+oldest: $(VENV)/ready  ## compile the Triton kernels by the oldest Triton that is promised
 	$(BIN)/pip install --quiet --no-deps --upgrade --target build/oldest "triton==3.6.0"
 	PYTHONPATH=build/oldest $(BIN)/python -m pytest -q tests/test_codegen.py -k compile
-bench: $(VENV)/ready $(VENV)/bench
+bench: $(VENV)/ready $(VENV)/bench  ## the table of the README, into bench/results/
 	$(BIN)/python -m bench.run
 	$(BIN)/python -m bench.stats
 	$(BIN)/python -m bench.family
-codegen: $(VENV)/ready $(VENV)/bench
+codegen: $(VENV)/ready $(VENV)/bench  ## what the GPU kernels compile to, counted; needs no GPU
 	$(BIN)/python -m bench.codegen
 	$(BIN)/python -m bench.launch_cost
 	! command -v nvcc > /dev/null || $(BIN)/python -m bench.nvcc
-roofline: $(VENV)/ready
+roofline: $(VENV)/ready  ## predictions of the GPU kernels, into bench/roofline.md
 	$(BIN)/python -m bench.roofline > bench/roofline.md
-gpu:
+gpu:  ## smoke test, benchmarks and tests on a GPU, with what is there
 	PYTHON="$(PYTHON)" bench/gpu_run.sh
-gpu-build:
+gpu-build:  ## build the CUDA kernels in place
 	$(CUDA_PATHS); $(PYTHON) setup.py -q build_ext --inplace
-gpu-test: gpu-build
+gpu-test: gpu-build  ## tests of the kernels on a GPU
 	$(PYTHON) -m pytest -o addopts= -q $(KERNEL_TESTS)
-gpu-bench: gpu-build
+gpu-bench: gpu-build  ## benchmarks on a GPU
 	$(PYTHON) -m bench.gpu
 # Every tensor is allocated by itself, so that what is beyond it belongs to no other. Calls of the
 # CUDA API are left out: PyTorch asks for what a driver may lack. exit(None) is a success.
-sanitize-gpu:
+sanitize-gpu:  ## CUDA kernels under compute-sanitizer, on a GPU
 	@$(CUDA_PATHS); command -v compute-sanitizer > /dev/null \
 	|| { echo "compute-sanitizer is not here: nothing was checked"; exit 0; }; \
 	set -e; $(MAKE) gpu-build; $(PYTHON) -c "from cbloss_fused import cuda; exit(cuda.missing)"; \
@@ -56,12 +58,12 @@ sanitize-gpu:
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
 	--report-api-errors no $(PYTHON) -m pytest -o addopts= -q tests/test_kernels.py -k $(SANITIZED); \
 	done
-lint: $(VENV)/lint
+lint: $(VENV)/lint  ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc bench tests -name '*.cpp' -o -name '*.h' -o -name '*.c' -o -name '*.cu' -o -name '*.cuh')
-clean:
+clean:  ## remove the environment and what was built
 	rm -rf $(VENV) build dist *.egg-info cbloss_fused/_C*.so cbloss_fused/_cuda.so cbloss_fused/*.stamp
 
 # The environment, torch, then the extension, built against that torch and in place.
