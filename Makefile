@@ -12,24 +12,26 @@ SANITIZED := "cuda and (C1000 or C7 or C9 or split or otherwise or scaling)"
 CUDA_PATHS = PATH="$$PATH:$$CUDA_HOME/bin:/usr/local/cuda/bin"; export PATH
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo help test test-here test-interpreted planted oldest bench codegen roofline gpu gpu-build gpu-test gpu-bench sanitize-gpu lint clean
+.PHONY: demo help test test-all test-here test-interpreted planted oldest bench codegen roofline gpu gpu-build gpu-test gpu-bench sanitize-gpu lint clean
 demo: $(VENV)/ready  ## train on long-tailed digits, with and without class balance
 	$(BIN)/python -m cbloss_fused.demo
 help:  ## this list
 	@awk -F ':.*  ## ' '/^[a-z-]+:.*  ## / { printf "%-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-test: $(VENV)/ready  ## all tests: test-here and test-interpreted
+test: $(VENV)/ready  ## every test, with every value of each parameter once; minutes
 	$(MAKE) -j2 --output-sync=target test-here test-interpreted
+test-all: $(VENV)/ready  ## many more combinations of parameters; half an hour
+	$(MAKE) -j2 --output-sync=target test-here test-interpreted LONG=--long
 test-here: $(VENV)/ready  ## tests on this machine: CPU, or GPU if there is one; kernels emulated
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(LONG)
 test-interpreted: $(VENV)/ready  ## Triton kernels in its interpreter, without a GPU
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(KERNEL_TESTS)
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(LONG) $(KERNEL_TESTS)
 # Faults planted in the CUDA kernels, each of which a check must find: a test of the tests.
 planted: $(VENV)/ready  ## faults planted in the CUDA kernels, each must be found; minutes
 	$(BIN)/python -m pytest -m slow
 # The kernels through the oldest Triton that they promise, which knows less of the language.
 oldest: $(VENV)/ready  ## compile the Triton kernels by the oldest Triton that is promised
 	$(BIN)/pip install --quiet --no-deps --upgrade --target build/oldest "triton==3.6.0"
-	PYTHONPATH=build/oldest $(BIN)/python -m pytest -q tests/test_codegen.py -k compile
+	PYTHONPATH=build/oldest $(BIN)/python -m pytest -q --long tests/test_codegen.py -k compile
 bench: $(VENV)/ready $(VENV)/bench  ## the table of the README, into bench/results/
 	$(BIN)/python -m bench.run
 	$(BIN)/python -m bench.stats
@@ -45,7 +47,7 @@ gpu:  ## smoke test, benchmarks and tests on a GPU, with what is there
 gpu-build:  ## build the CUDA kernels in place
 	$(CUDA_PATHS); $(PYTHON) setup.py -q build_ext --inplace
 gpu-test: gpu-build  ## tests of the kernels on a GPU
-	$(PYTHON) -m pytest -o addopts= -q $(KERNEL_TESTS)
+	$(PYTHON) -m pytest -o addopts= -q --long $(KERNEL_TESTS)
 gpu-bench: gpu-build  ## benchmarks on a GPU
 	$(PYTHON) -m bench.gpu
 # Every tensor is allocated by itself, so that what is beyond it belongs to no other. Calls of the
@@ -56,7 +58,7 @@ sanitize-gpu:  ## CUDA kernels under compute-sanitizer, on a GPU
 	set -e; $(MAKE) gpu-build; $(PYTHON) -c "from cbloss_fused import cuda; exit(cuda.missing)"; \
 	for tool in memcheck racecheck; do \
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
-	--report-api-errors no $(PYTHON) -m pytest -o addopts= -q tests/test_kernels.py -k $(SANITIZED); \
+	--report-api-errors no $(PYTHON) -m pytest -o addopts= -q --long tests/test_kernels.py -k $(SANITIZED); \
 	done
 lint: $(VENV)/lint  ## ruff, mypy, clang-format
 	$(BIN)/ruff check .

@@ -53,7 +53,7 @@ run_tests() {
   here pytest_timeout && options+=(--timeout 60)
   here pytest_benchmark && options+=(--benchmark-disable)
   # shellcheck disable=SC2086  # several arguments
-  limited INT 150 "$PYTHON" -m pytest -o addopts= -m "not slow" -q -p no:cacheprovider \
+  limited INT 150 "$PYTHON" -m pytest -o addopts= -m "not slow" --long -q -p no:cacheprovider \
     -p bench.pytest_lines "${options[@]}" $GPU_TESTS
 }
 

@@ -2,7 +2,7 @@
 
 Over CPU tensors, so malloc stands in for CUDA's allocator. Triton's launcher runs unchanged on a
 libcuda whose launch does nothing (fakecuda.c): the driver's launch and torch's look at the current
-stream are missing. The CUDA C++ operators are those that tests/cuda compiles for the host: the
+stream are missing. The CUDA C++ operators are those that tests/emulator compiles for the host: the
 runtime's launch is missing too, and the choice of the device.
 """
 
@@ -37,7 +37,7 @@ def main() -> None:
 
 def emulated() -> Path | None:
     """The CUDA C++ operators for the host; None where there is no g++."""
-    return runpy.run_path(str(HERE.parent / "tests" / "cuda" / "build.py"))["emulated"]()
+    return runpy.run_path(str(HERE.parent / "tests" / "emulator" / "build.py"))["emulated"]()
 
 
 def measure(path: str) -> None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DEVICE, DTYPES, FAMILIES, assert_grad, name_of, oracle, same_bits, sample
+from support.backends import DEVICE
+from support.marks import DTYPES, FAMILIES, name_of
+from support.oracle import oracle, sample
+from support.tolerances import assert_grad, same_bits
 from torch.autograd import gradcheck
 
 from cbloss_fused import class_balanced_loss

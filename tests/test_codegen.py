@@ -10,7 +10,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from conftest import INTERPRETED, name_of
+from support.backends import INTERPRETED
+from support.marks import name_of
 
 from bench import sass, tricks
 from bench.codegen import (
@@ -131,7 +132,7 @@ def test_every_class_count_runs_the_same_code(activation, gamma, C):
 
 
 def test_bfloat16_is_rounded_to_nearest():
-    """The interpreter cuts off: tests/interpreter.py makes it round as this does."""
+    """The interpreter cuts off: tests/support/interpreter.py makes it round as this does."""
     (launch,) = row_kernel(launches((4096, 8142), torch.bfloat16, "softmax", 0.0))
     ptx = compiled(launch, TARGETS["sm_90"]).asm["ptx"]
     assert ptx.count("cvt.rn.bf16x2.f32") >= launch.elements() / 2

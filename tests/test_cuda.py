@@ -12,14 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import BACKENDS, EMULATOR, FAMILIES, loss_and_grad, oracle, same_bits
-from cuda import build, faults
+from emulator import build, faults
+from support.backends import BACKENDS, EMULATOR, loss_and_grad
+from support.marks import FAMILIES
+from support.oracle import oracle
+from support.tolerances import same_bits
 
 from cbloss_fused import ops
 from cbloss_fused.call import Inputs, formula
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
-CHECK = [sys.executable, str(Path(__file__).parent / "cuda" / "check.py")]
+CHECK = [sys.executable, str(Path(__file__).parent / "emulator" / "check.py")]
 
 
 @pytest.fixture

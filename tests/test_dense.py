@@ -8,20 +8,11 @@ from math import inf, nan
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (
-    DEVICE,
-    DTYPES,
-    FAMILIES,
-    REDUCTIONS,
-    Backend,
-    assert_grad,
-    assert_loss,
-    loss_and_grad,
-    name_of,
-    operator_arguments,
-    oracle,
-)
-from conftest import sample as conftest_sample
+from support.backends import DEVICE, Backend, loss_and_grad, operator_arguments
+from support.marks import DTYPES, FAMILIES, REDUCTIONS, name_of
+from support.oracle import oracle
+from support.oracle import sample as conftest_sample
+from support.tolerances import assert_grad, assert_loss
 from torch._subclasses import FakeTensorMode
 
 from cbloss_fused import ClassBalancedLoss, class_balanced_loss, ops

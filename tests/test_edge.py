@@ -7,18 +7,10 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (
-    DEVICE,
-    FAMILIES,
-    IGNORED,
-    assert_grad,
-    assert_loss,
-    loss_and_grad,
-    name_of,
-    oracle,
-    same_bits,
-    sample,
-)
+from support.backends import DEVICE, loss_and_grad
+from support.marks import FAMILIES, IGNORED, name_of
+from support.oracle import oracle, sample
+from support.tolerances import assert_grad, assert_loss, same_bits
 
 from cbloss_fused import check_target, class_balanced_loss
 

@@ -6,17 +6,10 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import (
-    DTYPES,
-    EXACT,
-    FAMILIES,
-    GAMMAS,
-    assert_grad,
-    assert_loss,
-    loss_and_grad,
-    name_of,
-    oracle,
-)
+from support.backends import loss_and_grad
+from support.marks import DTYPES, FAMILIES, GAMMAS, name_of
+from support.oracle import oracle
+from support.tolerances import EXACT, assert_grad, assert_loss
 
 CLASSES = (1, 2, 10, 1000, 8142)
 MAGNITUDES = (0.5, 6.25, 8.5, 11.1, 17.0, 20.0, 44.0, 88.75, 104.0, 1e3, 1e4, 65504.0)

@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DTYPES, FAMILIES, INTERPRETED
+from support.backends import INTERPRETED
+from support.marks import DTYPES, FAMILIES
 
 from cbloss_fused import kernels, ops, reference
 from cbloss_fused.call import Inputs, formula

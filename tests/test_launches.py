@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, REDUCTIONS
+from support.marks import FAMILIES, REDUCTIONS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cbloss_fused import kernels, ops

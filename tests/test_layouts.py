@@ -4,18 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import (
-    DEVICE,
-    DTYPES,
-    FAMILIES,
-    assert_grad,
-    assert_loss,
-    loss_and_grad,
-    name_of,
-    operator_arguments,
-    oracle,
-    same_bits,
-)
+from support.backends import DEVICE, loss_and_grad, operator_arguments
+from support.marks import DTYPES, FAMILIES, name_of
+from support.oracle import oracle
+from support.tolerances import assert_grad, assert_loss, same_bits
 
 from cbloss_fused import class_balanced_loss, ops
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo.testing
-from conftest import DEVICE, FAMILIES, REDUCTIONS
+from support.backends import DEVICE
+from support.marks import FAMILIES, REDUCTIONS
 
 from cbloss_fused import (
     ClassBalancedLoss,

@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("triton")  # for its cuobjdump
 
-from conftest import DEVICE, INTERPRETED
+from support.backends import DEVICE, INTERPRETED
 
 import setup
 from bench import nvcc, sass

@@ -11,7 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch._dynamo.testing
-from conftest import FAMILIES, assert_grad, name_of, operator_arguments, oracle, sample
+from support.backends import operator_arguments
+from support.marks import FAMILIES, name_of
+from support.oracle import oracle, sample
+from support.tolerances import assert_grad
 
 from cbloss_fused import ClassBalancedLoss, backends, class_balanced_loss, ops
 

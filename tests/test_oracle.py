@@ -7,26 +7,12 @@ from functools import cache
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import (
-    BACKENDS,
-    DEVICE,
-    DTYPES,
-    FAMILIES,
-    GAMMAS,
-    IGNORED,
-    INTERPRETED,
-    REDUCTIONS,
-    assert_grad,
-    assert_loss,
-    loss_and_grad,
-    name_of,
-    option_sets,
-    oracle,
-    sample,
-    soft_targets,
-)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support.backends import BACKENDS, DEVICE, INTERPRETED, loss_and_grad
+from support.marks import DTYPES, FAMILIES, GAMMAS, IGNORED, REDUCTIONS, name_of
+from support.oracle import option_sets, oracle, sample, soft_targets
+from support.tolerances import assert_grad, assert_loss
 
 from cbloss_fused import class_balanced_loss
 

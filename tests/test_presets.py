@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import DEVICE, loss_and_grad, sample
+from support.backends import DEVICE, loss_and_grad
+from support.oracle import sample
 
 from bench import presets
 from cbloss_fused import class_balanced_loss, ldam_margin, logit_adjustment

@@ -5,19 +5,11 @@ from __future__ import annotations
 import mpmath
 import pytest
 import torch
-from conftest import (
-    FAMILIES,
-    GAMMAS,
-    IGNORED,
-    REDUCTIONS,
-    assert_grad,
-    assert_loss,
-    option_sets,
-    sample,
-    soft_targets,
-)
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.marks import FAMILIES, GAMMAS, IGNORED, REDUCTIONS
+from support.oracle import option_sets, sample, soft_targets
+from support.tolerances import assert_grad, assert_loss
 from torch.autograd import gradcheck, gradgradcheck
 
 from cbloss_fused import class_balanced_loss, reference

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import DEVICE, DTYPES, FAMILIES, IGNORED, loss_and_grad, name_of, oracle, sample
+from support.backends import DEVICE, loss_and_grad
+from support.marks import DTYPES, FAMILIES, IGNORED, name_of
+from support.oracle import oracle, sample
 
 from cbloss_fused import class_balanced_loss
 

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from conftest import DEVICE, INTERPRETED
+from support.backends import DEVICE, INTERPRETED
 
 from cbloss_fused import class_balanced_loss, kernels
 from cbloss_fused.kernels import layout

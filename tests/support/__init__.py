@@ -1,0 +1,1 @@
+"""What tests share: backends, the oracle, tolerances, which combinations run."""
