@@ -56,7 +56,7 @@ class StoredGradientAndStats(torch.autograd.Function):
 
 
 class RecomputedGradient(torch.autograd.Function):
-    """The forward keeps three numbers a row; the backward reads the logits again.
+    """The forward keeps three numbers per row; the backward reads the logits again.
 
     For float16, where a gradient divided by N underflows before a loss scaler multiplies it, and
     for a vector of losses, whose incoming gradients would cost a pass over a stored one.

@@ -84,7 +84,7 @@ class Inputs(NamedTuple):
     margin: Tensor | None = None
 
     def by_row(self, logits: Tensor) -> Inputs:
-        """What is one a row in the shape of the rows of (N, C) or (N, C, K) logits."""
+        """What has one number per row in the shape of the rows of (N, C) or (N, C, K) logits."""
         shape = logits.shape[:1] + logits.shape[2:]
         found = self
         if not is_dense(self.target):
@@ -95,5 +95,5 @@ class Inputs(NamedTuple):
 
 
 def is_dense(target: Tensor) -> bool:
-    """Whether a target holds a number a class (soft or multi-hot), not class indices."""
+    """Whether a target holds one number per class (soft or multi-hot), not class indices."""
     return target.dtype.is_floating_point or target.dtype is torch.bool

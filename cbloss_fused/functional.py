@@ -54,13 +54,13 @@ def class_balanced_loss(
         input: logits, (C,), (N, C) or (N, C, d1, ..., dk), C >= 1, any strides; float32, bfloat16,
             float16 or float64. Half types are computed in float32.
         target: class indices in [0, C) or ignore_index; any integer type; (), (N,) or
-            (N, d1, ..., dk). Or soft or multi-hot: a float or bool a class, t_j, in input's shape;
-            finite and >= 0, for "sigmoid" at most 1. Then r takes the mean weight of the labels,
-            Σ_j t_j weight_j / Σ_j t_j (1 where there are none), and neither focal softmax nor a
-            margin has a meaning. "softmax" weighs each class's term by that class's weight:
-            sample_weight (1-ε) Σ_j t_j weight_j (-log p_j), and r times its other two terms. For
-            t that sums to 1 it is the mean over t of the losses of the class indices, as mixup
-            wants. "sigmoid" is r Σ_j [t_j L(z_j, 1) + (1 - t_j) L(z_j, 0)].
+            (N, d1, ..., dk). Or soft or multi-hot labels: one float or bool per class, t_j, in
+            input's shape; finite and >= 0, for "sigmoid" at most 1. Then r takes the mean weight of
+            the labels, Σ_j t_j weight_j / Σ_j t_j (1 where there are none), and neither focal
+            softmax nor a margin has a meaning. "softmax" weights each class's term by that class's
+            weight: sample_weight (1-ε) Σ_j t_j weight_j (-log p_j) + r times its other two terms.
+            For t that sums to 1 this is the mean over t of the losses of the class indices, as in
+            mixup. "sigmoid" is r Σ_j [t_j L(z_j, 1) + (1 - t_j) L(z_j, 0)].
         weight: (C,) of any floating type, finite and >= 0, as `class_balanced_weights` gives them;
             None weighs all classes 1. Used in float32 (float64 for float64 logits).
         activation: "softmax" or "sigmoid" (one against the rest, summed over the classes).
@@ -172,7 +172,7 @@ def loss_of(
         loss = recomputed_gradient(input, inputs, spec)
     else:
         return stored_gradient(input, inputs, spec)
-    if dense and not spec.reduction:  # a loss a row; class indices have that shape already
+    if dense and not spec.reduction:  # one loss per row; class indices have that shape already
         loss = loss.reshape(shape[:0] if len(shape) == 1 else shape[:1] + shape[2:])
     return loss
 

@@ -1,7 +1,7 @@
 """The operators: schemas, fake kernels, what implements them where, backends().
 
 loss fills its buffers, which the caller allocates:
-    loss   0-d, or a loss a row, whatever the reduction divides by
+    loss   0-d, or one loss per row, whatever the reduction divides by
     grad   like logits: the gradient of the loss (for reduction "none": of the sum); or None
     saved  (1, rows) or, for softmax, (3, rows): scale, M, R, for gradient; with soft targets s, r
            of reference.row_scale and no third; or None
@@ -69,7 +69,7 @@ _warned = False
 
 
 def new_loss(logits: Tensor, target: Tensor, reduction: int) -> Tensor:
-    """The buffer for the loss: one a row for reduction "none"."""
+    """The buffer for the loss: one loss per row for reduction "none"."""
     shape: tuple[int, ...] = ()
     if not reduction:
         shape = logits.shape[:1] + logits.shape[2:] if is_dense(target) else target.shape

@@ -80,7 +80,7 @@ def _along_classes(vector: Tensor, z: Tensor) -> Tensor:
 
 
 def _targets(z: Tensor, y: Tensor, eps: float) -> Tensor:
-    """A target a class: (1-eps) t + eps/C, t soft as given or the one-hot of a class index."""
+    """One target per class: (1-eps) t + eps/C, t soft as given or the one-hot of a class index."""
     t = y.to(z.dtype) if is_dense(y) else torch.zeros_like(z).scatter(1, y.unsqueeze(1), 1.0)
     return (1 - eps) * t + eps / z.shape[1] if eps else t
 
@@ -256,7 +256,7 @@ def loss_and_grad(
 def row_scale(
     logits: Tensor, inputs: Inputs, f: Formula, ignore_index: int | None, reduction: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Targets in range, or soft ones as they are; s, r: one number a row, over the denominator.
+    """Targets in range, or soft ones as they are; s, r: one number per row, over the denominator.
 
     r is r_i, negative where the row is ignored; s too, but with softmax's soft targets, of which it
     is the sample weight alone.
@@ -280,7 +280,7 @@ def row_scale(
 def gradient(
     logits: Tensor, inputs: Inputs, s: Tensor, r: Tensor, grad_loss: Tensor, f: Formula
 ) -> Tensor:
-    """The gradient once more, for an incoming grad_loss: 0-d, or one a row."""
+    """The gradient once more, for an incoming grad_loss: 0-d, or one per row."""
     ignored, y = r < 0, inputs.target
     if not is_dense(y):
         y = torch.where(ignored, 0, y)

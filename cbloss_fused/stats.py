@@ -55,7 +55,7 @@ def class_stats(
     added = torch.stack((torch.ones_like(p), losses.reshape(y.shape), g_y, p)).flatten(1)
     if spec.ignore_index is not None:
         added = added.masked_fill(inputs.target.flatten() == spec.ignore_index, 0.0)
-    # One vector: of more dimensions index_add_ takes a call a row.
+    # One vector: of more dimensions index_add_ takes one call per row.
     into = y.flatten() + C * torch.arange(4, device=y.device).unsqueeze(1)
     sums = added.new_zeros(4 * C).index_add_(0, into.flatten(), added.flatten()).reshape(4, C)
     return torch.cat((sums[:3], sums[3:] / sums[:1]))  # no view: Dynamo refuses to unbind one here
