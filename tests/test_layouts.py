@@ -254,6 +254,8 @@ def test_in_place_gives_the_same_bits(backend, family, dtype, shape, recompute):
 )
 @FAMILY
 def test_threads_change_no_bit(backend, family, shape, reduction):
+    if backend.gpu:
+        pytest.skip("has none of torch's threads")
     logits = random(*shape)
     target = labels(logits)
     options = {
