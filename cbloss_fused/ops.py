@@ -214,9 +214,9 @@ def _triton_gradient(*arguments: Any) -> None:
         _gradient(*arguments)
 
 
-# Which of two serves CUDA tensors by default. On an H200 CUDA C++ takes 0.4 to 0.95 of the
-# time of Triton (1.1 to 1.4 where a few rows have very many classes) and half the host time, and
-# nothing is compiled at the first call: bench/results/nvidia-h200-2026-11-27.md.
+# Which of two serves CUDA tensors by default. On an H200 CUDA C++ takes 0.4 to 0.95 of the time of
+# Triton (1.1 to 1.4 where a few rows have very many classes), and nothing is compiled at the first
+# call: bench/results/nvidia-h200-2026-11-27.md.
 PREFERRED = "cuda"
 
 # autograd.py differentiates: below it the dispatcher need not look for gradients again. They only

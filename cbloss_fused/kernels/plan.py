@@ -1,6 +1,7 @@
 """Which kernels a call takes, over which grid, with which blocks: a pure function of its form.
 
-At most three launches forward and one backward.
+At most three launches forward, four where soft targets are weighted and a mean divides by the sum
+of their row weights, and one backward.
 """
 
 from __future__ import annotations
