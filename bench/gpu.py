@@ -17,24 +17,20 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import math
 import multiprocessing
 import os
 import platform
-import re
 import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import date
 from pathlib import Path
 from statistics import median
-from types import FrameType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +50,8 @@ from .gpu_cases import (
     optional,
     problem,
 )
-from .gpu_table import FORWARD, GRAPH, TRAIN, Row, by_backend, read, report
+from .gpu_table import FORWARD, GRAPH, TRAIN, Row, by_backend
+from .journal import Journal, interruptible
 from .measure import Verdict, Wanted
 
 TURNS = (20, 100)  # samples of everyone in a row: at the least, at the most within ROW_SECONDS
@@ -67,44 +64,6 @@ CASE_BYTES, EAGER_BYTES = 32, 48  # per element: all that a case keeps, what eag
 
 class LostGpuError(Exception):
     """The GPU's context: nothing works any more in this process."""
-
-
-class Journal:
-    """The rows, each a line in the file as soon as it is known."""
-
-    def __init__(self, folder: Path, facts: Row, goes_on: bool) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        slug = re.sub(r"[^a-z0-9]+", "-", facts["gpu"].lower()).strip("-")
-        self.path, self.facts = folder / f"{slug}-{facts['date']}.jsonl", facts
-        self.before = read(self.path)["rows"] if goes_on and self.path.exists() else []
-        self.rows: list[Row] = []
-        self.skipped: list[str] = []
-        self.file = self.path.open("a" if goes_on else "w")
-        self.line({"facts": facts})
-
-    def line(self, entry: Row) -> None:
-        self.file.write(json.dumps(entry) + "\n")
-        self.file.flush()
-        os.fsync(self.file.fileno())
-
-    def row(self, row: Row) -> None:
-        self.rows.append(row)
-        self.line(row)
-
-    def skip(self, note: str) -> None:
-        self.skipped.append(note)
-        self.line({"skipped": note})
-
-    def report(self, **more: Any) -> str:
-        """Also written, beside the lines; with the rows of the run that this one goes on with."""
-        self.line({"facts": more})
-        self.file.close()
-        rows = self.before + self.rows
-        result = {**self.facts, **more, "skipped": self.skipped, "rows": rows}
-        text = report(result)
-        self.path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
-        self.path.with_suffix(".md").write_text(text)
-        return text
 
 
 def main(argv: list[str]) -> int:
@@ -145,26 +104,6 @@ def parse(argv: list[str]) -> argparse.Namespace:
 def chosen(arguments: argparse.Namespace) -> list[Case]:
     cases = QUICK if arguments.quick else all_cases()
     return cases[arguments.skip :][: arguments.first]
-
-
-@contextmanager
-def interruptible() -> Iterator[None]:
-    """Within, SIGINT and SIGTERM raise KeyboardInterrupt, even where a shell has them ignored."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        for each in before:  # the report is not interrupted
-            signal.signal(each, signal.SIG_IGN)
-        raise KeyboardInterrupt(signal.Signals(number).name)
-
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    for number in before:
-        signal.signal(number, stop)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            if signal.getsignal(number) is stop:
-                signal.signal(number, handler)
 
 
 def environment(device: torch.device) -> Row:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ if not __package__:  # run by its path: the package is beside bench/
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import cbloss_fused
+from bench import lines
 from bench.gpu import usable
 from bench.gpu_cases import backends
 from bench.gpu_table import EVEN, ODD
@@ -81,23 +81,18 @@ def cases() -> list[Case]:
 
 
 class Journal:
-    """Lines of JSON, on the disk as soon as they are written."""
+    """The lines of FOLDER/smoke.jsonl, printed too."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path, self.start = folder / "smoke.jsonl", time.perf_counter()
-        self.path.write_text("")
+        self.path, self.start = lines.start(folder / "smoke.jsonl"), time.perf_counter()
 
     def seconds(self) -> float:
         return round(time.perf_counter() - self.start, 2)
 
     def write(self, step: str, **facts: Any) -> None:
-        line = json.dumps({"t": self.seconds(), "step": step, **facts}, default=str)
-        print(line, flush=True)
-        with self.path.open("a") as file:
-            file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        entry = {"t": self.seconds(), "step": step, **facts}
+        print(json.dumps(entry, default=str), flush=True)
+        lines.append(self.path, entry)
 
 
 def main(argv: list[str]) -> int:

@@ -6,27 +6,23 @@ controller alone writes, which hears of every test.
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from . import lines
+
 REASON = 400  # characters
 
 
 class Lines:
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("")
-        self.path = path
+        self.path = lines.start(path)
 
     def write(self, **entry: Any) -> None:
-        with self.path.open("a") as file:
-            file.write(json.dumps(entry) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        lines.append(self.path, entry)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """The call; of what is around it, only what did not pass."""
