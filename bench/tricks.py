@@ -75,7 +75,7 @@ TRITON = (
     Trick("gamma 0: one logarithm of a product", "sigmoid.py",
           "    if G == ZERO:  # one logarithm", "    if False:  # one logarithm",
           "sigmoid_rows g=0"),
-    Trick("gamma 1/2: code of its own", "plan.py",
+    Trick("gamma 1/2: code of its own", "arguments.py",
           "0.5: sigmoid_kernels.HALF", "0.5: sigmoid_kernels.ANY", "sigmoid_rows g=0.5"),
     Trick("a shorter polynomial for half types", "sigmoid.py",
           "primitive_bitwidth == 16", "primitive_bitwidth == 0", "sigmoid_rows g=0.5"),

@@ -156,9 +156,9 @@ void sigmoid_dense_tiles(const Rows& a, int64_t begin, int64_t end) {
   });
 }
 
-// Before the gradient is written over the logits.
-template <class S>
-void check_tiles(const Rows& a, int64_t begin, int64_t end) {
+// run(tile, t) of the targets alone.
+template <class S, class Run>
+void for_target_tiles(const Rows& a, int64_t begin, int64_t end, const Run& run) {
   using V = typename Lanes<S>::V;
   constexpr int64_t N = Lanes<S>::N;
   const std::unique_ptr<V[]> t(new V[a.C]);
@@ -166,22 +166,24 @@ void check_tiles(const Rows& a, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; i += N) {
     const DenseTile<S> tile(a, i, end);
     tile.load_targets(t.get(), gathered.get());
-    TargetCheck<V> check;
+    run(tile, t.get());
+  }
+}
+
+// Before the gradient is written over the logits.
+template <class S>
+void check_tiles(const Rows& a, int64_t begin, int64_t end) {
+  for_target_tiles<S>(a, begin, end, [&](const auto& tile, const auto* t) {
+    TargetCheck<typename Lanes<S>::V> check;
     for (int64_t c = 0; c < a.C; ++c) check.see(t[c]);
     tile.look_at(check);
-  }
+  });
 }
 
 // For a denominator that is the sum of r_i: scale_i times the mean weight of the row's labels.
 template <class S>
 void label_weight_tiles(const Rows& a, int64_t begin, int64_t end) {
-  using V = typename Lanes<S>::V;
-  constexpr int64_t N = Lanes<S>::N;
-  const std::unique_ptr<V[]> t(new V[a.C]);
-  const std::unique_ptr<double[]> gathered(new double[a.C * N]);
-  for (int64_t i = begin; i < end; i += N) {
-    const DenseTile<S> tile(a, i, end);
-    tile.load_targets(t.get(), gathered.get());
-    tile.put(a.r, tile.r * tile.label_weight(t.get()));
-  }
+  for_target_tiles<S>(a, begin, end, [&](const auto& tile, const auto* t) {
+    tile.put(a.r, tile.r * tile.label_weight(t));
+  });
 }
