@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import triton
 
 from . import dense as dense_kernels
+from . import dense_softmax as softmax_kernels
 from . import tiles as tile_kernels
 from .arguments import (
     GENERAL,
@@ -97,7 +98,7 @@ def dense_step(call: Call, r: RowScales) -> Step:
         tile = softmax_dense_config(C, call.dtype.itemsize)
         constants = (tile.rows, tile.classes, *lies)
         constants += (tile.single, smooth, z, adjusts(call), *options)
-        kernel = dense_kernels.softmax_dense
+        kernel = softmax_kernels.softmax_dense
     # So that two programs fit: one computes while another waits for memory.
     registers = 65536 // (2 * 32 * tile.warps) if tile.warps > 4 else None
     grid = (triton.cdiv(N * K, tile.rows),)
