@@ -32,16 +32,16 @@ planted: $(VENV)/ready  ## faults planted in the CUDA kernels, each must be foun
 oldest: $(VENV)/ready  ## compile the Triton kernels by the oldest Triton that is promised
 	$(BIN)/pip install --quiet --no-deps --upgrade --target build/oldest "triton==3.6.0"
 	PYTHONPATH=build/oldest $(BIN)/python -m pytest -q --long tests/test_codegen.py -k compile
-bench: $(VENV)/ready $(VENV)/bench  ## the table of the README, into bench/results/
-	$(BIN)/python -m bench.run
-	$(BIN)/python -m bench.stats
-	$(BIN)/python -m bench.family
+bench: $(VENV)/ready $(VENV)/bench  ## the tables of the README, into bench/results/
+	$(BIN)/python -m bench.cpu
+	$(BIN)/python -m bench.cpu stats
+	$(BIN)/python -m bench.cpu family
 codegen: $(VENV)/ready $(VENV)/bench  ## what the GPU kernels compile to, counted; needs no GPU
-	$(BIN)/python -m bench.codegen
+	$(BIN)/python -m bench.machine_code.codegen
 	$(BIN)/python -m bench.launch_cost
-	! command -v nvcc > /dev/null || $(BIN)/python -m bench.nvcc
-roofline: $(VENV)/ready  ## predictions of the GPU kernels, into bench/roofline.md
-	$(BIN)/python -m bench.roofline > bench/roofline.md
+	! command -v nvcc > /dev/null || $(BIN)/python -m bench.machine_code.nvcc
+roofline: $(VENV)/ready  ## predictions of the GPU kernels, into bench/machine_code/
+	$(BIN)/python -m bench.machine_code.roofline > bench/machine_code/roofline.md
 gpu:  ## smoke test, benchmarks and tests on a GPU, with what is there
 	PYTHON="$(PYTHON)" bench/gpu_run.sh
 gpu-build:  ## build the CUDA kernels in place

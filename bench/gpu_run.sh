@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Everything that a GPU is wanted for, within GPU_SECONDS, every step under a timeout of its own:
+# Runs all that needs a GPU, within GPU_SECONDS, each step with a timeout of its own:
 #
-#     bench/gpu_run.sh [smoke] [bench] [tests] [rest]      none named: all four
+#     bench/gpu_run.sh [smoke] [bench] [tests] [rest]      default: all four
 #
-# smoke: works or not; bench: the first GPU_FIRST cases of the benchmark; tests; rest: the other
-# cases, in the time that is left. After a red smoke come no others, but the smoke again with
-# blocking launches and under compute-sanitizer. Results, a line each as they come, and run.log go
-# to the folder GPU_RESULTS; GPU_TESTS are pytest's arguments. Libraries that were built from these
-# sources elsewhere and brought along are kept; .gpu/triton.tgz fills Triton's cache.
+# smoke: whether the kernels work; bench: the first GPU_FIRST cases of the benchmark; tests; rest:
+# the other cases, in the remaining time. If the smoke test fails, only it runs again, with blocking
+# launches and under compute-sanitizer. The folder GPU_RESULTS gets run.log and the results, one line
+# each as soon as it is known; GPU_TESTS are pytest's arguments. Libraries that were built from these
+# sources on another machine are kept; .gpu/triton.tgz fills Triton's cache.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -26,7 +26,7 @@ here() { "$PYTHON" -c "import $1" 2> /dev/null; }
 
 asked() { [[ " $parts " == *" $1 "* ]]; }
 
-# limited SIGNAL SECONDS COMMAND: at most so long, and not beyond GPU_SECONDS; a note of how it ended.
+# limited SIGNAL SECONDS COMMAND: at most so long, and not beyond GPU_SECONDS; prints how it ended.
 limited() {
   local signal=$1 limit=$2 left=$((GPU_SECONDS - SECONDS)) began=$SECONDS code
   shift 2
@@ -39,7 +39,7 @@ limited() {
   return $code
 }
 
-benchmark() { # SECONDS ARGUMENTS: it is interrupted in time to write its report
+benchmark() { # SECONDS ARGUMENTS: interrupted early enough to write its report
   local limit=$1 left=$((GPU_SECONDS - SECONDS))
   shift
   ((limit < left)) || limit=$left
@@ -57,7 +57,7 @@ run_tests() {
     -p bench.pytest_lines "${options[@]}" $GPU_TESTS
 }
 
-blame() { # what a red smoke needs: which launch, which address
+diagnose() { # after a failed smoke test: which launch, which address
   CUDA_LAUNCH_BLOCKING=1 limited TERM 60 "$PYTHON" bench/gpu_smoke.py "$GPU_RESULTS/blocking" 40
   if ! command -v compute-sanitizer > /dev/null; then echo "== compute-sanitizer is not here"; return; fi
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 limited TERM 150 compute-sanitizer --tool memcheck \
@@ -75,10 +75,10 @@ tee=$!
 trap 'exec >&- 2>&-; wait "$tee"' EXIT
 status=0
 [ -f .gpu/triton.tgz ] && tar xzf .gpu/triton.tgz -C "$TRITON_CACHE_DIR" --strip-components=1
-# Without CUDA C++ there is Triton: what fails here does not end the run.
+# Without CUDA C++ there still is Triton, so a failed build does not end the run.
 CBLOSS_KEEP=1 limited TERM 200 "$PYTHON" setup.py -q build_ext --inplace || status=1
 if asked smoke && ! limited TERM 100 "$PYTHON" bench/gpu_smoke.py "$GPU_RESULTS" 60; then
-  blame
+  diagnose
   exit 1
 fi
 if asked bench; then benchmark 160 --first "$GPU_FIRST" || status=1; fi

@@ -1,9 +1,9 @@
-"""Host time of a GPU call, without a GPU: `python -m bench.launch_cost`.
+"""Host time of a GPU call: `python -m bench.launch_cost`. Needs no GPU.
 
-Over CPU tensors, so malloc stands in for CUDA's allocator. Triton's launcher runs unchanged on a
-libcuda whose launch does nothing (fakecuda.c): the driver's launch and torch's look at the current
-stream are missing. The CUDA C++ operators are those that tests/emulator compiles for the host: the
-runtime's launch is missing too, and the choice of the device.
+The tensors are on the CPU, so malloc replaces CUDA's allocator. Triton's launcher runs unchanged on
+a libcuda whose launch does nothing (fake_cuda.c): the times lack the driver's launch and torch's
+query of the current stream. The CUDA C++ operators are compiled for the host by tests/emulator:
+their times lack the runtime's launch and the choice of the device, too.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
+FOLDER = Path(__file__).parent
 
 
 def main() -> None:
-    """Build the library, then start over in a process that finds it first."""
+    """Build the fake libcuda and measure in a new process that finds it first."""
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder) / "libcuda.so.1"
         build = ["cc", "-shared", "-fPIC", "-w", "-Wl,-soname,libcuda.so.1", "-o"]
-        subprocess.run([*build, str(library), str(HERE / "fakecuda.c")], check=True)
+        subprocess.run([*build, str(library), str(FOLDER / "fake_cuda.c")], check=True)
         (Path(folder) / "libcuda.so").symlink_to(library)
         found = {"TRITON_LIBCUDA_PATH": folder, "LD_LIBRARY_PATH": folder}
         code = f"from bench.launch_cost import measure; measure({str(library)!r})"
@@ -36,8 +36,8 @@ def main() -> None:
 
 
 def emulated() -> Path | None:
-    """The CUDA C++ operators for the host; None where there is no g++."""
-    return runpy.run_path(str(HERE.parent / "tests" / "emulator" / "build.py"))["emulated"]()
+    """The library of the CUDA C++ operators for the host; None without g++."""
+    return runpy.run_path(str(FOLDER.parent / "tests" / "emulator" / "build.py"))["emulated"]()
 
 
 def measure(path: str) -> None:
@@ -49,7 +49,7 @@ def measure(path: str) -> None:
     cases = calls("triton", kernels.load().scale_gradient)
     library = emulated()
     if library is None:
-        print("cuda: left out, there is no g++")
+        print("cuda: left out, g++ is missing")
     else:
         counters.append(idle(library))
         cases |= calls("cuda", torch.ops.cbloss_fused._scale)
@@ -61,7 +61,7 @@ def measure(path: str) -> None:
 
 
 def fake_driver(path: str) -> ctypes.c_long:
-    """Make Triton launch on the fake libcuda; its count of launches."""
+    """Make Triton launch on the fake libcuda; return its counter of launches."""
     from triton.backends.compiler import GPUTarget
     from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
     from triton.runtime import driver
@@ -85,7 +85,7 @@ def fake_driver(path: str) -> ctypes.c_long:
 
 
 def idle(path: Path) -> ctypes.c_long:
-    """Load the CUDA C++ operators with launches that do nothing; their count of launches."""
+    """Load the CUDA C++ operators without real launches; return their counter of launches."""
     from cbloss_fused import cuda
 
     cuda.load_from(path, "cpu")
@@ -95,7 +95,7 @@ def idle(path: Path) -> ctypes.c_long:
 
 
 def calls(backend: str, scale: Callable[..., Any]) -> dict[str, Callable[[], Any]]:
-    """What is timed of a backend."""
+    """The calls of a backend that are timed, by name."""
     import torch
 
     from cbloss_fused import ops
@@ -115,9 +115,9 @@ def calls(backend: str, scale: Callable[..., Any]) -> dict[str, Callable[[], Any
         "operator, reduction none": lambda: operator(*plain, 0, rows, grad, None),
         "operator, mean": lambda: operator(*plain, 1, loss, grad, None),
         "operator, mean, weight, ignore_index": lambda: operator(*full, 1, loss, grad, None),
-        "the same and its buffers": allocated,
+        "the same with new buffers": allocated,
         "scaling of a stored gradient": lambda: scale(grad, loss, grad.numel()),
-        "for scale: torch.empty_like(x)": lambda: torch.empty_like(x),
+        "for comparison: torch.empty_like(x)": lambda: torch.empty_like(x),
     }
     return {f"{backend}: {name}": call for name, call in named.items()}
 
@@ -125,7 +125,7 @@ def calls(backend: str, scale: Callable[..., Any]) -> dict[str, Callable[[], Any
 def best(
     cases: dict[str, Callable[[], Any]], count: int = 1000, turns: int = 20
 ) -> dict[str, float]:
-    """Microseconds of each call, the best of some turns: a busy machine slows all alike."""
+    """Microseconds per call, the best of some turns: a busy machine slows down all of a turn."""
     found = dict.fromkeys(cases, float("inf"))
     for _ in range(turns):
         for name, call in cases.items():

@@ -1,7 +1,7 @@
-"""A line of JSON a test, as they end: `GPU_RESULTS=FOLDER pytest -p bench.pytest_lines`.
+"""One line of JSON per test as it ends: `GPU_RESULTS=FOLDER pytest -p bench.pytest_lines`.
 
-Into FOLDER/tests.jsonl: what a run leaves that is cut off. Of pytest-xdist's processes the
-controller alone writes, which hears of every test.
+The lines go to FOLDER/tests.jsonl, where they remain if the run is cut off. With pytest-xdist only
+the controller writes, which gets the report of every test.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from typing import Any
 
 import pytest
 
-from . import lines
+from .result_files import append_line, start_lines
 
-REASON = 400  # characters
+REASON_LENGTH = 400  # characters
 
 
 class Lines:
     def __init__(self, path: Path) -> None:
-        self.path = lines.start(path)
+        self.path = start_lines(path)
 
     def write(self, **entry: Any) -> None:
-        lines.append(self.path, entry)
+        append_line(self.path, entry)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """The call; of what is around it, only what did not pass."""
+        """Write a line for each test's call, and for a set-up or teardown that did not pass."""
         if report.when != "call" and report.passed:
             return
         facts = {"outcome": report.outcome, "seconds": round(report.duration, 3)}
@@ -40,13 +40,13 @@ class Lines:
 
 
 def reason(report: pytest.TestReport | pytest.CollectReport) -> dict[str, str]:
-    """The exception's message; why it was skipped."""
+    """The exception's message, or why the test was skipped."""
     found = report.longrepr
     if found is None:
         return {}
     crash = getattr(found, "reprcrash", None)
     text = found[2] if isinstance(found, tuple) else str(getattr(crash, "message", found))
-    return {"reason": text[:REASON]}
+    return {"reason": text[:REASON_LENGTH]}
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -1,6 +1,6 @@
 """The same cases under pytest-benchmark, forward + backward: `pytest bench --benchmark-enable`.
 
-Without that option every contestant is only checked.
+Without that option every implementation is only checked.
 """
 
 from __future__ import annotations
@@ -11,30 +11,31 @@ import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from . import measure
-from .cases import CASES, Case, Problem, contestants, problem
+from .cases import CPU_CASES, Case, Problem, problem
+from .cpu import implementations
 
 
 @lru_cache(maxsize=1)
-def prepared(case: Case) -> tuple[Problem, measure.Wanted]:
+def prepared(case: Case) -> tuple[Problem, measure.Expected]:
     given = problem(case)
-    return given, measure.wanted(case, given)
+    return given, measure.expected_result(case, given)
 
 
 def everyone() -> list[object]:
-    """Compilation is left to bench.run: it would take longer than everything else."""
+    """Without torch.compile, which would take longer than everything else: bench.cpu has it."""
     return [
-        pytest.param(case, contestant.name, id=f"{contestant.name.replace(' ', '_')}-{case}")
-        for case in CASES
-        for contestant in contestants(case)
+        pytest.param(case, each.name, id=f"{each.name.replace(' ', '_')}-{case}")
+        for case in CPU_CASES
+        for each in implementations(case)
     ]
 
 
 @pytest.mark.parametrize("case, name", everyone())
 def test_bench(benchmark: BenchmarkFixture, case: Case, name: str) -> None:
-    given, want = prepared(case)
-    contestant = next(contestant for contestant in contestants(case) if contestant.name == name)
-    run = measure.Run(contestant, given, train=True)
-    assert measure.check(case, run, want).outcome is None
+    given, expected = prepared(case)
+    implementation = next(each for each in implementations(case) if each.name == name)
+    run = measure.CpuRun(implementation, given, train=True)
+    assert measure.check(case, run, expected).outcome is None
     benchmark.group = "x".join(map(str, case.shape))
     rounds = 1000 if len(given.target) < 100 else 20
     benchmark.pedantic(run, setup=lambda: ((run.prepare(),), {}), rounds=rounds, warmup_rounds=1)

@@ -1,4 +1,4 @@
-"""The GPU benchmark's dry run: what it writes, and that everyone in it is right."""
+"""The GPU benchmark's dry run: what it writes, and that all implementations in it are right."""
 
 from __future__ import annotations
 
@@ -17,14 +17,28 @@ import torch
 import setup
 from cbloss_fused import class_balanced_loss, cuda, kernels, ops
 
-from . import floors, gpu, gpu_cases, gpu_smoke, gpu_table
-from .cases import Case
+from . import gpu, gpu_smoke, measure, report
+from .cases import (
+    ALIGNED,
+    ALIGNMENT_SHAPES,
+    FIRST_SHAPES,
+    FORWARD,
+    GPU_COMPILED_CASES,
+    GPU_QUICK_CASES,
+    GRAPH,
+    TRAIN,
+    Case,
+    SmokeCase,
+    gpu_cases,
+    smoke_cases,
+)
 from .launch_cost import emulated
+from .result_files import RESULTS, Row, read_lines
 
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """Tensors this small wait for a second thread, long on a busy machine."""
+    """With tensors this small a second thread costs more than it saves on a busy machine."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -33,7 +47,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(params=("fused", "fused cuda"))
 def name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Who takes part in a dry run: what the CPU has; beside it the CUDA C++ kernels, emulated."""
+    """Who takes part in a dry run: what the CPU has, or also the CUDA C++ kernels, emulated."""
     monkeypatch.setattr(cuda, "device", cuda.device)
     monkeypatch.setattr(cuda, "missing", cuda.missing)
     if request.param == "fused cuda":
@@ -49,45 +63,45 @@ def test_dry_run(tmp_path: Path, one_thread: None, name: str) -> None:
     (path,) = tmp_path.glob("*.json")
     result = json.loads(path.read_text())
     assert {"date", "command", "gpu", "driver", "cuda", "torch", "triton", "seconds"} <= set(result)
-    assert result["skipped"] == [] and len(result["rows"]) == 2 * len(gpu_cases.QUICK)
+    assert result["skipped"] == [] and len(result["rows"]) == 2 * len(GPU_QUICK_CASES)
     for row in result["rows"]:
-        assert {"shape", "dtype", "activation", "gamma", "passes", "contestants"} == set(row)
-        assert {"fused", name, "copy", "eager reference"} <= set(row["contestants"])
-        for each, found in row["contestants"].items():
+        assert {"shape", "dtype", "activation", "gamma", "passes", RESULTS} == set(row)
+        assert {"fused", name, "copy", "eager reference"} <= set(row[RESULTS])
+        for each, found in row[RESULTS].items():
             assert found["outcome"] is None, f"{each} in {row['shape']}: {found['outcome']}"
             assert found["median_ms"] > 0 and found["repetitions"] >= 20 and found["host_us"] > 0
     text = path.with_suffix(".md").read_text()
-    assert f"## {gpu_table.TRAIN}" in text and f"## {gpu_table.FORWARD}" in text
+    assert f"## {TRAIN}" in text and f"## {FORWARD}" in text
     assert f"| {name.split()[-1]} ms |" in text
 
 
 def test_budget_ends_the_run(tmp_path: Path) -> None:
     assert gpu.main(["--device", "cpu", "--quick", "--budget", "0", "--out", str(tmp_path)]) == 1
     result = written(tmp_path)
-    assert result["rows"] == [] and len(result["skipped"]) == len(gpu_cases.QUICK)
+    assert result["rows"] == [] and len(result["skipped"]) == len(GPU_QUICK_CASES)
 
 
-def written(folder: Path) -> gpu_table.Row:
-    """What a run left: the lines and the report hold the same."""
+def written(folder: Path) -> Row:
+    """What a run wrote: the lines and the report contain the same."""
     (lines,), (report,) = folder.glob("*.jsonl"), folder.glob("*.json")
     result = json.loads(report.read_text())
-    assert json.loads(json.dumps(gpu_table.read(lines)["rows"])) == result["rows"]
+    assert json.loads(json.dumps(read_lines(lines)["rows"])) == result["rows"]
     assert next(folder.glob("*.md")).read_text().startswith("# Benchmarks on a GPU")
     return result
 
 
-def no_measurement(case: Case, *others: object) -> Iterator[gpu_table.Row]:
-    yield gpu.as_row(case, gpu_table.TRAIN, {"fused": {"outcome": None, "median_ms": 1.0}})
+def no_measurement(case: Case, *others: object) -> Iterator[Row]:
+    yield case.row(TRAIN, {"fused": {"outcome": None, "median_ms": 1.0}})
 
 
-def test_a_run_goes_on_where_another_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_continues_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "measure_case", no_measurement)
     command = ["--device", "cpu", "--quick", "--out", str(tmp_path)]
     assert gpu.main([*command, "--first", "3"]) == 0
     assert len(written(tmp_path)["rows"]) == 3
     assert gpu.main([*command, "--skip", "3"]) == 0
     names = [(tuple(row["shape"]), row["dtype"]) for row in written(tmp_path)["rows"]]
-    assert names == [(case.shape, str(case.dtype)[6:]) for case in gpu_cases.QUICK]
+    assert names == [(case.shape, str(case.dtype)[6:]) for case in GPU_QUICK_CASES]
     assert gpu.main([*command, "--first", "1"]) == 0  # begins anew
     assert len(written(tmp_path)["rows"]) == 1
 
@@ -96,9 +110,9 @@ def test_a_run_goes_on_where_another_ended(tmp_path: Path, monkeypatch: pytest.M
 def test_an_interrupted_run_is_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
 ) -> None:
-    def interrupted(case: Case, *others: object) -> Iterator[gpu_table.Row]:
+    def interrupted(case: Case, *others: object) -> Iterator[Row]:
         yield from no_measurement(case)
-        if case == gpu_cases.QUICK[1]:
+        if case == GPU_QUICK_CASES[1]:
             os.kill(os.getpid(), number)
 
     monkeypatch.setattr(gpu, "measure_case", interrupted)
@@ -112,25 +126,25 @@ def test_an_interrupted_run_is_reported(
 
 
 def test_a_lost_gpu_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An error does not, as long as the device answers."""
+    """An error does not, as long as the device responds."""
     answers = iter([True, False])
 
-    def fails(*arguments: object) -> Iterator[gpu_table.Row]:
+    def fails(*arguments: object) -> Iterator[Row]:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
         yield {}
 
     monkeypatch.setattr(gpu, "measure_case", fails)
-    monkeypatch.setattr(gpu, "usable", lambda device: next(answers))
+    monkeypatch.setattr(measure, "device_usable", lambda device: next(answers))
     assert gpu.main(["--device", "cpu", "--quick", "--out", str(tmp_path)]) == 1
     result = written(tmp_path)
     assert len(result["rows"]) == 1 and "context is lost" in result["stopped"]
 
 
 def test_first_cases() -> None:
-    cases = gpu_cases.all_cases()
+    cases = gpu_cases()
     assert len(set(cases)) == len(cases)
     shapes = {case.shape for case in cases[:24]}
-    assert shapes == {*gpu_cases.LONG, *gpu_cases.TELLING}
+    assert shapes == {*ALIGNMENT_SHAPES, *FIRST_SHAPES}
 
 
 def test_smoke(tmp_path: Path, one_thread: None, name: str) -> None:
@@ -139,7 +153,7 @@ def test_smoke(tmp_path: Path, one_thread: None, name: str) -> None:
     checked = [line for line in lines if line["step"] == "case"]
     assert name.split()[-1].replace("fused", "") in {line["backend"] for line in checked}
     assert lines[-1]["wrong"] == 0
-    assert len(checked) % len(gpu_smoke.cases()) == 0
+    assert len(checked) % len(smoke_cases()) == 0
 
 
 def test_smoke_finds_a_wrong_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +163,7 @@ def test_smoke_finds_a_wrong_gradient(tmp_path: Path, monkeypatch: pytest.Monkey
         return right(x, *others, **options) + 1e-3 * (x - x.detach()).sum()
 
     monkeypatch.setattr(gpu_smoke, "class_balanced_loss", wrong)
-    monkeypatch.setattr(gpu_smoke, "cases", lambda: [gpu_smoke.Case((8, 10), torch.float32, {})])
+    monkeypatch.setattr(gpu_smoke, "smoke_cases", lambda: [SmokeCase((8, 10), torch.float32, {})])
     assert gpu_smoke.main([str(tmp_path), "--device", "cpu"]) == 1
 
 
@@ -187,7 +201,7 @@ def test_what_makes_a_library_stale(tmp_path: Path) -> None:
     library.write_bytes(b"code")
     stamp = setup.Stamp(path, library, "sources")
     assert not stamp.current(lambda: "tools", keep=False)
-    assert stamp.current(lambda: "tools", keep=True)  # nothing is known of it
+    assert stamp.current(lambda: "tools", keep=True)  # its origin is unknown
     stamp.write("tools")
     assert stamp.current(lambda: "tools", keep=False)
     assert not stamp.current(lambda: "others", keep=False)
@@ -215,42 +229,51 @@ def test_digest_of_sources(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("preferred, other", [("cuda", "triton"), ("triton", "cuda")])
 def test_who_takes_part(monkeypatch: pytest.MonkeyPatch, preferred: str, other: str) -> None:
-    """On a GPU every backend that is there, the default's first."""
-    case, device = gpu_cases.COMPILED[0], torch.device("cuda")
+    """On a GPU every backend that is available, the default first."""
+    case, device = GPU_COMPILED_CASES[0], torch.device("cuda")
     monkeypatch.setattr(ops, "PREFERRED", preferred)
     monkeypatch.setattr(cuda, "device", "cuda")
     monkeypatch.setattr(kernels, "available", True)
-    assert [c.name for c in gpu_cases.fused(case, device)] == [
+    assert [c.name for c in gpu.fused(case, device)] == [
         f"fused {preferred}",
         f"fused {other}",
     ]
     monkeypatch.setattr(cuda, "device", None)
-    assert [c.name for c in gpu_cases.fused(case, device)] == ["fused triton"]
+    assert [c.name for c in gpu.fused(case, device)] == ["fused triton"]
     monkeypatch.setattr(kernels, "available", False)
-    assert [c.name for c in gpu_cases.fused(case, device)] == ["fused"]
+    assert [c.name for c in gpu.fused(case, device)] == ["fused"]
 
 
 def test_table_of_two_backends() -> None:
-    """Each has a column, rivals are held to the default's, which comes first."""
+    """Each has a column; rivals are compared with the default, which comes first."""
     ms = {"fused cuda": 2.0, "fused triton": 3.0, "eager ce_none": 8.0, "copy": 1.0}
     weighted = {"weighted cuda": 4.0, "weighted triton": 1.0, "cross_entropy": 6.0}
     results = {
         name: {"outcome": None, "median_ms": each, "host_us": each}
         for name, each in (ms | weighted).items()
     }
-    case = gpu_cases.COMPILED[0]
-    rows = [gpu.as_row(case, title, results) for title in (gpu_table.TRAIN, gpu_table.GRAPH)]
-    even = gpu.as_row(case._replace(shape=gpu_table.EVEN), gpu_table.TRAIN, results)
-    line = gpu_table.cells(rows[0], rows)
-    want = {"cuda ms": "2", "triton ms": "3", "triton / cuda": "1.50", "graph ms": "2, 3"}
-    want |= {"forward ms": "-, -", "eager / fused": "4.00 ce_none", "cross_entropy / fused": "1.50"}
-    want |= {"% of copy": "50, 33", "floor ms": "1", "% of floor": "50, 33", "host µs": "2, 3, 8"}
-    assert {key: line[key] for key in want} == want
-    (found,) = gpu_table.misaligned([*rows, even], gpu_table.TRAIN)
+    case = GPU_COMPILED_CASES[0]
+    rows = [case.row(title, results) for title in (TRAIN, GRAPH)]
+    even = case._replace(shape=ALIGNED).row(TRAIN, results)
+    line = report.gpu_cells(rows[0], rows)
+    expected = {"cuda ms": "2", "triton ms": "3", "triton / cuda": "1.50", "graph ms": "2, 3"}
+    expected |= {
+        "forward ms": "-, -",
+        "eager / fused": "4.00 ce_none",
+        "cross_entropy / fused": "1.50",
+    }
+    expected |= {
+        "% of copy": "50, 33",
+        "floor ms": "1",
+        "% of floor": "50, 33",
+        "host µs": "2, 3, 8",
+    }
+    assert {key: line[key] for key in expected} == expected
+    (found,) = report.cost_of_alignment([*rows, even], TRAIN)
     assert found.endswith(": float32 softmax 0: cuda 1.00, triton 1.00")
 
 
 def test_floors_of_the_page() -> None:
-    found = floors.floors()
-    assert found[floors.key((4096, 8142), "bfloat16", "softmax 0")].memory == 44.5
-    assert floors.key((8, 19, 512, 512), "float32", "sigmoid 0.5") in found
+    found = report.floors()
+    assert found[report.floor_key((4096, 8142), "bfloat16", "softmax 0")].memory == 44.5
+    assert report.floor_key((8, 19, 512, 512), "float32", "sigmoid 0.5") in found

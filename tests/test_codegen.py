@@ -13,8 +13,8 @@ pytest.importorskip("triton")
 from support.backends import INTERPRETED
 from support.marks import name_of
 
-from bench import sass, tricks
-from bench.codegen import (
+from bench.machine_code import sass, tricks
+from bench.machine_code.codegen import (
     CLASSES,
     DTYPES,
     FAMILIES,
@@ -252,7 +252,7 @@ def test_float64_compiles(activation, gamma, shape):
 
 @pytest.mark.parametrize("side", tricks.FOLDERS)
 def test_what_the_tricks_undo_is_there(side):
-    """bench.tricks takes minutes: nobody runs it after every change of a source."""
+    """bench.machine_code.tricks takes minutes: nobody runs it after every change of a source."""
     for trick in {"CUDA": tricks.CUDA, "Triton": tricks.TRITON}[side]:
         text = (tricks.ROOT / tricks.FOLDERS[side] / trick.file).read_text()
         assert trick.line in text, trick.name

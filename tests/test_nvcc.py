@@ -15,7 +15,7 @@ pytest.importorskip("triton")  # for its cuobjdump
 from support.backends import DEVICE, INTERPRETED
 
 import setup
-from bench import nvcc, sass
+from bench.machine_code import nvcc, sass
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from support.backends import DEVICE, loss_and_grad
 from support.oracle import sample
 
-from bench import presets
+from bench import losses
+from bench.cases import preset_data
 from cbloss_fused import class_balanced_loss, ldam_margin, logit_adjustment
 
 COUNTS = torch.logspace(3, 0, 10, dtype=torch.float64).round()
@@ -39,7 +40,7 @@ def test_logit_adjustment_and_balanced_softmax(backend, tau):
     torch.testing.assert_close(bias.double(), prior, rtol=1e-6, atol=0)
     assert_same(
         backend,
-        lambda x: F.cross_entropy(x + bias.double().to(DEVICE), target),
+        lambda x: F.cross_entropy(losses.adjusted_logits(x, bias.double().to(DEVICE)), target),
         {"logit_bias": bias.to(DEVICE)},
         logits,
         target,
@@ -51,13 +52,11 @@ def test_ldam(backend):
     logits, target, weight = data()
     cosine = F.normalize(logits, dim=1)
     margin = ldam_margin(COUNTS, max_margin=0.5)
-    want = COUNTS**-0.25 * (0.5 / (COUNTS**-0.25).max())
-    torch.testing.assert_close(margin.double(), want, rtol=1e-6, atol=0)
+    torch.testing.assert_close(margin.double(), losses.ldam_margins(COUNTS), rtol=1e-6, atol=0)
     margin = margin.to(DEVICE)
 
     def ldam(x):
-        z = 30 * (x - F.one_hot(target, 10) * margin.double()[target].unsqueeze(1))
-        return F.cross_entropy(z, target, weight)
+        return F.cross_entropy(losses.ldam_logits(x, target, margin.double()), target, weight)
 
     options = {"margin": margin, "logit_scale": 30.0, "reduction": "weighted_mean"}
     assert_same(backend, ldam, options, cosine, target, weight)
@@ -71,11 +70,7 @@ def test_asymmetric_loss(backend, gammas, clip):
     t = F.one_hot(target, 10)
 
     def asymmetric(x):
-        p = torch.sigmoid(x)
-        p_m = (p - clip).clamp(min=0)
-        positive = torch.sigmoid(-x) ** gammas[0] * -F.logsigmoid(x)
-        negative = p_m.clamp(min=1e-30) ** gammas[1] * -torch.log1p(-p_m.clamp(max=1 - 1e-15))
-        return (t * positive + (1 - t) * negative).sum() / len(target)
+        return losses.asymmetric(x, t, *gammas, clip) / len(target)
 
     options = {"activation": "sigmoid", "gamma": gammas[0], "gamma_neg": gammas[1], "clip": clip}
     assert_same(backend, asymmetric, options, logits.clamp(-12, 12), target)
@@ -89,10 +84,7 @@ def test_alpha_balanced_focal_loss(backend, gamma, alpha):
     t = F.one_hot(target, 131).double()
 
     def focal(x):
-        nll = F.binary_cross_entropy_with_logits(x, t, reduction="none")
-        p_t = torch.exp(-nll)
-        alpha_t = alpha * t + (1 - alpha) * (1 - t)
-        return (alpha_t * (1 - p_t) ** gamma * nll).sum() / len(target)
+        return losses.sigmoid_focal(x, t, gamma, alpha) / len(target)
 
     options = {"activation": "sigmoid", "gamma": gamma, "alpha": alpha}
     assert_same(backend, focal, options, logits.clamp(-12, 12), target)
@@ -101,9 +93,9 @@ def test_alpha_balanced_focal_loss(backend, gamma, alpha):
 @pytest.mark.skipif(DEVICE != "cpu", reason="their packages are compared once, on the CPU")
 def test_every_line_of_the_migration_table():
     """balanced-loss, where it is installed, and PyTorch's own, in float32."""
-    x, y, t = presets.data()
-    for preset in presets.presets(y, t):
-        loss, grad = presets.difference(preset, x)
+    x, y, t = preset_data()
+    for preset in losses.presets(y, t):
+        loss, grad = losses.difference(preset, x)
         assert loss < 1e-6, preset.theirs
         assert grad < 1e-5, preset.theirs
 

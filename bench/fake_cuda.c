@@ -1,4 +1,4 @@
-// A libcuda.so.1 that launches nothing: Triton's own launcher runs on it unchanged, without a GPU.
+// A libcuda.so.1 whose launches do nothing: Triton's launcher runs on it unchanged, without a GPU.
 #include <stddef.h>
 typedef int Result;
 typedef unsigned long long Pointer;

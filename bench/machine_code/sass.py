@@ -1,4 +1,4 @@
-"""Machine code of compiled kernels, counted: no GPU, only tools that Triton brings."""
+"""Read and count the machine code of compiled kernels, with the tools that Triton ships."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 class Counts(NamedTuple):
-    """What a thread executes between two points, or all that stands in a kernel."""
+    """Instructions of a part of a kernel."""
 
     all: int
-    special: int  # MUFU: ex2, lg2, rcp, rsq; 16 a clock and multiprocessor, beside 128 others
+    special: int  # MUFU (ex2, lg2, rcp, rsq): 16 lanes per clock, other instructions 128
     loads: int  # of 16 bytes
     stores: int  # of 16 bytes
     loads_small: int
@@ -27,14 +27,14 @@ class Counts(NamedTuple):
 
 
 class Code(NamedTuple):
-    """A kernel's SASS and what the assembler says of it."""
+    """A kernel's instructions and the resources that the assembler reports."""
 
     straight: Counts  # outside loops
     loops: list[Counts]  # in order
-    interior: Counts  # what a thread executes that has no edge and no target, once through a loop
-    registers: int
-    stack: int  # bytes a thread; 0: no spills
-    shared: int  # bytes a block
+    interior: Counts  # the path of a thread without a row's edge or target; each loop once
+    registers: int  # per thread
+    stack: int  # bytes per thread; 0: no spills
+    shared: int  # bytes per block
     local: int  # loads and stores of local memory: spills
 
 
@@ -48,7 +48,7 @@ def read(kernel: Any) -> Code:
 
 
 def read_library(path: Path) -> dict[str, Code]:
-    """Disassemble all kernels of a library, or of what else cuobjdump reads, by their C++ names."""
+    """Disassemble all kernels of a file that cuobjdump reads, keyed by their C++ names."""
     usage = dict(re.findall(r"Function (\S+):\n\s*(.*)", _run("-res-usage", str(path))))
     parts = _run("-sass", str(path)).split("Function : ")[1:]
     names = [part.split(maxsplit=1)[0] for part in parts]
@@ -97,27 +97,29 @@ def _usage(text: str, key: str) -> int:
 
 
 def _loops(code: list[tuple[int, str]]) -> list[tuple[int, int]]:
-    """First and last instruction of what is branched back over, but for the end's own loop."""
+    """First and last instruction of each outermost loop: what a branch jumps back over."""
     index = {address: i for i, (address, _) in enumerate(code)}
     found = []
     for i, (_, text) in enumerate(code):
         first = index.get(_target(text) or -1)
-        if first is not None and first < i:
+        if first is not None and first < i:  # not the endless loop that ends a kernel
             found.append((first, i))
     return [a for a in found if not any(b != a and b[0] <= a[0] and a[1] <= b[1] for b in found)]
 
 
 def _target(text: str) -> int | None:
+    """The address that a branch jumps to."""
     found = re.search(r"BRA.*?(0x[0-9a-f]+)", text)
     return int(found[1], 16) if found else None
 
 
 def _interior(code: list[tuple[int, str]]) -> list[str]:
-    """The path past what few threads do, loops once.
+    """The instructions of most threads, each loop once.
 
-    A branch over code is taken if that holds no vector access but small ones (an edge, the target),
-    an integer division, or neither accesses nor special functions. Of two sides the shorter is
-    taken: all vectors are there, logits are of usual size.
+    A branch that skips code is taken if few threads need that code: it has small accesses but no
+    16-byte ones (a row's edge, the target), an integer division, or neither accesses nor special
+    functions. Of an if and its else the shorter one is taken, which serves complete vectors and
+    logits of usual size.
     """
     index = {address: i for i, (address, _) in enumerate(code)}
     path, i = [], 0
@@ -138,6 +140,7 @@ def _interior(code: list[tuple[int, str]]) -> list[str]:
 
 
 def _rare(region: list[str]) -> bool:
+    """Whether few threads execute this region."""
     names = [_name(text) for text in region]
     special = any(name.startswith("MUFU") for name in names)
     small = any(name.startswith(("LDG", "STG")) for name in names)
@@ -147,6 +150,7 @@ def _rare(region: list[str]) -> bool:
 
 
 def _name(text: str) -> str:
+    """The instruction without its predicate and operands."""
     return re.sub(r"^@!?U?P[\dT]+\s+", "", text).split()[0]
 
 

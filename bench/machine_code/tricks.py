@@ -1,7 +1,7 @@
-"""What each trick of the GPU kernels saves: `python -m bench.tricks`, without a GPU.
+"""What each trick of the GPU kernels saves: `python -m bench.machine_code.tricks`. Needs no GPU.
 
-Each is undone in a copy of the sources, which is compiled for sm_90 and counted: bfloat16, 8142
-classes unless the trick says otherwise. The table is part of docs/kernels.md.
+Each trick is undone in a copy of the sources, which is then compiled for sm_90 and counted, for
+bfloat16 and 8142 classes unless the trick says otherwise. docs/kernels.md shows the table.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ import setup
 
 from . import sass
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SOFTMAX = "softmax_rows<__nv_bfloat16, false, 128, 8>"
 SIGMOID = "sigmoid_rows<__nv_bfloat16, (cbloss::Gamma){}, false, 128, 4, true>"
-WARP_A_ROW = "softmax_rows<__nv_bfloat16, false, 32, 4>"
+WARP_PER_ROW = "softmax_rows<__nv_bfloat16, false, 32, 4>"
 ZERO, HALF, ANY = (SIGMOID.format(kind) for kind in (0, 1, 4))
 
 
 class Trick(NamedTuple):
-    """A line of a source, what stands there without the trick, and the kernel that is counted."""
+    """A trick, how to undo it in a source file, and the kernel whose instructions it saves."""
 
     name: str
     file: str
-    line: str
-    without: str
+    line: str  # text of the file
+    without: str  # what replaces the text to undo the trick
     kernel: str
-    without_kernel: str = ""  # where another one serves without it
+    without_kernel: str = ""  # the kernel without the trick, if it is another one
 
 
 CUDA = (
@@ -49,13 +49,13 @@ CUDA = (
           "if constexpr (IS_HALF<S>) {\n    using", "if constexpr (false) {\n    using", SOFTMAX),
     Trick("z - M and the factor log2 e in one multiply-add", "softmax.cuh",
           "return ex2(fmaf(z, LOG2E, -c));", "return ex2((z - c * LN2) * LOG2E);", SOFTMAX),
-    Trick("one special function a division", "numbers.cuh",
+    Trick("one special function per division", "numbers.cuh",
           "CB_FN float divide(float a, float b) { return a * rcp(b); }",
           "CB_FN float divide(float a, float b) { return a / b; }", SOFTMAX),
-    Trick("up to 2048 classes one warp a row, 1000: no barrier", "rows.cu",
+    Trick("up to 2048 classes one warp per row (here 1000): no barrier", "rows.cu",
           "if (a.C <= WARP * MEDIUM) return held<GENERAL, WARP, MEDIUM>(a, device);",
           "if (a.C <= WARP * MEDIUM) return held<GENERAL, 128, SMALL / 2>(a, device);",
-          WARP_A_ROW, "softmax_rows<__nv_bfloat16, false, 128, 1>"),
+          WARP_PER_ROW, "softmax_rows<__nv_bfloat16, false, 128, 1>"),
     Trick("gamma 0: one logarithm of a product", "../row_math.h",
           "      if constexpr (!SMOOTH) return softplus.add(z);\n",
           "      if constexpr (!SMOOTH) { const auto e = sigmoid_element<G, SHORT>(z, f.gamma);"
@@ -69,7 +69,7 @@ CUDA = (
           "c = a > b || a != a ? a : b;", HALF),
 )  # fmt: skip
 TRITON = (
-    Trick("one special function a division", "rows.py",
+    Trick("one special function per division", "rows.py",
           "        root = tl.rsqrt(x)\n        return root * root", "        return 1.0 / x",
           "sigmoid_rows g=0"),
     Trick("gamma 0: one logarithm of a product", "sigmoid.py",
@@ -89,7 +89,7 @@ Counts = Callable[[Path, str], tuple[float, float]]
 
 
 def cuda(sources: Path, kernel: str) -> tuple[float, float]:
-    """Instructions and special functions an element; of rows.cu in a copy of the repository."""
+    """Instructions and special functions per element of a kernel of rows.cu in `sources`."""
     nvcc = setup.find_nvcc()
     assert nvcc is not None
     cubin = sources / "rows.cubin"
@@ -101,7 +101,8 @@ def cuda(sources: Path, kernel: str) -> tuple[float, float]:
 
 
 def triton(sources: Path, kernel: str) -> tuple[float, float]:
-    command = [sys.executable, "-m", "bench.codegen", "--classes", "8142", "--json"]
+    """Instructions and special functions per element of a Triton kernel in `sources`."""
+    command = [sys.executable, "-m", "bench.machine_code.codegen", "--classes", "8142", "--json"]
     done = subprocess.run(
         command, capture_output=True, text=True, check=True, cwd=sources,
         env=os.environ | {"PYTHONPATH": str(sources)},
@@ -110,18 +111,18 @@ def triton(sources: Path, kernel: str) -> tuple[float, float]:
     return lines[0]["instructions"], lines[0]["special"]
 
 
-def measured(trick: Trick | None, folder: str, count: Counts, kernel: str) -> tuple[float, float]:
-    """The counts of a kernel, of the sources as they are or without a trick."""
-    with tempfile.TemporaryDirectory() as place:
+def counted(trick: Trick | None, folder: str, count: Counts, kernel: str) -> tuple[float, float]:
+    """The counts of a kernel in a copy of the repository, without the trick if one is given."""
+    with tempfile.TemporaryDirectory() as sources:
         for part in ("csrc", "cbloss_fused", "bench"):
-            shutil.copytree(ROOT / part, Path(place) / part)
-        shutil.copy(ROOT / "setup.py", place)
+            shutil.copytree(ROOT / part, Path(sources) / part)
+        shutil.copy(ROOT / "setup.py", sources)
         if trick is not None:
-            path = Path(place) / folder / trick.file
+            path = Path(sources) / folder / trick.file
             text = path.read_text()
             assert trick.line in text, f"{trick.name}: {trick.file} has no such line"
             path.write_text(text.replace(trick.line, trick.without))
-        return count(Path(place), kernel)
+        return count(Path(sources), kernel)
 
 
 def main() -> None:
@@ -131,22 +132,18 @@ def main() -> None:
 
 
 def compare(side: str, tricks: tuple[Trick, ...], count: Counts) -> None:
-    """Rows of the table: instructions / special functions an element."""
+    """Print rows of the table: instructions / special functions per element."""
     jobs: list[tuple[Trick | None, str]] = [(None, k) for k in {t.kernel for t in tricks}]
     jobs += [(trick, trick.without_kernel or trick.kernel) for trick in tricks]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        counts = dict(
-            zip(jobs, pool.map(lambda job: measured(job[0], FOLDERS[side], count, job[1]), jobs),
-                strict=True)
-        )  # fmt: skip
+        results = pool.map(lambda job: counted(job[0], FOLDERS[side], count, job[1]), jobs)
+        counts = dict(zip(jobs, results, strict=True))
     for trick in tricks:
-        before, after = (
-            counts[trick, trick.without_kernel or trick.kernel],
-            counts[None, trick.kernel],
-        )
+        without = counts[trick, trick.without_kernel or trick.kernel]
+        with_it = counts[None, trick.kernel]
         print(
             f"| {side} | {trick.name} | {label(trick.kernel)} | "
-            f"{before[0]:.1f} / {before[1]:.2f} | {after[0]:.1f} / {after[1]:.2f} |"
+            f"{without[0]:.1f} / {without[1]:.2f} | {with_it[0]:.1f} / {with_it[1]:.2f} |"
         )
 
 

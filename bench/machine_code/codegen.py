@@ -1,6 +1,7 @@
-"""What the GPU kernels compile to, counted without a GPU: `python -m bench.codegen`.
+"""What the Triton kernels compile to: `python -m bench.machine_code.codegen`. Needs no GPU.
 
-The kernels of a call are recorded instead of launched, compiled ahead of time and disassembled.
+The launches of a call are recorded instead of executed; their kernels are compiled ahead of time,
+disassembled and counted.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from cbloss_fused import kernels, ops
 from cbloss_fused.call import formula
 
+from ..report import markdown_table
 from . import sass
 
 TARGETS = {
@@ -29,12 +31,12 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-NAMES = DTYPES | {torch.float64: "fp64", torch.int64: "i64"}
-TYPES = {"tl.int32": "i32", "tl.int64": "i64", "tl.float64": "fp64"}
+POINTER_TYPES = DTYPES | {torch.float64: "fp64", torch.int64: "i64"}
 CLASSES = (1000, 8142, 8192, 32768, 131072)
+LIGER_CLASSES = (8142, 8192)
 FAMILIES = [("softmax", 0.0), *(("sigmoid", gamma) for gamma in (0.0, 0.5, 1.0, 2.0, 1.5))]
-SMS, CLOCK = {"H100": 132, "H200": 132}, 1.7e9  # multiprocessors; Hz, sustained
-ISSUE, SPECIAL = 128, 16  # a clock and multiprocessor
+H100_SMS, CLOCK = 132, 1.7e9  # multiprocessors; Hz, sustained
+ISSUE, SPECIAL = 128, 16  # lanes per clock and multiprocessor: all instructions; MUFU
 
 
 class Launch(NamedTuple):
@@ -45,7 +47,7 @@ class Launch(NamedTuple):
     types: tuple[str | None, ...]  # of the pointers
     constants: tuple[Any, ...]
     warps: int
-    registers: int | None = None  # at most so many a thread
+    registers: int | None = None  # limit per thread
 
     @property
     def name(self) -> str:
@@ -55,7 +57,7 @@ class Launch(NamedTuple):
         return self.constants[self.kernel.arg_names.index(name) - len(self.kernel.arg_names)]
 
     def elements(self, warp: int = 32) -> float:
-        """Of a tile, a thread."""
+        """Elements of a tile that one thread holds."""
         names = self.kernel.arg_names
         first, second = ("ROWS", "BLOCK_C") if "ROWS" in names else ("V", "VEC")
         return self.constant(first) * self.constant(second) / (self.warps * warp)
@@ -63,22 +65,21 @@ class Launch(NamedTuple):
 
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
-    """Within, launches are written down and not done."""
-    launcher, launches = kernels.load(), []
+    """A context in which launches are recorded and not executed."""
+    launcher, found = kernels.load(), list[Launch]()
     original = launcher.run
 
     def record(plan: Any, tensors: tuple[Tensor | None, ...], like: Tensor) -> None:
         for step in plan.steps:
-            types = [None if p is None else f"*{NAMES[p.dtype]}" for p in step.pick(tensors)]
-            launches.append(
-                Launch(
-                    step.kernel, step.grid, tuple(types), step.constants, step.warps, step.registers
-                )
+            pointers = step.pick(tensors)
+            types = tuple(None if p is None else f"*{POINTER_TYPES[p.dtype]}" for p in pointers)
+            found.append(
+                Launch(step.kernel, step.grid, types, step.constants, step.warps, step.registers)
             )
 
     launcher.run = record
     try:
-        yield launches
+        yield found
     finally:
         launcher.run = original
 
@@ -88,7 +89,10 @@ def launches(
     grad: bool = True, weight: bool = True, recompute: bool = False, bias: bool = False,
     dense: bool = False, **options: Any,
 ) -> list[Launch]:  # fmt: skip
-    """Of one forward, or of a recomputing backward, with every row's options in use."""
+    """The launches of a forward, or of a backward that recomputes the gradient.
+
+    `bias` adds logit_bias and margin, `dense` targets in the logits' shape.
+    """
     logits = torch.empty(shape, dtype=dtype, device="meta")
     target = torch.empty(shape[:1] + shape[2:], dtype=torch.int64, device="meta")
     if dense:
@@ -113,7 +117,7 @@ def launches(
 
 @cache
 def compiled(launch: Launch, target: GPUTarget) -> Any:
-    """The kernel of a launch, compiled for a GPU that need not be there."""
+    """The kernel of a launch, compiled ahead of time."""
     signature: dict[str, str | None] = {}
     constants: dict[str, Any] = {}
     position = len(launch.kernel.arg_names) - len(launch.constants)
@@ -136,7 +140,7 @@ def compiled(launch: Launch, target: GPUTarget) -> Any:
 
 
 def row_kernel(found: list[Launch]) -> list[Launch]:
-    """Those that see the logits: neither prologue nor epilogue."""
+    """The launches that read the logits: neither prologue nor epilogue."""
     return [launch for launch in found if launch.name not in ("prologue", "epilogue")]
 
 
@@ -149,16 +153,16 @@ class Line(NamedTuple):
     target: str
     registers: int
     shared: int
-    instructions: float  # an element: a whole tile's, or a loop's
-    special: float
-    outside: int  # instructions once a row, where there is a loop
+    instructions: float  # per element, of a whole tile or of the loops
+    special: float  # per element
+    outside: int  # instructions outside the loops, once per row; 0 without a loop
     loads: int
     stores: int
 
     def floors(self, bandwidth: float) -> tuple[float, float, float]:
-        """Nanoseconds a million elements: memory, issue, special functions."""
+        """Least nanoseconds per million elements: memory, all instructions, special functions."""
         itemsize = 4 if self.dtype == "fp32" else 2
-        rate = SMS["H100"] * CLOCK
+        rate = H100_SMS * CLOCK
         return (
             2e6 * itemsize / bandwidth * 1e9,
             1e6 * self.instructions / (rate * ISSUE) * 1e9,
@@ -168,14 +172,21 @@ class Line(NamedTuple):
 
 def line(launch: Launch, C: int, dtype: torch.dtype, target: str, label: str) -> Line:
     code = sass.read(compiled(launch, TARGETS[target]))
-    n = launch.elements()
-    big = [loop for loop in code.loops if loop.loads or loop.stores]
-    parts = big or [code.straight]
+    loops = [loop for loop in code.loops if loop.loads or loop.stores]
+    outside = code.straight.all if loops else 0
+    parts = loops or [code.straight]
+    return counted(label, C, dtype, target, code, parts, launch.elements(), outside)
+
+
+def counted(
+    label: str, C: int, dtype: torch.dtype, target: str, code: sass.Code,
+    parts: list[sass.Counts], elements: float, outside: int,
+) -> Line:  # fmt: skip
+    """A row of the table; `parts` are executed once per `elements` of a thread."""
     return Line(
         label, C, DTYPES[dtype], target, code.registers, code.shared,
-        sum(part.all for part in parts) / n, sum(part.special for part in parts) / n,
-        code.straight.all if big else 0,
-        sum(part.loads for part in parts), sum(part.stores for part in parts),
+        sum(part.all for part in parts) / elements, sum(part.special for part in parts) / elements,
+        outside, sum(part.loads for part in parts), sum(part.stores for part in parts),
     )  # fmt: skip
 
 
@@ -188,63 +199,57 @@ def table(target: str, classes: tuple[int, ...]) -> Iterator[Line]:
                     yield line(launch, C, dtype, target, label)
 
 
-def liger(C: int, dtype: torch.dtype) -> Launch | None:
-    """Liger-Kernel's cross-entropy as it is launched for (N, C) with class weights."""
+# Liger-Kernel's cross-entropy, for comparison -----------------------------------------------------
+
+LIGER_WARPS = 32
+LIGER_CONSTANTS = {
+    "lse_square_scale": 0.0, "label_smoothing": 0.0, "reduction": "mean",
+    "RETURN_Z_LOSS": 0, "RETURN_TOKEN_ACCURACY": 0, "RETURN_PREDICTED_TOKENS": 0,
+    "HAS_WEIGHT": True, "HAS_SOFTCAPPING": False, "HAS_GRADIENTS": True,
+}  # fmt: skip
+LIGER_TYPES = {
+    "Y_ptr": "*i64", "weight_ptr": "*fp32", "loss_ptr": "*fp32",
+    "n_non_ignore": "i64", "sum_non_ignore_weight": "fp32", "weight_sum": "fp32",
+}  # fmt: skip
+
+
+def liger_line(C: int, dtype: torch.dtype, target: str) -> Line | None:
+    """Its kernel as it is launched for (N, C) with class weights; None if it is not installed."""
     try:
         from liger_kernel.ops.cross_entropy import liger_cross_entropy_kernel as kernel
     except ImportError:
         return None
-    values = {
-        "lse_square_scale": 0.0, "label_smoothing": 0.0, "reduction": "mean",
-        "RETURN_Z_LOSS": 0, "RETURN_TOKEN_ACCURACY": 0, "RETURN_PREDICTED_TOKENS": 0,
-        "BLOCK_SIZE": min(32768, triton.next_power_of_2(C)), "HAS_WEIGHT": True,
-        "HAS_SOFTCAPPING": False, "HAS_GRADIENTS": True,
-    }  # fmt: skip
-    return Launch(kernel, (4096,), (), tuple(values.items()), 32)
-
-
-def liger_line(C: int, dtype: torch.dtype, target: str) -> Line | None:
-    launch = liger(C, dtype)
-    if launch is None:
-        return None
-    values = dict(launch.constants)
+    block = min(32768, triton.next_power_of_2(C))
+    constants: dict[str, Any] = LIGER_CONSTANTS | {"BLOCK_SIZE": block}
+    types = LIGER_TYPES | {"X_ptr": f"*{DTYPES[dtype]}"}
     signature: dict[str, str | None] = {}
     divisible: dict[tuple[int], Any] = {}
-    types: dict[str, str | None] = {
-        "X_ptr": f"*{DTYPES[dtype]}",
-        "Y_ptr": "*i64",
-        "weight_ptr": "*fp32",
-    }
-    types |= {"loss_ptr": "*fp32", "softcap": None, "n_non_ignore": "i64"}
-    types |= {"sum_non_ignore_weight": "fp32", "weight_sum": "fp32"}
-    for i, param in enumerate(launch.kernel.params):
+    for i, param in enumerate(kernel.params):
         name = param.name
-        if name in values:
+        if name in constants:
             signature[name] = "constexpr"
-        elif name in types and types[name] is not None:
+        elif name in types:
             signature[name] = types[name]
         elif name.endswith("_ptr") or name == "softcap":
-            signature[name], values[name] = "constexpr", None
+            signature[name], constants[name] = "constexpr", None
         else:
             signature[name] = "i32"
         aligned = name in ("X_ptr", "Y_ptr", "weight_ptr", "loss_ptr")
         if aligned or (name in ("X_stride", "n_cols") and C % 16 == 0):
             divisible[(i,)] = [["tt.divisibility", 16]]
-    source = triton.compiler.ASTSource(launch.kernel, signature, values, divisible)
-    options = {"num_warps": launch.warps, "enable_fp_fusion": True}
-    kernel = triton.compile(source, target=TARGETS[target], options=options)
-    code = sass.read(kernel)
-    n = values["BLOCK_SIZE"] / (launch.warps * 32)
-    parts = [part for part in code.loops if part.special or part.stores or part.stores_small]
-    return Line(
-        "Liger cross_entropy", C, DTYPES[dtype], target, code.registers, code.shared,
-        sum(part.all for part in parts) / n, sum(part.special for part in parts) / n,
-        code.straight.all, sum(p.loads for p in parts), sum(p.stores for p in parts),
-    )  # fmt: skip
+    source = triton.compiler.ASTSource(kernel, signature, constants, divisible)
+    options = {"num_warps": LIGER_WARPS, "enable_fp_fusion": True}
+    code = sass.read(triton.compile(source, target=TARGETS[target], options=options))
+    loops = [loop for loop in code.loops if loop.special or loop.stores or loop.stores_small]
+    elements = block / (LIGER_WARPS * 32)
+    name, outside = "Liger cross_entropy", code.straight.all
+    return counted(name, C, dtype, target, code, loops, elements, outside)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="bench.codegen", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="bench.machine_code.codegen", description=__doc__.split("\n")[0]
+    )
     parser.add_argument("--target", choices=[t for t in TARGETS if t != "gfx942"], default="sm_90")
     parser.add_argument("--classes", type=int, nargs="*", default=CLASSES)
     parser.add_argument("--bandwidth", type=float, default=3.0e12, help="bytes/s of a copy")
@@ -252,8 +257,8 @@ def main() -> None:
     arguments = parser.parse_args()
     lines = list(table(arguments.target, tuple(arguments.classes)))
     for dtype in (torch.bfloat16, torch.float32):
-        rival = [liger_line(C, dtype, arguments.target) for C in (8142, 8192)]
-        lines += [each for each in rival if each is not None]
+        liger = [liger_line(C, dtype, arguments.target) for C in LIGER_CLASSES]
+        lines += [each for each in liger if each is not None]
     if arguments.json:
         print(json.dumps([each._asdict() for each in lines], indent=1))
         return
@@ -261,25 +266,31 @@ def main() -> None:
 
 
 def markdown(lines: list[Line], bandwidth: float) -> str:
-    """The table; every floor in ns a million elements at 132 multiprocessors of 1.7 GHz."""
     title = (
-        f"# Machine code of the Triton kernels\n\n`python -m bench.codegen`, triton "
-        f"{triton.__version__}; floors at {SMS['H100']} multiprocessors of {CLOCK / 1e9} GHz and "
+        f"# Machine code of the Triton kernels\n\n`python -m bench.machine_code.codegen`, triton "
+        f"{triton.__version__}; floors at {H100_SMS} multiprocessors of {CLOCK / 1e9} GHz and "
         f"{bandwidth / 1e12} TB/s. Counted, not timed.\n"
     )
-    heads = (
-        "kernel", "C", "dtype", "target", "regs", "shared B", "instr/el", "MUFU/el",
-        "instr a row beside", "16 B loads, stores", "memory ns/M", "issue ns/M", "MUFU ns/M",
-    )  # fmt: skip
-    rows = [title, "| " + " | ".join(heads) + " |", "| " + " | ".join("---" for _ in heads) + " |"]
-    for x in lines:
-        floors = " | ".join(f"{floor:.0f}" for floor in x.floors(bandwidth))
-        rows.append(
-            f"| {x.kernel} | {x.C} | {x.dtype} | {x.target} | {x.registers} | {x.shared} | "
-            f"{x.instructions:.1f} | {x.special:.2f} | {x.outside or '-'} | "
-            f"{x.loads}, {x.stores} | {floors} |"
-        )
-    return "\n".join(rows)
+    return f"{title}\n{markdown_table([cells(line, bandwidth) for line in lines])}"
+
+
+def cells(line: Line, bandwidth: float) -> dict[str, str]:
+    memory, issue, special = line.floors(bandwidth)
+    return {
+        "kernel": line.kernel,
+        "C": str(line.C),
+        "dtype": line.dtype,
+        "target": line.target,
+        "regs": str(line.registers),
+        "shared B": str(line.shared),
+        "instr/el": f"{line.instructions:.1f}",
+        "MUFU/el": f"{line.special:.2f}",
+        "instr per row outside": str(line.outside or "-"),
+        "16 B loads, stores": f"{line.loads}, {line.stores}",
+        "memory ns/M": f"{memory:.0f}",
+        "issue ns/M": f"{issue:.0f}",
+        "MUFU ns/M": f"{special:.0f}",
+    }
 
 
 if __name__ == "__main__":
