@@ -250,7 +250,7 @@ def architectures(nvcc: str) -> list[str]:
 
 
 def build_cuda(library: Path, folder: Path) -> None:
-    """Compile csrc/cuda, rows.cu once a dtype, and link against torch or what stands in for it."""
+    """Compile csrc/cuda, dispatch.cu once per dtype, and link against torch or a stub of it."""
     torch, nvcc = find_torch(), find_nvcc()
     assert torch is not None
     assert nvcc is not None
@@ -267,7 +267,7 @@ def build_cuda(library: Path, folder: Path) -> None:
         subprocess.run(command, check=True)
         return str(target)
 
-    jobs = [("csrc/cuda/rows.cu", f"-DCBLOSS_DTYPE={dtype}", dtype) for dtype in CUDA_DTYPES]
+    jobs = [("csrc/cuda/dispatch.cu", f"-DCBLOSS_DTYPE={dtype}", dtype) for dtype in CUDA_DTYPES]
     jobs.append(("csrc/cuda/ops.cu", f'-DCBLOSS_ARCHITECTURES="{names}"', "ops"))
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(lambda job: compile_one(*job), jobs))
@@ -360,7 +360,7 @@ class BuildExtension(build_ext):
             )
 
         jobs = [
-            ("csrc/cpu/rows.cpp", name, [f"-DCBLOSS_ISA={name}", *flags])
+            ("csrc/cpu/kernels.cpp", name, [f"-DCBLOSS_ISA={name}", *flags])
             for name, flags in ISA_FLAGS.items()
         ]
         jobs += [(source, "ops", []) for source in ext.sources]
@@ -388,7 +388,7 @@ if __name__ == "__main__":
                     "csrc/module.cpp",
                     *(f"csrc/cpu/{name}.cpp" for name in ("ops", "isa", "stats")),
                 ],
-                depends=[*HEADERS, "csrc/cpu/rows.cpp"],
+                depends=[*HEADERS, "csrc/cpu/kernels.cpp"],
                 language="c++",
                 py_limited_api=True,
             )

@@ -177,7 +177,7 @@ def problem(case: Case, device: torch.device = CPU) -> Problem:
     return Problem(logits.requires_grad_(), target.reshape(rows).to(device), weight)
 
 
-def with_dense_targets(kind: str, given: Problem) -> Problem:
+def with_soft_targets(kind: str, given: Problem) -> Problem:
     """The same with "soft", "multi-hot" or "multi-hot, bool" targets in the logits' shape."""
     generator = torch.Generator().manual_seed(1)
     u = torch.rand(given.logits.shape, generator=generator)

@@ -45,7 +45,7 @@ from .cases import (
     class_counts,
     preset_data,
     problem,
-    with_dense_targets,
+    with_soft_targets,
 )
 from .losses import Implementation, LongTailLoss, case_options
 from .measure import CpuRun, Verdict
@@ -244,7 +244,7 @@ def family_line(each: LongTailLoss, case: Case, given: Problem, budget: float) -
     torch.compiler.reset()
     weighted = each.target == "index"  # eager PyTorch takes no weights with soft targets
     if not weighted:
-        given = with_dense_targets(each.target, given)
+        given = with_soft_targets(each.target, given)
 
     def fused(x: Tensor, y: Tensor, w: Tensor) -> Tensor:
         loss: Tensor = class_balanced_loss(

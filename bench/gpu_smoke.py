@@ -28,7 +28,8 @@ from bench.cases import ALIGNED, UNALIGNED, SmokeCase, smoke_cases
 from bench.losses import backends, reference_loss
 from bench.measure import device_usable
 from bench.result_files import append_line, start_lines
-from cbloss_fused import class_balanced_loss, cuda
+from cbloss_fused import class_balanced_loss
+from cbloss_fused.backends import REGISTRY
 
 HALF_SPACING = {torch.bfloat16: 2**-8, torch.float16: 2**-11}  # relative to the value
 SMALLEST = {torch.float16: 2**-24}  # its subnormal numbers are coarse
@@ -90,7 +91,7 @@ def machine(device: torch.device) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "gpu": torch.cuda.get_device_name() if gpu else "none",
         "capability": torch.cuda.get_device_capability() if gpu else None,
-        "missing": cuda.missing,
+        "missing": REGISTRY["cuda"].missing,
         "backends": cbloss_fused.backends(),
     }
 
@@ -126,7 +127,8 @@ def check(case: SmokeCase, device: torch.device, name: str) -> dict[str, Any]:
     expected.sum().backward()
     leaf, start = x.clone().requires_grad_(), time.perf_counter()
     logits = leaf * 1 if case.options.get("inplace") else leaf
-    loss = class_balanced_loss(logits, y, w, backend=name or None, **case.options)
+    options: dict[str, Any] = {"backend": name or None, **case.options}
+    loss = class_balanced_loss(logits, y, w, **options)
     loss.sum().backward()
     assert leaf.grad is not None and exact.grad is not None
     grad = leaf.grad.double()

@@ -17,7 +17,10 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cbloss_fused.backends import Backend
 
 FOLDER = Path(__file__).parent
 
@@ -41,18 +44,16 @@ def emulated() -> Path | None:
 
 
 def measure(path: str) -> None:
-    import torch
-
-    from cbloss_fused import kernels
+    from cbloss_fused.backends import REGISTRY
 
     counters = [fake_driver(path)]
-    cases = calls("triton", kernels.load().scale_gradient)
+    cases = calls(REGISTRY["triton"])
     library = emulated()
     if library is None:
         print("cuda: left out, g++ is missing")
     else:
         counters.append(idle(library))
-        cases |= calls("cuda", torch.ops.cbloss_fused._scale)
+        cases |= calls(REGISTRY["cuda"])
     for name, us in best(cases).items():
         before = sum(each.value for each in counters)
         cases[name]()
@@ -86,40 +87,43 @@ def fake_driver(path: str) -> ctypes.c_long:
 
 def idle(path: Path) -> ctypes.c_long:
     """Load the CUDA C++ operators without real launches; return their counter of launches."""
-    from cbloss_fused import cuda
+    from cbloss_fused.backends import load_cuda
 
-    cuda.load_from(path, "cpu")
+    load_cuda(path, "cpu")
     library = ctypes.CDLL(str(path))
     ctypes.c_int.in_dll(library, "emulated_idle").value = 1
     return ctypes.c_long.in_dll(library, "emulated_launches")
 
 
-def calls(backend: str, scale: Callable[..., Any]) -> dict[str, Callable[[], Any]]:
+def calls(backend: Backend) -> dict[str, Callable[[], Any]]:
     """The calls of a backend that are timed, by name."""
     import torch
 
-    from cbloss_fused import ops
-    from cbloss_fused.call import Inputs, formula
+    from cbloss_fused.arguments import Inputs
+    from cbloss_fused.buffers import new_loss
+    from cbloss_fused.options import Formula, Options
 
     x, y = torch.randn(32, 8142, dtype=torch.bfloat16), torch.randint(0, 8142, (32,))
     w = torch.rand(8142)
     loss, rows, grad = torch.empty(()), torch.empty(32), torch.empty_like(x)
-    numbers, operator = formula("sigmoid", 0.5).short(), ops.losses[backend]
+    numbers, operator = Formula.of(Options("sigmoid", 0.5)).numbers(), backend.loss
+    scale_gradient = backend.scale_gradient
+    assert scale_gradient is not None
     plain = (x, *Inputs(y), numbers, None)
     full = (x, *Inputs(y, w), numbers, -100)
 
     def allocated() -> None:
-        operator(*full, 1, ops.new_loss(x, y, 1), ops.co_aligned(x), None)
+        operator(*full, 1, new_loss(x, y, 1), backend.new_grad(x), None)
 
     named: dict[str, Callable[[], Any]] = {
         "operator, reduction none": lambda: operator(*plain, 0, rows, grad, None),
         "operator, mean": lambda: operator(*plain, 1, loss, grad, None),
         "operator, mean, weight, ignore_index": lambda: operator(*full, 1, loss, grad, None),
         "the same with new buffers": allocated,
-        "scaling of a stored gradient": lambda: scale(grad, loss, grad.numel()),
+        "scaling of a stored gradient": lambda: scale_gradient(grad, loss, grad.numel()),
         "for comparison: torch.empty_like(x)": lambda: torch.empty_like(x),
     }
-    return {f"{backend}: {name}": call for name, call in named.items()}
+    return {f"{backend.name}: {name}": call for name, call in named.items()}
 
 
 def best(

@@ -18,17 +18,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import cbloss_fused.cuda
 from cbloss_fused import (
     ClassBalancedLoss,
     class_balanced_loss,
     class_balanced_weights,
-    kernels,
     ldam_margin,
     logit_adjustment,
-    ops,
     reference,
 )
+from cbloss_fused.backends import REGISTRY
 
 from .cases import BETA, Case, class_counts
 
@@ -74,10 +72,12 @@ def backends(device: torch.device) -> list[str]:
 
     "" stands for a call without `backend`; it is left out on a GPU that has kernels.
     """
-    found = ["cuda"] * (cbloss_fused.cuda.device == device.type)
-    if kernels.available and (device.type == "cuda" or kernels.load().INTERPRETED):
-        found.append("triton")
-    found.sort(key=lambda name: name != ops.PREFERRED)
+    found = [
+        name
+        for name in ("cuda", "triton")
+        if device.type in REGISTRY[name].devices + REGISTRY[name].on_request
+        and REGISTRY[name].missing is None
+    ]
     return found if found and device.type == "cuda" else ["", *found]
 
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import setup
-from cbloss_fused import class_balanced_loss, cuda, kernels, ops
+from cbloss_fused import class_balanced_loss
+from cbloss_fused.backends import REGISTRY, load_cuda
 
 from . import gpu, gpu_smoke, measure, report
 from .cases import (
@@ -48,13 +49,13 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(params=("fused", "fused cuda"))
 def name(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Who takes part in a dry run: what the CPU has, or also the CUDA C++ kernels, emulated."""
-    monkeypatch.setattr(cuda, "device", cuda.device)
-    monkeypatch.setattr(cuda, "missing", cuda.missing)
+    monkeypatch.setitem(REGISTRY, "cuda", REGISTRY["cuda"])
     if request.param == "fused cuda":
-        library = None if cuda.device == "cuda" else emulated()
+        real = REGISTRY["cuda"].missing is None and REGISTRY["cuda"].devices == ("cuda",)
+        library = None if real else emulated()
         if library is None:
             pytest.skip("needs g++, and no GPU")
-        cuda.load_from(library, "cpu")
+        load_cuda(library, "cpu")
     return request.param
 
 
@@ -216,32 +217,30 @@ def test_what_makes_a_library_stale(tmp_path: Path) -> None:
 
 def test_digest_of_sources(tmp_path: Path) -> None:
     """A header's contents count, its time does not; nor does the other library's folder."""
-    for name in ("csrc/ops.h", "csrc/cpu/rows.cpp", "csrc/cuda/rows.cu", "setup.py"):
+    for name in ("csrc/ops.h", "csrc/cpu/kernels.cpp", "csrc/cuda/dispatch.cu", "setup.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     before = setup.digest_of_sources("cuda", tmp_path)
     os.utime(tmp_path / "csrc/ops.h", (0, 0))
-    (tmp_path / "csrc/cuda/rows.cu").write_text("changed")
+    (tmp_path / "csrc/cuda/dispatch.cu").write_text("changed")
     assert setup.digest_of_sources("cuda", tmp_path) == before
     (tmp_path / "csrc/ops.h").write_text("changed")
     assert setup.digest_of_sources("cuda", tmp_path) != before
 
 
-@pytest.mark.parametrize("preferred, other", [("cuda", "triton"), ("triton", "cuda")])
-def test_who_takes_part(monkeypatch: pytest.MonkeyPatch, preferred: str, other: str) -> None:
+def test_who_takes_part(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU every backend that is available, the default first."""
     case, device = GPU_COMPILED_CASES[0], torch.device("cuda")
-    monkeypatch.setattr(ops, "PREFERRED", preferred)
-    monkeypatch.setattr(cuda, "device", "cuda")
-    monkeypatch.setattr(kernels, "available", True)
-    assert [c.name for c in gpu.fused(case, device)] == [
-        f"fused {preferred}",
-        f"fused {other}",
-    ]
-    monkeypatch.setattr(cuda, "device", None)
-    assert [c.name for c in gpu.fused(case, device)] == ["fused triton"]
-    monkeypatch.setattr(kernels, "available", False)
-    assert [c.name for c in gpu.fused(case, device)] == ["fused"]
+
+    def names(**missing: str | None) -> list[str]:
+        for name, why in missing.items():
+            monkeypatch.setitem(REGISTRY, name, REGISTRY[name]._replace(missing=why))
+        return [each.name for each in gpu.fused(case, device)]
+
+    monkeypatch.setitem(REGISTRY, "cuda", REGISTRY["cuda"]._replace(devices=("cuda",)))
+    assert names(cuda=None, triton=None) == ["fused cuda", "fused triton"]
+    assert names(cuda="not built") == ["fused triton"]
+    assert names(triton="not installed") == ["fused"]
 
 
 def test_table_of_two_backends() -> None:

@@ -1,9 +1,9 @@
 """Class-balanced softmax, sigmoid and focal losses for PyTorch, loss and gradient in one pass."""
 
+from .backends import backends
 from .counts import class_counts
 from .functional import check_target, class_balanced_loss
 from .modules import ClassBalancedLoss, DeferredReweighting
-from .ops import backends
 from .stats import ClassStats
 from .weights import (
     beta_from_prototypes,

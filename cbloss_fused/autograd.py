@@ -12,47 +12,80 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from . import ops
-from .call import Inputs
-from .spec import Spec
+from .arguments import Inputs, weights_classes
+from .backends import Backend
+from .buffers import fills_its_storage, new_loss, new_saved, span_of
+from .options import LossSpec
+from .stats import class_stats
+
+
+def loss_alone(logits: Tensor, inputs: Inputs, spec: LossSpec, backend: Backend) -> Tensor:
+    """The loss, where nothing is differentiated."""
+    loss = new_loss(logits, inputs.target, spec.reduction)
+    _run(backend, logits, inputs, spec, loss, None, None)
+    return loss
+
+
+def stored_gradient(logits: Tensor, inputs: Inputs, spec: LossSpec, backend: Backend) -> Tensor:
+    """The loss, its gradient computed along with it."""
+    apply = StoredGradient.apply if is_compiling() else _apply_stored
+    return apply(logits, inputs, spec, backend)
+
+
+def stored_gradient_and_stats(
+    logits: Tensor, inputs: Inputs, spec: LossSpec, backend: Backend
+) -> tuple[Tensor, Tensor]:
+    """The loss and statistics (4, C) of its classes, see stats.py."""
+    apply = StoredGradientAndStats.apply if is_compiling() else _apply_stored_and_stats
+    return apply(logits, inputs, spec, backend)
+
+
+def recomputed_gradient(logits: Tensor, inputs: Inputs, spec: LossSpec, backend: Backend) -> Tensor:
+    """The loss, its gradient left to the backward."""
+    apply = RecomputedGradient.apply if is_compiling() else _apply_recomputed
+    return apply(logits, inputs, spec, backend)
 
 
 class StoredGradient(torch.autograd.Function):
     """One read of the logits and one write of the gradient, in the forward."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, inputs: Inputs, spec: Spec) -> Tensor:
+    def forward(
+        ctx: Any, logits: Tensor, inputs: Inputs, spec: LossSpec, backend: Backend
+    ) -> Tensor:
         inplace = spec.inplace
-        grad = logits.detach() if inplace else ops.new_grad(logits)
-        loss = ops.new_loss(logits, inputs.target, spec.reduction)
-        ops.run_loss(logits, inputs, spec, loss, grad, None)
+        grad = logits.detach() if inplace else backend.new_grad(logits)
+        loss = new_loss(logits, inputs.target, spec.reduction)
+        _run(backend, logits, inputs, spec, loss, grad, None)
         if inplace:  # whoever saved the logits raises in its backward
             torch.autograd.graph.increment_version(logits)
         ctx.save_for_backward(grad)
-        ctx.inplace = inplace
+        ctx.owned, ctx.scale_gradient = not inplace, backend.scale_gradient
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        return _scaled_stored(ctx, grad_loss), None, None
+        return _scaled(ctx, grad_loss), None, None, None
 
 
 class StoredGradientAndStats(torch.autograd.Function):
     """StoredGradient, and (4, C) statistics of the classes."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, inputs: Inputs, spec: Spec) -> tuple[Tensor, Tensor]:
-        grad = ops.new_grad(logits)
-        loss, stats = ops.run_loss_and_stats(logits, inputs, spec, grad)
+    def forward(
+        ctx: Any, logits: Tensor, inputs: Inputs, spec: LossSpec, backend: Backend
+    ) -> tuple[Tensor, Tensor]:
+        grad = backend.new_grad(logits)
+        loss, stats = _run_with_stats(backend, logits, inputs, spec, grad)
         ctx.save_for_backward(grad)
-        ctx.inplace = False
+        ctx.owned, ctx.scale_gradient = True, backend.scale_gradient
         ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)  # no zeros for stats
         return loss, stats
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return _scaled_stored(ctx, grad_loss), None, None
+        return _scaled(ctx, grad_loss), None, None, None
 
 
 class RecomputedGradient(torch.autograd.Function):
@@ -63,65 +96,98 @@ class RecomputedGradient(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, inputs: Inputs, spec: Spec) -> Tensor:
-        saved = ops.new_saved(logits, spec.formula.sigmoid)
-        loss = ops.new_loss(logits, inputs.target, spec.reduction)
-        ops.run_loss(logits, inputs, spec, loss, None, saved)
+    def forward(
+        ctx: Any, logits: Tensor, inputs: Inputs, spec: LossSpec, backend: Backend
+    ) -> Tensor:
+        saved = new_saved(logits, spec.formula.sigmoid)
+        loss = new_loss(logits, inputs.target, spec.reduction)
+        _run(backend, logits, inputs, spec, loss, None, saved)
         target, weight, _, _, logit_bias, margin = inputs
-        if not spec.formula.weighs_classes(target):  # in scale already; it may change in place
+        if not weights_classes(spec.formula, target):  # in scale already; it may change in place
             weight = None
         ctx.save_for_backward(logits, target, weight, logit_bias, margin, saved)
-        ctx.spec = spec
+        ctx.spec, ctx.backend = spec, backend
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            _refuse_double_backward()
+        _refuse_second_derivatives()
         logits, *vectors, saved = ctx.saved_tensors
-        grad = logits.detach() if ctx.spec.inplace else ops.new_grad(logits)
-        run = ops.gradients[ctx.spec.backend]
-        run(logits, *vectors, saved, grad_loss.contiguous(), ctx.spec.numbers, grad)
-        if ctx.spec.inplace:
+        spec, backend = ctx.spec, ctx.backend
+        grad = logits.detach() if spec.inplace else backend.new_grad(logits)
+        backend.gradient(logits, *vectors, saved, grad_loss.contiguous(), spec.numbers, grad)
+        if spec.inplace:
             torch.autograd.graph.increment_version(logits)
-        return grad, None, None
+        return grad, None, None, None
 
 
-def stored_gradient(logits: Tensor, inputs: Inputs, spec: Spec) -> Tensor:
-    """The loss, its gradient computed along with it."""
-    apply = StoredGradient.apply if is_compiling() else _apply_stored
-    return apply(logits, inputs, spec)
-
-
-def stored_gradient_and_stats(logits: Tensor, inputs: Inputs, spec: Spec) -> tuple[Tensor, Tensor]:
-    """The loss and statistics (4, C) of its classes, see stats.py."""
-    apply = StoredGradientAndStats.apply if is_compiling() else _apply_stored_and_stats
-    return apply(logits, inputs, spec)
-
-
-def recomputed_gradient(logits: Tensor, inputs: Inputs, spec: Spec) -> Tensor:
-    """The loss, its gradient left to the backward."""
-    return RecomputedGradient.apply(logits, inputs, spec)  # type: ignore[no-untyped-call]
-
-
-# Function.apply without its Python wrapper, 3 us that look for functorch: spec.py has looked.
+# Function.apply without its Python wrapper, 3 us that look for functorch: arguments.py has looked.
 _apply_stored: Any = super(torch.autograd.Function, StoredGradient).apply
 _apply_stored_and_stats: Any = super(torch.autograd.Function, StoredGradientAndStats).apply
+_apply_recomputed: Any = super(torch.autograd.Function, RecomputedGradient).apply
 
 
-def _scaled_stored(ctx: Any, grad_loss: Tensor) -> Tensor:
-    if torch.is_grad_enabled():
-        _refuse_double_backward()
+def _run(
+    backend: Backend, logits: Tensor, inputs: Inputs, spec: LossSpec, loss: Tensor,
+    grad: Tensor | None, saved: Tensor | None,
+) -> None:  # fmt: skip
+    backend.loss(
+        logits, *inputs, spec.numbers, spec.ignore_index, spec.reduction, loss, grad, saved
+    )
+
+
+def _run_with_stats(
+    backend: Backend, logits: Tensor, inputs: Inputs, spec: LossSpec, grad: Tensor
+) -> tuple[Tensor, Tensor]:
+    if backend.loss_and_stats is not None:
+        loss = new_loss(logits, inputs.target, spec.reduction)
+        stats = loss.new_empty(4, logits.shape[1])
+        backend.loss_and_stats(
+            logits, *inputs, spec.numbers, spec.ignore_index, spec.reduction, loss, grad, stats
+        )
+        return loss, stats
+    losses = new_loss(logits, inputs.target, 0)
+    saved = new_saved(logits, spec.formula.sigmoid)
+    _run(backend, logits, inputs, spec, losses, grad, saved)
+    return losses.sum(), class_stats(logits, inputs, spec, losses, grad, saved)
+
+
+def _scaled(ctx: Any, grad_loss: Tensor) -> Tensor:
+    """The stored gradient times grad_loss."""
+    _refuse_second_derivatives()
     grad: Tensor = ctx.saved_tensors[0]
     if is_compiling():
-        return ops.scaled(grad, grad_loss)
+        return _product(grad, grad_loss)
     if grad_loss.is_cpu:  # where looking costs nothing
         return grad if grad_loss.item() == 1 else grad * grad_loss
-    return ops.scale_stored(grad, grad_loss, not ctx.inplace)
+    return _scaled_unseen(grad, grad_loss, ctx.owned, ctx.scale_gradient)
 
 
-def _refuse_double_backward() -> None:
-    if not is_compiling():
+def _scaled_unseen(grad: Tensor, grad_loss: Tensor, owned: bool, scale_gradient: Any) -> Tensor:
+    """grad * grad_loss without a look at grad_loss: in place where no later backward needs grad.
+
+    owned: what lies between the elements of grad is co_aligned's padding, and nobody else's.
+    """
+    plain = type(grad) is Tensor and type(grad_loss) is Tensor
+    if not plain or scale_gradient is None or grad.numel() == 0:
+        return _product(grad, grad_loss)
+    span = span_of(grad.shape, grad.stride())
+    if span != grad.numel() and not (owned and fills_its_storage(grad)):
+        return _product(grad, grad_loss)
+    keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+    if keep_graph():
+        grad, span = grad.clone(), grad.numel()  # which has no gaps
+    scale_gradient(grad, grad_loss, span)
+    return grad
+
+
+def _product(grad: Tensor, grad_loss: Tensor) -> Tensor:
+    """grad * grad_loss, rounded once."""
+    return (grad.to(grad_loss.dtype) * grad_loss).to(grad.dtype)
+
+
+def _refuse_second_derivatives() -> None:
+    if torch.is_grad_enabled() and not is_compiling():
         raise RuntimeError(
             "the fused kernels have no second derivative (create_graph=True); "
             "backend='reference' has"

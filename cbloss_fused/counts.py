@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 
-from .values import Array, device, require, tensor
+from .arrays import Array, device, require, tensor
 
 T = TypeVar("T")
 

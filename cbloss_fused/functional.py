@@ -2,44 +2,69 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal, overload
 
-import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from . import ops, reference
-from . import spec as edge
-from .autograd import recomputed_gradient, stored_gradient, stored_gradient_and_stats
-from .call import REDUCTIONS, Inputs
-from .spec import Spec
+from . import arguments
+from .dispatch import dispatch
+from .options import LossOptions, lists_options, spec_of
 from .stats import ClassStats
 
 
+@overload
 def class_balanced_loss(
     input: Tensor,
     target: Tensor,
     weight: Tensor | None = None,
     *,
-    activation: str = "softmax",
-    gamma: float = 0.0,
-    gamma_neg: float | None = None,
-    alpha: float | None = None,
-    clip: float = 0.0,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
     logit_bias: Tensor | None = None,
     margin: Tensor | None = None,
-    logit_scale: float = 1.0,
     sample_weight: Tensor | None = None,
-    class_weighting: str = "sample",
-    ignore_index: int | None = -100,
-    reduction: str = "mean",
     normalizer: float | Tensor | None = None,
-    inplace: bool = False,
-    recompute: bool | None = None,
-    backend: str | None = None,
+    return_stats: Literal[False] = False,
+    **options: Unpack[LossOptions],
+) -> Tensor: ...
+@overload
+def class_balanced_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    logit_bias: Tensor | None = None,
+    margin: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    return_stats: Literal[True],
+    **options: Unpack[LossOptions],
+) -> tuple[Tensor, ClassStats]: ...
+@overload
+def class_balanced_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    logit_bias: Tensor | None = None,
+    margin: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    return_stats: bool,
+    **options: Unpack[LossOptions],
+) -> Tensor | tuple[Tensor, ClassStats]: ...
+@lists_options
+def class_balanced_loss(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    logit_bias: Tensor | None = None,
+    margin: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
     return_stats: bool = False,
-) -> Any:
+    **options: Unpack[LossOptions],
+) -> Tensor | tuple[Tensor, ClassStats]:
     """Class-balanced softmax, sigmoid or focal loss and its gradient, in one pass over the logits.
 
     Each row's loss is multiplied by r = weight[target] * sample_weight: the whole row, in the
@@ -120,7 +145,8 @@ def class_balanced_loss(
     (arXiv 1901.05555), equations 8, 11 and 13. Asymmetric loss: Ridnik et al., ICCV 2021
     (arXiv 2009.14119), equation 7.
 
-    >>> from cbloss_fused import class_balanced_weights
+    >>> import torch
+    >>> from cbloss_fused import class_balanced_loss, class_balanced_weights
     >>> logits = torch.tensor([[2.0, 0.0, -1.0], [0.0, 1.0, 0.0]], requires_grad=True)
     >>> target = torch.tensor([0, 2])
     >>> weight = class_balanced_weights(torch.tensor([100, 10, 1]), beta=0.9)
@@ -129,74 +155,15 @@ def class_balanced_loss(
     >>> loss
     tensor(2.6000, grad_fn=<StoredGradientBackward>)
     """
-    spec = edge.remembered(
-        activation, gamma, gamma_neg, alpha, clip, label_smoothing, z_loss, logit_scale,
-        class_weighting, ignore_index, reduction, inplace, recompute, backend,
-    )  # fmt: skip
-    inputs, dense = edge.check_tensors(input, target, weight, sample_weight, logit_bias, margin)
-    return loss_of(input, inputs, dense, spec, normalizer, return_stats)
-
-
-def loss_of(
-    input: Tensor, inputs: Inputs, dense: bool, spec: Spec, normalizer: float | Tensor | None,
-    return_stats: bool,
-) -> Any:  # fmt: skip
-    """`class_balanced_loss` of what is checked already: a module checks its options once."""
-    if dense:
-        edge.check_dense(inputs, spec.formula, spec.ignore_index)
-        spec = spec._replace(ignore_index=None)
-    if normalizer is not None:
-        divisor = edge.normalizer_tensor(normalizer, spec.reduction, input)
-        inputs = inputs._replace(normalizer=divisor)
-    if return_stats:
-        edge.check_stats(dense, spec)
-    if spec.backend == "reference":
-        return _eager_loss(input, inputs, spec)
-    edge.check_kernel(input, spec.backend)
-    if spec.inplace:
-        edge.check_inplace(input, inputs.target)
-    if dense or spec.formula.per_class:
-        spec = spec._replace(backend=ops.serving_classes(input, spec.backend))
-    shape = input.shape
-    if len(shape) != 2:  # (C,) and (N, C, d1, ..., dk): the operators know (N, C) and (N, C, K)
-        input = input.unsqueeze(0) if len(shape) == 1 else input.flatten(2)
-        if dense:
-            inputs = inputs._replace(target=inputs.target.reshape(input.shape))
-    if return_stats:
-        loss, stats = stored_gradient_and_stats(input, inputs, spec)
-        return loss, ClassStats(*stats.unbind())  # iterating takes five times as long
-    if not input.requires_grad or not torch.is_grad_enabled():
-        loss = ops.new_loss(input, inputs.target, spec.reduction)
-        ops.run_loss(input, inputs, spec, loss, None, None)
-    elif _recomputes(spec, input.dtype):
-        loss = recomputed_gradient(input, inputs, spec)
-    else:
-        return stored_gradient(input, inputs, spec)
-    if dense and not spec.reduction:  # one loss per row; class indices have that shape already
-        loss = loss.reshape(shape[:0] if len(shape) == 1 else shape[:1] + shape[2:])
-    return loss
-
-
-def _recomputes(spec: Spec, dtype: torch.dtype) -> bool:
-    if spec.recompute is None:
-        return not spec.reduction or dtype is torch.float16
-    return spec.recompute or not spec.reduction
-
-
-def _eager_loss(input: Tensor, inputs: Inputs, spec: Spec) -> Tensor:
-    if input.device.type == "cpu" and not reference.tracing():
-        edge.check_values(input, inputs, spec.formula)
-    numbers = spec.formula, spec.ignore_index, REDUCTIONS[spec.reduction]
-    if input.dim() > 1:
-        return reference.eager_loss(input, inputs, *numbers)
-    inputs = inputs._replace(target=inputs.target.unsqueeze(0))
-    if inputs.sample_weight is not None:
-        inputs = inputs._replace(sample_weight=inputs.sample_weight.unsqueeze(0))
-    return reference.eager_loss(input.unsqueeze(0), inputs, *numbers).reshape(())
+    spec = spec_of("class_balanced_loss", options)
+    inputs = arguments.check_inputs(
+        input, target, weight, sample_weight, normalizer, logit_bias, margin, spec, return_stats
+    )
+    return dispatch(input, inputs, spec, return_stats)
 
 
 def check_target(target: Tensor, num_classes: int, ignore_index: int | None = -100) -> None:
-    """Raise as the CPU does for a target that is no class; on a GPU this synchronises.
+    """Raise as the CPU does for an out-of-range target; on a GPU this synchronises.
 
     Args:
         target: class indices, any shape, integer type and device.
@@ -206,9 +173,11 @@ def check_target(target: Tensor, num_classes: int, ignore_index: int | None = -1
     Raises:
         IndexError: names the first offending value, its index and how many there are.
 
+    >>> import torch
+    >>> from cbloss_fused import check_target
     >>> check_target(torch.tensor([0, 7, 2]), num_classes=3)  # doctest: +ELLIPSIS
     Traceback (most recent call last):
         ...
-    IndexError: target[1] = 7 is no class: expected 0 <= target < 3 or ignore_index=-100 (1 of 3 ...
+    IndexError: target[1] = 7 is out of range: expected 0 <= target < 3 or ignore_index=-100 (1 ...
     """
-    reference.check_target(target, num_classes, ignore_index)
+    arguments.check_target(target, num_classes, ignore_index)

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
+from typing_extensions import Self, Unpack
 
+from .arguments import check_class_vector, check_inputs
+from .arrays import Array, Vector, reals
 from .counts import class_counts
-from .functional import class_balanced_loss, loss_of
-from .spec import check_class_vector, check_options, check_tensors
-from .values import Array, Vector, reals
-from .weights import beta_from_prototypes, class_balanced_weights
+from .dispatch import dispatch
+from .options import LossOptions, check_options, lists_options, options_of
+from .stats import ClassStats
+from .weights import Empty, beta_from_prototypes, class_balanced_weights
+
+
+class ModuleOptions(LossOptions, total=False):
+    """All keywords of `ClassBalancedLoss`, for type checkers."""
+
+    empty: Empty
+    logit_bias: Tensor | None
+    margin: Tensor | None
 
 
 class ClassBalancedLoss(torch.nn.Module):
@@ -42,47 +53,20 @@ class ClassBalancedLoss(torch.nn.Module):
     logit_bias: Tensor | None
     margin: Tensor | None
 
+    @lists_options
     def __init__(
         self,
         counts: Vector,
         beta: float | Vector = 0.999,
         *,
-        empty: Literal["error", "zero", "one"] = "error",
-        activation: str = "softmax",
-        gamma: float = 0.0,
-        gamma_neg: float | None = None,
-        alpha: float | None = None,
-        clip: float = 0.0,
-        label_smoothing: float = 0.0,
-        z_loss: float = 0.0,
+        empty: Empty = "error",
         logit_bias: Tensor | None = None,
         margin: Tensor | None = None,
-        logit_scale: float = 1.0,
-        class_weighting: str = "sample",
-        ignore_index: int | None = -100,
-        reduction: str = "mean",
-        inplace: bool = False,
-        recompute: bool | None = None,
-        backend: str | None = None,
+        **options: Unpack[LossOptions],
     ) -> None:
         super().__init__()
-        self.options: dict[str, Any] = {
-            "activation": activation,
-            "gamma": gamma,
-            "gamma_neg": gamma_neg,
-            "alpha": alpha,
-            "clip": clip,
-            "label_smoothing": label_smoothing,
-            "z_loss": z_loss,
-            "logit_scale": logit_scale,
-            "class_weighting": class_weighting,
-            "ignore_index": ignore_index,
-            "reduction": reduction,
-            "inplace": inplace,
-            "recompute": recompute,
-            "backend": backend,
-        }  # as given
-        self.spec = check_options(**self.options)
+        self.options = options_of("ClassBalancedLoss", options)
+        self.spec = check_options(self.options)
         weight = class_balanced_weights(counts, beta, empty=empty)
         for name, vector in (("logit_bias", logit_bias), ("margin", margin)):
             if vector is not None:
@@ -91,6 +75,26 @@ class ClassBalancedLoss(torch.nn.Module):
         self.register_buffer("weight", weight)
         self.counts, self.beta, self.empty = reals(counts, "counts"), reals(beta, "beta"), empty
 
+    @overload
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        sample_weight: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+        return_stats: Literal[False] = False,
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        sample_weight: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+        *,
+        return_stats: Literal[True],
+    ) -> tuple[Tensor, ClassStats]: ...
+    @overload
     def forward(
         self,
         input: Tensor,
@@ -98,21 +102,34 @@ class ClassBalancedLoss(torch.nn.Module):
         sample_weight: Tensor | None = None,
         normalizer: float | Tensor | None = None,
         return_stats: bool = False,
-    ) -> Any:
+    ) -> Tensor | tuple[Tensor, ClassStats]: ...
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        sample_weight: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+        return_stats: bool = False,
+    ) -> Tensor | tuple[Tensor, ClassStats]:
         """The loss, or (loss, ClassStats); what changes from batch to batch comes here."""
         of = self._buffers  # Module.__getattr__ would take half a microsecond for each
-        weight, logit_bias, margin = of["weight"], of["logit_bias"], of["margin"]
-        inputs, dense = check_tensors(input, target, weight, sample_weight, logit_bias, margin)
-        return loss_of(input, inputs, dense, self.spec, normalizer, return_stats)
+        inputs = check_inputs(
+            input, target, of["weight"], sample_weight, normalizer, of["logit_bias"], of["margin"],
+            self.spec, return_stats,
+        )  # fmt: skip
+        return dispatch(input, inputs, self.spec, return_stats)
+
+    if TYPE_CHECKING:
+        __call__ = forward
 
     @classmethod
     def from_labels(
         cls,
-        labels: Tensor | Array | list[int],
+        labels: Tensor | Array | Sequence[int],
         num_classes: int | None = None,
         beta: float | Vector = 0.999,
-        **options: Any,
-    ) -> ClassBalancedLoss:
+        **options: Unpack[ModuleOptions],
+    ) -> Self:
         """The loss for the counts of these class indices, see `class_counts`.
 
         >>> ClassBalancedLoss.from_labels([0, 0, 1, 2], beta=0.9).counts
@@ -126,8 +143,8 @@ class ClassBalancedLoss(torch.nn.Module):
         dataset: Dataset[Any] | DataLoader[Any],
         num_classes: int | None = None,
         beta: float | Vector = 0.999,
-        **options: Any,
-    ) -> ClassBalancedLoss:
+        **options: Unpack[ModuleOptions],
+    ) -> Self:
         """The loss for the counts of a dataset or of what a loader samples, see `class_counts`."""
         return cls(class_counts(dataset, num_classes), beta, **options)
 
@@ -169,12 +186,7 @@ class ClassBalancedLoss(torch.nn.Module):
     def extra_repr(self) -> str:
         """num_classes and beta, then whatever is not the default."""
         beta = f"beta={self.beta.item()}" if self.beta.dim() == 0 else "beta per class"
-        defaults = inspect.signature(class_balanced_loss).parameters
-        changed = [
-            f"{name}={value!r}"
-            for name, value in self.options.items()
-            if value != defaults[name].default
-        ]
+        changed = self.options.changed()
         changed += [name for name in ("logit_bias", "margin") if getattr(self, name) is not None]
         return ", ".join([f"num_classes={len(self.weight)}", beta, *changed])
 

@@ -17,12 +17,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .call import Formula, Inputs, formula, is_dense
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64 logits, else float32."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
+from .arguments import Inputs, compute_dtype, is_soft, weights_classes
+from .options import Formula, Options
+from .row_weights import (
+    along_classes,
+    reduced,
+    row_scales,
+    row_weights,
+    sample_weights,
+    targets_of,
+    weighted,
+)
 
 
 def loss(
@@ -40,7 +45,7 @@ def loss(
 ) -> Tensor:
     """`eager_loss` of the options of `class_balanced_loss`, unchecked."""
     inputs = Inputs(target, weight, sample_weight, normalizer, logit_bias, margin)
-    return eager_loss(logits, inputs, formula(**options), ignore_index, reduction)
+    return eager_loss(logits, inputs, Formula.of(Options(**options)), ignore_index, reduction)
 
 
 def eager_loss(
@@ -48,47 +53,43 @@ def eager_loss(
 ) -> Tensor:
     """The class-balanced loss as a differentiable eager expression."""
     z = logits.to(compute_dtype(logits.dtype))
-    y, keep, valid = _classes(inputs.target, z.shape[1], ignore_index)
+    y, keep, valid = targets_of(inputs.target, z.shape[1], ignore_index)
     if keep is not None:  # selected away, never multiplied by 0
         z = torch.where(keep.unsqueeze(1), z, 0.0)
     z = _adjusted(z, y, inputs, f.logit_scale)
-    r = _row_weights(y, inputs, f, z.dtype)
-    w = _class_weight(z, inputs, f)
-    if is_dense(y) and not f.sigmoid:
+    r = row_weights(y, inputs, f, z.dtype)
+    w = _class_weights(z, inputs, f)
+    if is_soft(y) and not f.sigmoid:
         hard, rest = _soft_loss(z, y.to(z.dtype), w, f)
-        L = _weighted(_sample_weight(inputs, z.dtype), hard) + _weighted(r, rest)
+        L = weighted(sample_weights(inputs, z.dtype), hard) + weighted(r, rest)
     else:
         if f.sigmoid:
             L = _sigmoid_loss(z, _targets(z, y, f.label_smoothing), f, w)
         else:
             L = _softmax_loss(z, y.unsqueeze(1), f)
-        L = _weighted(r, L if valid is None else torch.where(valid, L, nan))
-    return _reduce(L, r, keep, reduction, inputs.normalizer)
+        L = weighted(r, L if valid is None else torch.where(valid, L, nan))
+    return reduced(L, r, keep, reduction, inputs.normalizer)
 
 
-def _adjusted(z: Tensor, y: Tensor, inputs: Inputs, scale: float) -> Tensor:
-    """scale (z_j + bias_j - margin_y [j = y])."""
+def _adjusted(z: Tensor, y: Tensor, inputs: Inputs, logit_scale: float) -> Tensor:
+    """logit_scale (z_j + bias_j - margin_y [j = y])."""
     if inputs.logit_bias is not None:
-        z = z + _along_classes(inputs.logit_bias, z)
+        z = z + along_classes(inputs.logit_bias, z)
     if inputs.margin is not None:
         z = z.scatter_add(1, y.unsqueeze(1), -inputs.margin.to(z.dtype)[y].unsqueeze(1))
-    return z if scale == 1 else z * scale
-
-
-def _along_classes(vector: Tensor, z: Tensor) -> Tensor:
-    return vector.to(z.dtype).reshape(-1, *[1] * (z.dim() - 2))
+    return z if logit_scale == 1 else z * logit_scale
 
 
 def _targets(z: Tensor, y: Tensor, eps: float) -> Tensor:
     """One target per class: (1-eps) t + eps/C, t soft as given or the one-hot of a class index."""
-    t = y.to(z.dtype) if is_dense(y) else torch.zeros_like(z).scatter(1, y.unsqueeze(1), 1.0)
+    t = y.to(z.dtype) if is_soft(y) else torch.zeros_like(z).scatter(1, y.unsqueeze(1), 1.0)
     return (1 - eps) * t + eps / z.shape[1] if eps else t
 
 
-def _class_weight(z: Tensor, inputs: Inputs, f: Formula) -> Tensor | None:
-    if inputs.weight is None or not f.weighs_classes(inputs.target):
+def _class_weights(z: Tensor, inputs: Inputs, f: Formula) -> Tensor | None:
+    if inputs.weight is None or not weights_classes(f, inputs.target):
         return None
-    return _along_classes(inputs.weight, z)
+    return along_classes(inputs.weight, z)
 
 
 def _softmax_loss(z: Tensor, y: Tensor, f: Formula) -> Tensor:
@@ -182,15 +183,15 @@ def softmax_row(
     u = torch.where(q > 0, nll / q, 1.0).clamp(max=torch.finfo(d.dtype).max)
     focus = q**gamma
     a = (1 - eps) * focus * (1 + gamma * p * u)
-    loss = _weighted(r, (1 - eps) * focus * nll)
+    loss = weighted(r, (1 - eps) * focus * nll)
     k, g_y, uniform = r * a / S, -r * a * q, torch.zeros_like(r)
     if eps:
         uniform = r * (eps / C)
-        loss = loss + _weighted(r, eps / C * (C * torch.where(sure, nll + d, S.log()) - D))
+        loss = loss + weighted(r, eps / C * (C * torch.where(sure, nll + d, S.log()) - D))
         k, g_y = k + r * eps / S, g_y + r * eps * p - uniform
     if zeta:
         lse = M + S.log()
-        loss = loss + _weighted(r, zeta * lse**2)
+        loss = loss + weighted(r, zeta * lse**2)
         k, g_y = k + r * (2 * zeta) * lse / S, g_y + r * (2 * zeta) * lse * p
     return loss, k, g_y, uniform
 
@@ -208,15 +209,15 @@ def soft_row(
     eps, zeta = f.label_smoothing, f.z_loss
     S = 1 + R
     q, nll = R / S, torch.log1p(R)  # of the top: exact as p -> 1
-    loss = _weighted(s, (1 - eps) * (W * nll - B))
+    loss = weighted(s, (1 - eps) * (W * nll - B))
     hard, uniform = s * (1 - eps), r * (eps / C)
     k, g_top = hard * W / S, hard * (W_others - W * q)
     if eps:
-        loss = loss + _weighted(r, eps / C * (C * nll - D))
+        loss = loss + weighted(r, eps / C * (C * nll - D))
         k, g_top = k + r * eps / S, g_top + r * eps * (1 - q) - uniform
     if zeta:
         lse = M + nll
-        loss = loss + _weighted(r, zeta * lse**2)
+        loss = loss + weighted(r, zeta * lse**2)
         k, g_top = k + r * (2 * zeta) * lse / S, g_top + r * (2 * zeta) * lse * (1 - q)
     return loss, k, g_top, uniform, hard
 
@@ -246,35 +247,11 @@ def loss_and_grad(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(row losses that reduction adds up, gradient of their sum, s, r) by the explicit formulas.
 
-    s and r (rows) are `row_scale`'s: what `gradient` takes.
+    s and r (rows) are `row_scales`'s: what `gradient` takes.
     """
-    y, s, r = row_scale(logits, inputs, f, ignore_index, reduction)
+    y, s, r = row_scales(logits, inputs, f, ignore_index, reduction)
     L, grad = _rows(logits, y, s, r, inputs, f)
     return L, grad, s, r
-
-
-def row_scale(
-    logits: Tensor, inputs: Inputs, f: Formula, ignore_index: int | None, reduction: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Targets in range, or soft ones as they are; s, r: one number per row, over the denominator.
-
-    r is r_i, negative where the row is ignored; s too, but with softmax's soft targets, of which it
-    is the sample weight alone.
-    """
-    y, keep, valid = _classes(inputs.target, logits.shape[1], ignore_index)
-    dtype = compute_dtype(logits.dtype)
-    ones = logits.new_ones(logits.shape[:1] + logits.shape[2:], dtype=dtype)
-    r = _row_weights(y, inputs, f, dtype)
-    s = _sample_weight(inputs, dtype) if is_dense(y) and not f.sigmoid else r
-    s, r = (ones if v is None else v for v in (s, r))
-    if reduction not in ("none", "sum"):
-        divisor = _denominator(r, keep, reduction, inputs.normalizer)
-        s, r = (torch.where(divisor != 0, v / divisor, v) for v in (s, r))
-    if keep is not None:
-        s, r = (torch.where(keep, v, -1.0) for v in (s, r))
-    if valid is not None:
-        s, r = (torch.where(valid, v, nan) for v in (s, r))
-    return y, s, r
 
 
 def gradient(
@@ -282,7 +259,7 @@ def gradient(
 ) -> Tensor:
     """The gradient once more, for an incoming grad_loss: 0-d, or one per row."""
     ignored, y = r < 0, inputs.target
-    if not is_dense(y):
+    if not is_soft(y):
         y = torch.where(ignored, 0, y)
     s, r = (torch.where(ignored, v, v * grad_loss) for v in (s, r))
     return _rows(logits, y, s, r, inputs, f, ignored)[1]
@@ -300,31 +277,31 @@ def _rows(
     """Losses (N, ...) and gradient of every row."""
     if ignored is None:
         ignored = r < 0
-    C, dense, eps = logits.shape[1], is_dense(y), f.label_smoothing
+    C, soft, eps = logits.shape[1], is_soft(y), f.label_smoothing
     z = logits.to(r.dtype)
     s, r = (torch.where(ignored, 0.0, v).unsqueeze(1) for v in (s, r))
-    if not dense:
+    if not soft:
         y = y.clamp(0, C - 1)
-    z, w = _adjusted(z, y, inputs, f.logit_scale), _class_weight(z, inputs, f)
+    z, w = _adjusted(z, y, inputs, f.logit_scale), _class_weights(z, inputs, f)
     if f.sigmoid:
         t = _targets(z, y, eps)
         L_0, g_0 = sigmoid_element(z, f.gamma_neg, f.clip)
         L_1, g_1 = sigmoid_element(-z, f.gamma)
         t_0, t_1 = f.alpha_neg * (1 - t), f.alpha * t
-        L, grad = _weighted(t_0, L_0) + _weighted(t_1, L_1), t_0 * g_0 - t_1 * g_1
+        L, grad = weighted(t_0, L_0) + weighted(t_1, L_1), t_0 * g_0 - t_1 * g_1
         if w is not None:
-            L, grad = _weighted(w, L), w * grad
-        L, grad = _weighted(r, L.sum(1, keepdim=True)), r * grad
+            L, grad = weighted(w, L), w * grad
+        L, grad = weighted(r, L.sum(1, keepdim=True)), r * grad
     else:
         z = _limit(z)
-        top = z.argmax(1, keepdim=True) if dense else y.unsqueeze(1)
+        top = z.argmax(1, keepdim=True) if soft else y.unsqueeze(1)
         others = z.scatter(1, top, -inf)
         M = torch.maximum(others.amax(1, keepdim=True), z.gather(1, top))
         M = M.clamp(min=torch.finfo(z.dtype).min)  # NaN stays; -inf - -inf would be NaN
         e = (others - M).exp()
         D = (z - M).sum(1, keepdim=True) if eps else 0.0
         R = e.sum(1, keepdim=True)
-        if dense:
+        if soft:
             a = y.to(z.dtype) if w is None else y.to(z.dtype) * w
             R = torch.where(z.gather(1, top) == -inf, nan, R)  # no class has a probability
             B = torch.where(a == 0, 0.0, a * (z - M)).sum(1, keepdim=True)
@@ -341,11 +318,11 @@ def _rows(
 
 
 def max_and_sum(
-    logits: Tensor, inputs: Inputs, ignored: Tensor, scale: float
+    logits: Tensor, inputs: Inputs, ignored: Tensor, logit_scale: float
 ) -> tuple[Tensor, Tensor]:
     """M = max_j z_j and R = sum_{j != y} e^{z_j - M} of every row."""
     y = torch.where(ignored, 0, inputs.target).clamp(0, logits.shape[1] - 1)
-    z = _limit(_adjusted(logits.to(compute_dtype(logits.dtype)), y, inputs, scale))
+    z = _limit(_adjusted(logits.to(compute_dtype(logits.dtype)), y, inputs, logit_scale))
     M = z.amax(1, keepdim=True).clamp(min=torch.finfo(z.dtype).min)
     return M.squeeze(1), (z.scatter(1, y.unsqueeze(1), -inf) - M).exp().sum(1)
 
@@ -358,105 +335,5 @@ def _limit(z: Tensor) -> Tensor:
     return torch.where((count > 0) & ~z.isnan(), limit, z)
 
 
-# Rows
-
-
-def _classes(
-    target: Tensor, C: int, ignore_index: int | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Targets in range, rows not ignored (None: all), rows in range (None: all).
-
-    A CPU target out of range raises here. Nothing may synchronise on other devices, and no value
-    is known while torch.compile or torch.func traces: there such a row becomes NaN.
-    """
-    if is_dense(target):  # no row of these is ignored
-        return target, None, None
-    y = target.long()  # first: -100 would wrap around in a uint8
-    keep = None if ignore_index is None else y != ignore_index
-    if keep is not None:
-        y = torch.where(keep, y, 0)
-    if target.device.type == "cpu" and not tracing():
-        check_target(target, C, ignore_index)
-        return y, keep, None
-    valid = (y >= 0) & (y < C)
-    return y.clamp(0, C - 1), keep, valid
-
-
-def tracing() -> bool:
-    """Whether values cannot be looked at: torch.compile, export, torch.func, FakeTensorMode."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return True
-    return torch._guards.active_fake_mode() is not None
-
-
-def check_target(target: Tensor, num_classes: int, ignore_index: int | None = -100) -> None:
-    """Raise IndexError for the first target that is no class; see `functional.check_target`."""
-    target = target.long()
-    bad = (target < 0) | (target >= num_classes)
-    if ignore_index is not None:
-        bad &= target != ignore_index
-    if bad.any():
-        first = tuple(bad.nonzero()[0].tolist())
-        ignored = "" if ignore_index is None else f" or ignore_index={ignore_index}"
-        raise IndexError(
-            f"target{list(first)} = {int(target[first])} is no class: expected 0 <= target < "
-            f"{num_classes}{ignored} ({int(bad.sum())} of {target.numel()} are wrong)"
-        )
-
-
-def _row_weights(y: Tensor, inputs: Inputs, f: Formula, dtype: torch.dtype) -> Tensor | None:
-    """r_i = w_{y_i} * sample_weight_i; of soft targets the mean weight of the labels."""
-    r = None
-    if inputs.weight is not None and not f.per_class:
-        w = inputs.weight.to(dtype)
-        if is_dense(y):
-            t = y.to(dtype)
-            labels, weights = t.sum(1), (t * _along_classes(w, t)).sum(1)
-            r = torch.where(labels != 0, weights / labels, 1.0)
-        else:
-            r = w[y]
-    s = _sample_weight(inputs, dtype)
-    if s is None or r is None:
-        return s if r is None else r
-    return r * s
-
-
-def _sample_weight(inputs: Inputs, dtype: torch.dtype) -> Tensor | None:
-    return None if inputs.sample_weight is None else inputs.sample_weight.to(dtype)
-
-
-def _weighted(r: Tensor | None, L: Tensor) -> Tensor:
-    """r * L where an overflowed loss of a row without weight counts 0, not 0 * inf = NaN."""
-    return L if r is None else r * torch.where((r == 0) & L.isposinf(), 0.0, L)
-
-
 def _finite(M: Tensor) -> Tensor:
     return torch.where(M.isinf(), 0.0, M)
-
-
-def _denominator(
-    r: Tensor, keep: Tensor | None, reduction: str, normalizer: Tensor | None
-) -> Tensor:
-    """What a mean divides by, 0-d."""
-    if normalizer is not None:
-        return normalizer.to(r.dtype)
-    if reduction == "weighted_mean":
-        return (r if keep is None else torch.where(keep, r, 0.0)).sum()
-    return r.new_tensor(r.numel()) if keep is None else keep.sum().to(r.dtype)
-
-
-def _reduce(
-    L: Tensor,
-    r: Tensor | None,
-    keep: Tensor | None,
-    reduction: str,
-    normalizer: Tensor | None,
-) -> Tensor:
-    if keep is not None:
-        L = torch.where(keep, L, 0.0)
-    if reduction == "none":
-        return L
-    if reduction == "sum":
-        return L.sum()
-    divisor = _denominator(torch.ones_like(L) if r is None else r, keep, reduction, normalizer)
-    return L.sum() / torch.where(divisor != 0, divisor, 1.0)  # nothing to average: 0

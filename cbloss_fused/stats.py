@@ -7,14 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .call import Inputs
-from .spec import Spec
+from .arguments import Inputs
+from .options import LossSpec
 
 
 class ClassStats(NamedTuple):
     """Of the rows of each class, by their targets: (C,) vectors in the type of the loss.
 
-    On a GPU a target that is no class makes class 0 or C - 1 NaN, as it does its row.
+    On a GPU an out-of-range target makes class 0 or C - 1 NaN, as it does its row.
 
     >>> import torch
     >>> from cbloss_fused import class_balanced_loss
@@ -31,7 +31,7 @@ class ClassStats(NamedTuple):
 
 
 def class_stats(
-    logits: Tensor, inputs: Inputs, spec: Spec, losses: Tensor, grad: Tensor, saved: Tensor
+    logits: Tensor, inputs: Inputs, spec: LossSpec, losses: Tensor, grad: Tensor, saved: Tensor
 ) -> Tensor:
     """(4, C): rows, sums of losses and of |gradient at the target|, mean p, by the target's class.
 

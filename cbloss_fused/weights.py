@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Literal, TypeVar
+from collections.abc import Sequence
+from typing import Literal, TypeAlias, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 
-from .values import Vector, device, reals, require
+from .arrays import Array, Vector, device, reals, require
 
 M = TypeVar("M", bound=nn.Module)
+Empty: TypeAlias = Literal["error", "zero", "one"]  # what a class without samples gets
 
 
 def effective_number(counts: Vector, beta: float | Vector) -> Tensor:
@@ -36,6 +38,12 @@ def effective_number(counts: Vector, beta: float | Vector) -> Tensor:
     return _effective_number(n, _beta(beta, len(n))).to(device(counts))
 
 
+@overload
+def beta_from_prototypes(N: float) -> float: ...
+@overload
+def beta_from_prototypes(N: Tensor | Sequence[float]) -> Tensor: ...
+@overload
+def beta_from_prototypes(N: Array) -> float | Tensor: ...  # NumPy's scalars are arrays, too
 def beta_from_prototypes(N: float | Vector) -> float | Tensor:
     """The beta of N unique prototypes, (N - 1) / N: the effective number tends to N.
 
@@ -61,7 +69,7 @@ def class_balanced_weights(
     counts: Vector,
     beta: float | Vector = 0.999,
     *,
-    empty: Literal["error", "zero", "one"] = "error",
+    empty: Empty = "error",
 ) -> Tensor:
     """Weight each class by the inverse of its effective number of samples.
 

@@ -1,4 +1,5 @@
-// What the operators of every C++ backend share, over the LibTorch stable ABI. Schemas: ops.py.
+// What the operators of every C++ backend share, over the LibTorch stable ABI. The schemas are in
+// ops.py.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -24,7 +25,7 @@ void require(bool good, const Parts&... parts) {
   throw Error(text.str());
 }
 
-// The logits as (N, C, K) with every stride in elements; a row is (n, k).
+// The shape of the logits as (N, C, K), where K = 1 stands for (N, C). A row is a pair (n, k).
 struct Shape {
   int64_t N, C, K, rows;
   explicit Shape(const Tensor& logits) {
@@ -55,20 +56,12 @@ inline void check_grad(const Tensor& grad, const Tensor& logits) {
   require(grad.scalar_type() == logits.scalar_type(), "grad must have the dtype of logits");
 }
 
-inline Formula formula_of(const std::vector<double>& n) {  // in the order of call.py
-  require(n.size() == 4 || n.size() == 10, "formula must have 4 or 10 numbers, got ", n.size());
-  Formula f{n[0] != 0, n[1], n[2], n[3], n[1], 1, 1, 0, 1, false};
-  if (n.size() == 10)
-    f.gamma_neg = n[4], f.alpha = n[5], f.alpha_neg = n[6], f.clip = n[7], f.scale = n[8],
-    f.per_class = n[9] != 0;
-  return f;
-}
-
 inline Reduction reduction_of(int64_t number) {
   require(0 <= number && number <= int(Reduction::SUM), "reduction must be 0, 1, 2 or 3, got ",
           number);
   return Reduction(number);
 }
 
-// Rows of what a forward that will recompute its gradient leaves: scale, for softmax M and R.
+// How many numbers per row a forward saves for a backward that recomputes the gradient: the row
+// scale and, for softmax, M and R.
 inline int64_t saved_rows(bool sigmoid) { return sigmoid ? 1 : 3; }

@@ -1,24 +1,24 @@
-// The formulas of the two loss families, once for every C++ backend: no loops, no torch.
+// The formulas of softmax and sigmoid, once for every C++ backend: no loops, no torch.
 //
-// T is a number or a vector of numbers, Scalar its element. A backend includes this text in its own
-// namespace, after CB_FN and what T needs (vec.h on the CPU): arithmetic, comparison and ?: lane by
-// lane; constant, largest_finite, neg_abs, log, exp, exp_minus_half, power, divide, rcp, rsqrt,
-// log1p_neg for double; min and max, which are NaN where their second argument is: NaN in, NaN out.
-// SHORT: results end in a half type, so exp and log1m_over may use shorter polynomials.
+// T is a number or a vector of numbers, Scalar is the type of one number. A backend includes this
+// file inside its own namespace, after it has defined CB_FN (how these functions are declared) and
+// the operations on T (vec.h on the CPU, math.cuh on a GPU):
+// - arithmetic, comparison and ?:, element by element;
+// - constant, largest_finite, neg_abs, log, exp, exp_minus_half, power, divide, rcp, rsqrt; for
+//   double also log1p_neg;
+// - min and max, which are NaN where their second argument is NaN, so that a NaN logit gives NaN.
+//
+// SHORT: the results are stored in a half type, so exp and log1m_over may use shorter polynomials.
 
-// The focal exponents with code of their own; GENERAL also knows gamma_neg, clip and, with
-// smoothing, alpha.
-enum class Gamma { ZERO, HALF, ONE, TWO, ANY, GENERAL };
-
-// The numbers of call.h's Formula in the type that is computed in.
+// call.h's Formula in the type that the loss is computed in.
 template <class Scalar>
-struct Numbers {
-  Scalar gamma, gamma_neg, alpha, alpha_neg, clip, eps, zeta, scale;
+struct FormulaOf {
+  Scalar gamma, gamma_neg, alpha, alpha_neg, clip, eps, zeta, logit_scale;
 };
 template <class Scalar>
-Numbers<Scalar> numbers(const Formula& f) {
+FormulaOf<Scalar> formula_of(const Formula& f) {
   return {Scalar(f.gamma), Scalar(f.gamma_neg), Scalar(f.alpha), Scalar(f.alpha_neg),
-          Scalar(f.clip),  Scalar(f.eps),       Scalar(f.zeta),  Scalar(f.scale)};
+          Scalar(f.clip),  Scalar(f.eps),       Scalar(f.zeta),  Scalar(f.logit_scale)};
 }
 
 // -log(1 - m)/m on [0, 1/2], minimax: relative error 2e-7 (SHORT: 7e-6).
@@ -43,33 +43,33 @@ CB_FN T log1m_over(T m) {
   }
 }
 
-// r * loss where an overflowed loss of a row without weight counts 0, not 0 * inf = NaN.
+// r * loss, but 0 where the row's weight is 0 and its loss has overflowed: not 0 * inf = NaN.
 template <class T>
 CB_FN T weighted(T r, T loss) {
   const T zero{}, largest = largest_finite<T>();
   return r * (((r == zero) & (loss > largest)) ? largest : loss);
 }
 
-// Softmax family, one row, from M, d = z_y - M, R = sum over j != y of e^{z_j - M} and, for label
-// smoothing, D = sum over all j of (z_j - M).
+// Softmax, one row, from M = max_j z_j, d = z_y - M, R = sum over j != y of e^{z_j - M} and, for
+// label smoothing, D = sum over all j of (z_j - M).
 //   loss = r [(1-eps) q^gamma (-log p) + eps/C sum_j (lse - z_j) + zeta lse^2],  q = 1 - p = R / S
-//   d loss / d x_j = k e^{z_j - M} - uniform  (j != y),  g_y (j = y),  z = scale x + ...
+//   d loss / d x_j = k e^{z_j - M} - uniform  (j != y),  g_y (j = y),  z = logit_scale (x + ...)
 template <class T>
 struct SoftmaxRow {
   T loss, k, g_y, uniform;
 };
 template <class T, class Scalar>
-CB_FN SoftmaxRow<T> softmax_row(T d, T R, T r, T D, Scalar C, T M, const Numbers<Scalar>& f) {
+CB_FN SoftmaxRow<T> softmax_row(T d, T R, T r, T D, Scalar C, T M, const FormulaOf<Scalar>& f) {
   const T one = constant<T>(1), half = constant<T>(0.5f), largest = largest_finite<T>();
   const T e_y = exp(d), S = R + e_y, inv = divide(one, S), p = e_y * inv, q = R * inv;
-  const auto sure = q <= half;  // then -log p comes from q: exact as p -> 1
+  const auto sure = q <= half;  // then -log p is computed from q: exact as p -> 1
   const T u_sure = log1m_over(min(half, q)), log_S = log(S);
   const T nll = sure ? q * u_sure : log_S - d;
   const T u =
       sure ? u_sure : min(largest, divide(nll, q));  // finite where p is 0: p * u has a limit
   T focus = one;                                     // q^gamma
   if (f.gamma != 0) focus = power(q, f.gamma);
-  const T a = (1 - f.eps) * focus * (one + f.gamma * p * u), slope = r * f.scale;
+  const T a = (1 - f.eps) * focus * (one + f.gamma * p * u), slope = r * f.logit_scale;
   SoftmaxRow<T> row{weighted(r, (1 - f.eps) * focus * nll), slope * a * inv, -(slope * a * q), T{}};
   if (f.eps != 0) {
     row.loss += weighted(r, f.eps / C * (C * (sure ? nll + d : log_S) - D));
@@ -87,9 +87,10 @@ CB_FN SoftmaxRow<T> softmax_row(T d, T R, T r, T D, Scalar C, T M, const Numbers
   return row;
 }
 
-// The same with soft targets t in classes of weights w, from M = z_top, R = sum over j != top of
-// e^{z_j - M}, W = sum_j t_j w_j, W_others without the top's, B = sum_j t_j w_j (z_j - M) and, for
-// smoothing, D.
+// The same with soft targets t and class weights w, from M = z_top, the largest logit, R = sum over
+// j != top of e^{z_j - M}, W = sum_j t_j w_j, W_others the same without top's term, B = sum_j t_j
+// w_j (z_j - M) and, for label smoothing, D. s is the scale of the soft targets' term, r of the
+// other terms.
 //   loss = s (1-eps) sum_j t_j w_j (lse - z_j) + r [eps/C sum_j (lse - z_j) + zeta lse^2]
 //   d loss / d x_j = k e^{z_j - M} - uniform - hard t_j w_j  (j != top),  g_top (j = top)
 template <class T>
@@ -98,11 +99,11 @@ struct SoftRow {
 };
 template <class T, class Scalar>
 CB_FN SoftRow<T> soft_row(T R, T s, T r, T W, T W_others, T B, T D, Scalar C, T M,
-                          const Numbers<Scalar>& f) {
+                          const FormulaOf<Scalar>& f) {
   const T one = constant<T>(1), half = constant<T>(0.5f), largest = largest_finite<T>();
   const T S = one + R, inv = divide(one, S), q = R * inv;
-  const T nll = q <= half ? q * log1m_over(min(half, q)) : log(S);  // of the top: exact as p -> 1
-  const T slope = r * f.scale, hard = s * f.scale * (1 - f.eps);
+  const T nll = q <= half ? q * log1m_over(min(half, q)) : log(S);  // of top: exact as p -> 1
+  const T slope = r * f.logit_scale, hard = s * f.logit_scale * (1 - f.eps);
   SoftRow<T> row{weighted(s, (1 - f.eps) * (W * nll - B)), hard * W * inv,
                  hard * (W_others - W * q), T{}, hard};
   if (f.eps != 0) {
@@ -121,8 +122,9 @@ CB_FN SoftRow<T> soft_row(T R, T s, T r, T W, T W_others, T B, T D, Scalar C, T 
   return row;
 }
 
-// Sigmoid family, one element with t = 0; t = 1 is the same at -z with the gradient's sign turned.
-//   L = s^gamma sp(z),  g = dL/dz = s^gamma (gamma sigma(-z) sp(z) + s),  s = sigma(z) = 1 - p_t
+// Sigmoid, one element with target t = 0. For t = 1: the same at -z, and the gradient negated.
+//   L = s^gamma sp(z),  g = dL/dz = s^gamma (gamma sigma(-z) sp(z) + s),  s = sigma(z) = 1 - p_t,
+//   sp(z) = log(1 + e^z)
 template <class T>
 struct Element {
   T L, g;
@@ -130,11 +132,11 @@ struct Element {
 template <Gamma G, bool SHORT, class T, class Scalar>
 CB_FN Element<T> sigmoid_element(T z, Scalar gamma) {
   const T zero{}, one = constant<T>(1);
-  T s, c, m, f = one;  // sigma(z), sigma(-z), the smaller; s^gamma
+  T s, c, m, focus = one;  // sigma(z), sigma(-z), the smaller of the two, s^gamma
   if constexpr (G == Gamma::HALF && !std::is_same_v<T, double>) {
-    // One exponential and one rsqrt serve both: h = e^{-z/2}, sqrt(sigma) = rsqrt(1 + h^2).
+    // sigma and its root from one exponential and one rsqrt: h = e^{-z/2}, root = rsqrt(1 + h^2).
     const T h = exp_minus_half<SHORT>(z);
-    f = rsqrt(one + h * h), s = f * f, c = one - s, m = min(s, c);
+    focus = rsqrt(one + h * h), s = focus * focus, c = one - s, m = min(s, c);
   } else {
     const T e = exp<SHORT>(neg_abs(z)), inv = rcp(one + e);
     m = e * inv, s = z < zero ? m : inv, c = z < zero ? inv : m;
@@ -142,18 +144,20 @@ CB_FN Element<T> sigmoid_element(T z, Scalar gamma) {
   const T l = m * log1m_over<SHORT>(m);  // log(1 + e^{-|z|}), exact for tiny m
   const T sp = l + max(zero, z);
   if constexpr (G == Gamma::ZERO) return {sp, s};
-  if constexpr (G == Gamma::ONE) f = s;
-  if constexpr (G == Gamma::TWO) f = s * s;
-  if constexpr (G == Gamma::HALF && std::is_same_v<T, double>) f = sqrt(s);
-  if constexpr (G == Gamma::ANY) f = exp<SHORT>(-gamma * (l + max(zero, -z)));
+  if constexpr (G == Gamma::ONE) focus = s;
+  if constexpr (G == Gamma::TWO) focus = s * s;
+  if constexpr (G == Gamma::HALF && std::is_same_v<T, double>) focus = sqrt(s);
+  if constexpr (G == Gamma::ANY) focus = exp<SHORT>(-gamma * (l + max(zero, -z)));
   if constexpr (G == Gamma::GENERAL)  // gamma may be 0: 0 * inf is NaN
-    f = exp<SHORT>(-gamma * min(largest_finite<T>(), l + max(zero, -z)));
-  // Past sp = 50 c * sp is below 1e-20; the cap keeps 0 * inf and blown-up roundings of c away.
-  return {f * sp, f * (gamma * c * min(constant<T>(50), sp) + s)};
+    focus = exp<SHORT>(-gamma * min(largest_finite<T>(), l + max(zero, -z)));
+  // Where sp > 50, c * sp is below 1e-20. The bound avoids 0 * inf, and that the rounding error of
+  // c is multiplied by a large sp.
+  return {focus * sp, focus * (gamma * c * min(constant<T>(50), sp) + s)};
 }
 
-// gamma = 0 for many elements: sum log(1 + e_j) = log prod (1 + e_j), kept as product - 1 so that
-// tiny e_j count; no logarithm an element. At most 120 elements: the product stays below 2^120.
+// gamma = 0, many elements: sum log(1 + e_j) = log prod (1 + e_j) needs one logarithm for all of
+// them. The product minus 1 is stored, so that tiny e_j count. For at most 120 elements, so that
+// the product stays below 2^120.
 template <bool SHORT, class T>
 struct SoftplusSum {
   T linear{}, Q{};    // sum max(z, 0); prod (1 + e^{-|z|}) - 1
@@ -166,7 +170,7 @@ struct SoftplusSum {
     Q = Q * u + e;
     return z < T{} ? e * s : s;
   }
-  CB_FN T add(T z, T t) {  // any target; returns sigma(z) - t, exact where it is nearly 0
+  CB_FN T add(T z, T t) {  // any target t; returns sigma(z) - t, exact where that is close to 0
     const T zero{}, one = constant<T>(1), e = exp<SHORT>(neg_abs(z)), u = one + e, larger = rcp(u);
     const T smaller = e * larger, s = z < zero ? smaller : larger, c = z < zero ? larger : smaller;
     Q = Q * u + e;
@@ -179,7 +183,7 @@ struct SoftplusSum {
   }
 };
 
-// t = 0 where probabilities are shifted, p = max(s - clip, 0), clip > 0.
+// One element with t = 0 and a shifted probability p = max(s - clip, 0), clip > 0.
 //   L = p^gamma (-log(1-p)),  g = p^gamma (gamma u + 1/(1-p)) s (1-s),  u = -log(1-p)/p
 template <bool SHORT, class T, class Scalar>
 CB_FN Element<T> clipped_element(T z, Scalar gamma, Scalar clip) {
@@ -194,23 +198,24 @@ CB_FN Element<T> clipped_element(T z, Scalar gamma, Scalar clip) {
   return {focus * nll, p == zero ? zero : g};
 }
 template <Gamma G, bool SHORT, class T, class Scalar>
-CB_FN Element<T> negative(T z, const Numbers<Scalar>& f) {
+CB_FN Element<T> negative(T z, const FormulaOf<Scalar>& f) {
   if constexpr (G == Gamma::GENERAL)
     if (f.clip != 0) return clipped_element<SHORT>(z, f.gamma_neg, f.clip);
   return sigmoid_element<G, SHORT>(z, G == Gamma::GENERAL ? f.gamma_neg : f.gamma);
 }
 
-// An element with any target t: alpha t L(z, 1) + (1 - alpha) (1 - t) L(z, 0).
+// One element with any target t: alpha t L(z, 1) + (1 - alpha) (1 - t) L(z, 0).
 template <Gamma G, bool SHORT, class T, class Scalar>
-CB_FN Element<T> mixed(T z, T t, const Numbers<Scalar>& f) {
+CB_FN Element<T> mixed(T z, T t, const FormulaOf<Scalar>& f) {
   const Element<T> one = sigmoid_element<G, SHORT>(-z, f.gamma), zero = negative<G, SHORT>(z, f);
   const T t_1 = t * f.alpha, t_0 = (1 - t) * f.alpha_neg;
   return {weighted(t_1, one.L) + weighted(t_0, zero.L), t_0 * zero.g - t_1 * one.g};
 }
 
-// The element of the target class. Without smoothing, alpha_neg is left to the whole row's sums.
+// The element of the target class. Without smoothing, its loss and gradient include alpha; the
+// caller multiplies the sums of the other classes by alpha_neg.
 template <Gamma G, bool SMOOTH, bool SHORT, class T, class Scalar>
-CB_FN Element<T> at_target(T z_y, Scalar C, const Numbers<Scalar>& f) {
+CB_FN Element<T> at_target(T z_y, Scalar C, const FormulaOf<Scalar>& f) {
   if constexpr (SMOOTH) {
     return mixed<G, SHORT>(z_y, T{} + (1 - f.eps + f.eps / C), f);
   } else {
@@ -219,15 +224,15 @@ CB_FN Element<T> at_target(T z_y, Scalar C, const Numbers<Scalar>& f) {
   }
 }
 
-// Sum of the other classes' losses, for at most 64 of them a lane.
+// The sum of the other classes' losses, for at most 64 elements per lane between two take().
 template <Gamma G, bool SMOOTH, bool SHORT, class V>
 struct LossSum {
   V L{};
   SoftplusSum<SHORT, V> softplus;
-  // Returns dL/dz for the target t, which without smoothing is 0. What is excluded() does not
-  // count: without smoothing their -inf sees to that.
+  // Adds an element with target t (0 without smoothing) and returns its dL/dz. With smoothing,
+  // elements that are excluded() add nothing; without, the caller passes z = -inf for them.
   template <class T, class Scalar, class Excluded>
-  CB_FN V add(V z, T t, const Numbers<Scalar>& f, const Excluded& excluded) {
+  CB_FN V add(V z, T t, const FormulaOf<Scalar>& f, const Excluded& excluded) {
     const V zero{};
     if constexpr (G == Gamma::ZERO) {
       if constexpr (!SMOOTH) return softplus.add(z);

@@ -45,14 +45,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=left_out)
 
 
-@pytest.fixture(params=BACKENDS.values(), ids=BACKENDS.keys())
+@pytest.fixture(params=tuple(BACKENDS.values()), ids=tuple(BACKENDS))
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """Every backend, one after the other."""
     with request.param.active():
         yield request.param
 
 
-@pytest.fixture(params=GPU_BACKENDS.values() or [None], ids=GPU_BACKENDS.keys() or ["none"])
+@pytest.fixture(
+    params=tuple(GPU_BACKENDS.values()) or (None,), ids=tuple(GPU_BACKENDS) or ("none",)
+)
 def gpu(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """The GPU kernels, where they can run."""
     if request.param is None:

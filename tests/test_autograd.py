@@ -49,6 +49,7 @@ def test_incoming_gradient(backend, family, recompute, dtype, incoming):
         leaf, target, weight, recompute=recompute, backend=backend.argument, **options
     )
     (loss * incoming).backward()
+    assert leaf.grad is not None
     want = oracle(logits, target, weight, **options)[1] * incoming
     if dtype == torch.float16 and not recompute:  # stored with a subnormal's error, then scaled
         want = torch.where(want.abs() > abs(incoming) * 2.0**-14, want, leaf.grad.double())
@@ -62,8 +63,10 @@ def test_float16_gradient_does_not_underflow_before_the_loss_scaler(backend, sca
     rows, normalizer = (64, N) if INTERPRETED else (N, None)  # as many take the interpreter long
     logits, target = torch.zeros(rows, 2, dtype=torch.float16), torch.zeros(rows, dtype=torch.int64)
     logits[:, 0] = 10
-    leaf, options = logits.requires_grad_(), {"normalizer": normalizer}
-    (class_balanced_loss(leaf, target, backend=backend.argument, **options) * scale).backward()
+    leaf = logits.requires_grad_()
+    loss = class_balanced_loss(leaf, target, normalizer=normalizer, backend=backend.argument)
+    (loss * scale).backward()
+    assert leaf.grad is not None
     want = scale / N / (1 + torch.tensor(10.0).exp().item())
     torch.testing.assert_close(
         leaf.grad[:, 1].double(), torch.full((rows,), want).double(), rtol=1e-3, atol=6e-8
@@ -83,6 +86,7 @@ def test_vector_of_incoming_gradients(backend, family, recompute, C):
         leaf, target, weight, recompute=recompute, backend=backend.argument, **options
     )
     loss.backward(incoming)
+    assert leaf.grad is not None
     assert_grad(leaf.grad, oracle(logits, target, weight, incoming, **options)[1], torch.float64)
 
 
@@ -113,6 +117,7 @@ def test_accumulates_into_the_leaf(backend):
     leaf = logits.clone().requires_grad_()
     for _ in range(3):
         class_balanced_loss(leaf, target, backend=backend.argument).backward()
+    assert leaf.grad is not None
     assert_grad(leaf.grad / 3, oracle(logits, target)[1], torch.float32)
 
 
@@ -195,6 +200,7 @@ def test_inplace_writes_the_gradient_over_the_logits(backend, family, recompute)
     loss.backward()
     assert middle._version > version
     want = oracle(logits, target, activation=family)[1]
+    assert leaf.grad is not None
     assert_grad(middle.detach(), want, torch.float32)
     assert_grad(leaf.grad, want, torch.float32)
 
@@ -226,6 +232,7 @@ def test_inplace_images(backend, recompute, layout, shape):
     in_place(middle, target, backend, recompute=recompute).backward()
     batched = logits if len(shape) > 1 else logits[None]
     want = oracle(batched, target if rows else target[None])[1].reshape(shape)
+    assert leaf.grad is not None
     assert middle.is_contiguous() == logits.is_contiguous()
     for got in (leaf.grad, middle.detach()):
         torch.testing.assert_close(got.double(), want, rtol=2e-5, atol=1e-6)
@@ -248,6 +255,7 @@ def test_autocast(backend, family, dtype):
     logits.retain_grad()
     loss.backward()
     assert_grad(logits.grad, oracle(logits, target, activation=family)[1], dtype)
+    assert head.weight.grad is not None
     assert head.weight.grad.dtype == torch.float32
     assert head.weight.grad.abs().sum() > 0
 
@@ -263,7 +271,12 @@ def test_saved_for_backward(backend, family, recompute, dtype, C, inplace):
     leaf = torch.zeros(N, C, dtype=dtype, requires_grad=True)
     logits = leaf * 1
     saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+
+    def keep(t):
+        saved.append(t)
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         class_balanced_loss(
             logits, torch.arange(N) % C, activation=family, recompute=recompute, inplace=inplace,
             backend=backend.argument,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
@@ -105,7 +106,7 @@ def test_accesses_on_amd(activation, gamma, dtype, C):
     assert "scratch_" not in text
 
 
-BOUNDS = {  # instructions and special functions an element: bfloat16, C = 8142, sm_90
+BOUNDS = {  # instructions and special functions per element: bfloat16, C = 8142, sm_90
     ("softmax", 0.0): (17.5, 1.15),
     ("sigmoid", 0.0): (22, 2.15),
     ("sigmoid", 0.5): (28.5, 2.15),
@@ -197,13 +198,13 @@ def test_label_smoothing_and_loss_alone_do_not_spill(activation, gamma, smoothin
             assert grad or read.straight.stores == 0
 
 
-OPTIONS = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "adjusted": {"bias": True, "logit_scale": 2.0},
     "asymmetric": {"gamma_neg": 4.0, "clip": 0.05},
     "alpha": {"alpha": 0.25},
-    "soft": {"dense": True},
-    "soft-asymmetric": {"dense": True, "gamma_neg": 4.0, "clip": 0.05, "alpha": 0.25},
+    "soft": {"soft": True},
+    "soft-asymmetric": {"soft": True, "gamma_neg": 4.0, "clip": 0.05, "alpha": 0.25},
 }
 
 
@@ -223,8 +224,9 @@ def test_options_compile_without_spills(activation, name):
 @pytest.mark.parametrize("activation", ("softmax", "sigmoid"))
 def test_soft_targets_compile(activation, shape):
     """In float32, where Triton's passes take other ways than for half types."""
-    for options in ({}, {"label_smoothing": 0.1, "bias": True, "recompute": True}):
-        found = launches(shape, torch.float32, activation, 0.0, dense=True, **options)
+    recomputed: dict[str, Any] = {"label_smoothing": 0.1, "bias": True, "recompute": True}
+    for options in ({}, recomputed):
+        found = launches(shape, torch.float32, activation, 0.0, soft=True, **options)
         for launch in row_kernel(found):
             assert compiled(launch, TARGETS["sm_90"]).asm["cubin"]
 

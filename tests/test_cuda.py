@@ -18,8 +18,9 @@ from support.marks import FAMILIES
 from support.oracle import oracle
 from support.tolerances import same_bits
 
-from cbloss_fused import ops
-from cbloss_fused.call import Inputs, formula
+from cbloss_fused.arguments import Inputs
+from cbloss_fused.backends import REGISTRY
+from cbloss_fused.options import Formula, Options
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
 CHECK = [sys.executable, str(Path(__file__).parent / "emulator" / "check.py")]
@@ -34,9 +35,11 @@ def emulated():
 
 
 @pytest.fixture
-def setting(monkeypatch):
+def setting(emulated, monkeypatch):
     """setting(name, value) until the test ends."""
-    return lambda name, value: monkeypatch.setattr(EMULATOR.setting(name), "value", value)
+    emulator = EMULATOR
+    assert emulator is not None
+    return lambda name, value: monkeypatch.setattr(emulator.setting(name), "value", value)
 
 
 @pytest.mark.parametrize("C", (10, 300, 1000, 8142, 20_000, 70_000), ids="C{}".format)
@@ -88,7 +91,7 @@ def test_special_functions_at_their_worst(emulated, setting, family, gamma, erro
             assert ((grad - want[1]).abs() <= bound * largest + smallest).all()
 
 
-def checked(library: Path, *arguments: str, **environment: str) -> str:
+def checked(library: Path | None, *arguments: str, **environment: str) -> str:
     done = subprocess.run(
         [*CHECK, str(library), *arguments],
         capture_output=True, text=True, env=os.environ | environment,
@@ -116,21 +119,29 @@ def test_the_operator_refuses_what_would_leave_its_buffers(emulated):
     with pytest.raises(ValueError, match="within grad's storage"):
         torch.ops.cbloss_fused._scale(torch.ones(8), torch.tensor(2.0), 9)
     x, y = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
-    arguments = (x, *Inputs(y), formula(), None, 1)
+    arguments = (x, *Inputs(y), Formula.of(Options()), None, 1)
     for loss, wanted in ((torch.zeros(3), 2), (torch.zeros((), dtype=torch.float64), 1)):
         with pytest.raises(ValueError, match=f"loss must be {wanted} contiguous"):
-            ops.losses["cuda"](*arguments, loss, None, None)
+            REGISTRY["cuda"].loss(*arguments, loss, None, None)
     with pytest.raises(ValueError, match="grad must have the shape"):
-        ops.losses["cuda"](*arguments, torch.zeros(()), torch.zeros(2, 2), None)
+        REGISTRY["cuda"].loss(*arguments, torch.zeros(()), torch.zeros(2, 2), None)
 
 
 @pytest.fixture(scope="module")
 def findings(tmp_path_factory):
-    """What the checks say of each planted fault."""
-    folder = tmp_path_factory.mktemp("faults")
+    """What the checks say of each planted fault, and of the kernels without one."""
+    folder, planted = tmp_path_factory.mktemp("faults"), faults.NONE + faults.FAULTS
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        places = [folder / str(i) for i in range(len(faults.FAULTS))]
-        return dict(zip(faults.FAULTS, pool.map(faults.plant, faults.FAULTS, places), strict=True))
+        places = [folder / str(i) for i in range(len(planted))]
+        return dict(zip(planted, pool.map(faults.plant, planted, places), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(EMULATOR is None, reason="the kernels are not emulated here")
+@pytest.mark.parametrize("none", faults.NONE, ids=lambda fault: fault.dtype)
+def test_nothing_is_found_without_a_fault(findings, none):
+    """Else whatever fails for another reason would count as a fault that is found."""
+    assert findings[none] is None
 
 
 @pytest.mark.slow

@@ -110,7 +110,9 @@ def test_accuracy_table():
 
 
 def test_sigmoid_losses_start_at_one_in_ten():
-    sigmoid, softmax = (demo.make_model(sigmoid)[-1].bias for sigmoid in (True, False))
+    sigmoid, softmax = (
+        demo.make_model(sigmoid)[-1].get_parameter("bias") for sigmoid in (True, False)
+    )
     torch.testing.assert_close(sigmoid.sigmoid(), torch.full((10,), 0.1))
     assert (softmax.sigmoid() > 0.4).all()
 

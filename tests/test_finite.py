@@ -26,12 +26,14 @@ def bound(dtype: torch.dtype, C: int) -> float:
 @cache
 def saturated(C: int, dtype: torch.dtype, beyond: bool = False):
     """Rows of every pattern at every magnitude: right, wrong, alternating, one rival, all alike."""
-    magnitudes = MAGNITUDES if dtype == torch.float16 else (*MAGNITUDES, 1e30, bound(dtype, C))
+    magnitudes: tuple[float, ...] = MAGNITUDES
+    if dtype != torch.float16:
+        magnitudes = (*MAGNITUDES, 1e30, bound(dtype, C))
     if C > 1000:
         magnitudes = magnitudes[-1::-4]
     if beyond:
         largest = torch.finfo(torch.float32 if dtype == torch.float64 else dtype).max
-        magnitudes = [1e37, 1e38, largest]
+        magnitudes = (1e37, 1e38, largest)
     y, sign = C // 2, 1 - 2 * (torch.arange(C) % 2)
     at_y = (torch.arange(C) == y).double()
     rival = (torch.arange(C) == C - 1).double() - at_y

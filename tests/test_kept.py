@@ -15,8 +15,10 @@ import torch
 from support.backends import INTERPRETED
 from support.marks import DTYPES, FAMILIES
 
-from cbloss_fused import kernels, ops, reference
-from cbloss_fused.call import Inputs, formula
+from cbloss_fused import triton as kernels
+from cbloss_fused.arguments import Inputs, compute_dtype
+from cbloss_fused.buffers import new_loss, new_saved
+from cbloss_fused.options import Activation, Formula, Options
 
 triton = pytest.importorskip("triton")
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter keeps nothing")
@@ -24,66 +26,68 @@ pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter keeps nothi
 N, C = 6, 24
 
 
-def form(step: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+def form(launch: Any, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     """What a kernel's code depends on: the pointers' dtypes, the constants."""
-    pointers = arguments[: len(step.pointers)]
+    pointers = arguments[: len(launch.pointers)]
     types = tuple(None if p is None else p.dtype for p in pointers)
-    return step.kernel.__name__, types, step.constants, step.warps, step.registers
+    return launch.kernel.__name__, types, launch.constants, launch.warps, launch.registers
 
 
-def forget(launch: Any) -> None:
-    launch._kept.clear()
-    for cached in ("plan", "dense", "scaling"):
-        if hasattr(launch, cached):
-            getattr(launch, cached).cache_clear()
+def forget(launcher: Any) -> None:
+    launcher._kept.clear()
+    for cached in ("plan", "scaling"):
+        if hasattr(launcher, cached):
+            getattr(launcher, cached).cache_clear()
 
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[Any, Any]]]:
     """Pairs of what a launch needs and what its kernel was compiled for."""
-    launch, pairs = kernels.load(), []
-    forget(launch)
-    monkeypatch.setattr(launch, "_driver", lambda: (lambda: 0, lambda device: 0))
+    launcher, pairs = kernels.load(), []
+    forget(launcher)
+    monkeypatch.setattr(launcher, "_driver", lambda: (lambda: 0, lambda device: 0))
 
-    def compile_step(step: Any, pointers: tuple[Any, ...], device: int) -> Any:
+    def compile_launch(launch: Any, pointers: tuple[Any, ...], device: int) -> Any:
         with monkeypatch.context() as patch:
-            made = SimpleNamespace(form=form(step, pointers), run=None)
+            made = SimpleNamespace(form=form(launch, pointers), run=None)
             patch.setattr(triton.JITFunction, "warmup", lambda *_, **__: made)
-            return original(step, pointers, device)
+            return original(launch, pointers, device)
 
-    original = launch._compile
-    monkeypatch.setattr(launch, "_compile", compile_step)
+    original = launcher._compile
+    monkeypatch.setattr(launcher, "_compile", compile_launch)
     monkeypatch.setattr(
-        launch,
+        launcher,
         "_launch",
-        lambda step, arguments, _: pairs.append((form(step, arguments), step.compiled[0].form)),
+        lambda each, arguments, _: pairs.append((form(each, arguments), each.compiled[0].form)),
     )
     yield pairs
-    forget(launch)
+    forget(launcher)
 
 
-def call_everything(logits_dtype: torch.dtype, target_dtype: torch.dtype, family: str) -> None:
+def call_everything(
+    logits_dtype: torch.dtype, target_dtype: torch.dtype, family: Activation
+) -> None:
     """A loss and a recomputed gradient of one shape, each reduction."""
-    launch = kernels.load()
+    launcher = kernels.load()
     logits = torch.zeros(N, C, dtype=logits_dtype)
-    dense = target_dtype is not torch.int64
-    target = torch.zeros((N, C) if dense else (N,), dtype=target_dtype)
-    compute = reference.compute_dtype(logits_dtype)
-    weight, numbers = torch.ones(C, dtype=compute), formula(family)
+    soft = target_dtype is not torch.int64
+    target = torch.zeros((N, C) if soft else (N,), dtype=target_dtype)
+    compute = compute_dtype(logits_dtype)
+    weight, numbers = torch.ones(C, dtype=compute), Formula.of(Options(family))
     for reduction in range(4):
-        loss = ops.new_loss(logits, target, reduction)
-        saved = ops.new_saved(logits, family == "sigmoid").zero_()
+        loss = new_loss(logits, target, reduction)
+        saved = new_saved(logits, family == "sigmoid").zero_()
         inputs = Inputs(target, weight)
         arguments = logits, *inputs, numbers, None, reduction
-        assert launch.loss(*arguments, loss, torch.empty_like(logits), None)
-        assert launch.loss(*arguments, loss, None, saved)
-        assert launch.gradient(
+        assert launcher.loss(*arguments, loss, torch.empty_like(logits), None)
+        assert launcher.loss(*arguments, loss, None, saved)
+        assert launcher.gradient(
             logits, target, weight, None, None, saved, loss, numbers, torch.empty_like(logits)
         )
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_of_a_loss(launched: list[tuple[Any, Any]], family: str) -> None:
+def test_of_a_loss(launched: list[tuple[Any, Any]], family: Activation) -> None:
     """All dtypes in a row: a kernel that is kept by too little serves the wrong one."""
     targets = (torch.int64, *DTYPES, torch.bool)
     for _ in range(2):
@@ -99,7 +103,7 @@ def test_of_the_scaling_of_a_stored_gradient(launched: list[tuple[Any, Any]]) ->
     for _ in range(2):
         for dtype in DTYPES:
             grad = torch.zeros(100, dtype=dtype)
-            factor = torch.ones((), dtype=reference.compute_dtype(dtype))
+            factor = torch.ones((), dtype=compute_dtype(dtype))
             kernels.load().scale_gradient(grad, factor, 100)
     assert len(launched) == 2 * len(DTYPES)
     for needed, compiled_for in launched:

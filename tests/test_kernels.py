@@ -9,7 +9,9 @@ from support.marks import FAMILIES, name_of
 from support.oracle import oracle
 from support.tolerances import assert_grad, assert_loss, same_bits
 
-from cbloss_fused import class_balanced_loss, ops
+from cbloss_fused import class_balanced_loss
+from cbloss_fused.backends import REGISTRY
+from cbloss_fused.buffers import co_aligned, new_saved
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
 
@@ -48,10 +50,10 @@ def test_every_class_count_at_every_offset(gpu, family, dtype, C, offset):
 @FAMILY
 def test_long_rows_split_or_looped(gpu, family, dtype, shape, smoothing):
     """600 rows loop, 3 do where there is one multiprocessor; else several programs share a row."""
-    multiprocessors = 132
-    if shape[0] == 600 and DEVICE == "cpu":
-        multiprocessors, shape = 1, (3, shape[1])
-    logits, target = problem(*shape, dtype, offset=3)
+    (N, C), multiprocessors = shape, 132
+    if N == 600 and DEVICE == "cpu":
+        N, multiprocessors = 3, 1
+    logits, target = problem(N, C, dtype, offset=3)
     target[1] = -100
     with gpu.on_a_gpu_of(multiprocessors):
         check(gpu, logits, target, activation=family, gamma=2.0, label_smoothing=smoothing)
@@ -62,7 +64,8 @@ def test_long_rows_split_or_looped(gpu, family, dtype, shape, smoothing):
 @FAMILY
 def test_a_gradient_that_lies_otherwise_than_its_logits(gpu, monkeypatch, family, dtype, C):
     """As under torch.compile, where rows of the two differ modulo 16 bytes."""
-    monkeypatch.setattr(ops, "new_grad", torch.empty_like)
+    record = gpu.record._replace(new_grad=torch.empty_like)
+    monkeypatch.setitem(REGISTRY, record.name, record)
     logits, target = problem(3, C, dtype, offset=1, gap=3)
     check(gpu, logits, target, activation=family, gamma=0.5)
 
@@ -165,23 +168,21 @@ def test_scaling_of_a_stored_gradient(gpu, dtype, numel, offset):
     grad = buffer[offset : offset + numel]
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     for factor, want in ((1.0, 3.0), (2.5, 7.5)):
-        gpu.scale(grad, torch.tensor(factor, dtype=compute), numel)
+        gpu.record.scale_gradient(grad, torch.tensor(factor, dtype=compute), numel)
         assert (grad == want).all()
     assert (buffer[:offset] == 3).all()
     assert (buffer[offset + numel :] == 3).all()
 
 
-def test_a_padded_gradient_lies_as_its_logits(monkeypatch):
-    """new_grad's layout, on a device that passes for a GPU."""
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+def test_a_padded_gradient_lies_as_its_logits():
     for N, C, K, offset, gap in ((5, 8142, None, 1, 3), (5, 1000, None, 0, 8), (2, 300, 6, 3, 1)):
         size = offset + N * (K or 1) * (C + gap) + 9
         buffer = torch.empty(size, dtype=torch.bfloat16, device="meta")
-        shape, strides = (N, C), (C + gap, 1)
+        row = C + gap
+        logits = buffer.as_strided((N, C), (row, 1), offset)
         if K:
-            shape, strides = (N, C, K), (K * (C + gap), 1, C + gap)
-        logits = buffer.as_strided(shape, strides, offset)
-        grad = ops.new_grad(logits)
+            logits = buffer.as_strided((N, C, K), (K * row, 1, row), offset)
+        grad = co_aligned(logits)
         assert grad.shape == logits.shape
         assert grad.stride(1) == 1
         for x, g in zip(logits.stride(), grad.stride(), strict=True):
@@ -215,13 +216,13 @@ def test_opcheck(gpu, family, shape):
     rows = shape[:1] + shape[2:]
     target = torch.arange(torch.Size(rows).numel()).reshape(rows) % shape[1]
     arguments, loss, formula = operator_arguments(logits, target, family, 0.5, 0.1)
-    grad, saved = torch.empty_like(logits), ops.new_saved(logits, family == "sigmoid")
+    grad, saved = torch.empty_like(logits), new_saved(logits, family == "sigmoid")
     for buffers in ((None, None), (grad, None), (None, saved)):
-        torch.library.opcheck(ops.losses[gpu.argument], (*arguments, loss, *buffers))
-    ops.losses[gpu.argument](*arguments, loss, None, saved)
+        torch.library.opcheck(gpu.record.loss, (*arguments, loss, *buffers))
+    gpu.record.loss(*arguments, loss, None, saved)
     incoming = torch.ones_like(loss)
     torch.library.opcheck(
-        ops.gradients[gpu.argument],
+        gpu.record.gradient,
         (logits, target, None, None, None, saved, incoming, formula, grad),
     )
 

@@ -13,8 +13,10 @@ import torch
 from support.marks import FAMILIES, REDUCTIONS
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cbloss_fused import kernels, ops
-from cbloss_fused.call import Inputs, formula
+from cbloss_fused import triton
+from cbloss_fused.arguments import Inputs
+from cbloss_fused.buffers import co_aligned, new_loss, new_saved
+from cbloss_fused.options import Activation, ClassWeighting, Formula, Options, Reduction
 
 pytest.importorskip("triton")
 N, C = 64, 1000
@@ -37,13 +39,14 @@ class Recorded(TorchDispatchMode):
 
 
 def record(
-    monkeypatch: pytest.MonkeyPatch, family: str, kind: str, reduction: str, weighted: bool,
-    sampled: bool, recompute: bool, **options: Any,
+    monkeypatch: pytest.MonkeyPatch, family: Activation, kind: str, reduction: Reduction,
+    weighted: bool, sampled: bool, recompute: bool, **options: Any,
 ) -> tuple[list[str], list[tuple[str, int]]]:  # fmt: skip
     """Names of the kernels of a forward, or of a recomputing backward, and torch's operators."""
-    launch, found = kernels.load(), []
-    names = lambda plan: found.extend(step.kernel.__name__ for step in plan.steps)  # noqa: E731
-    monkeypatch.setattr(launch, "run", lambda plan, tensors, like: names(plan))
+    launcher = triton.load()
+    found: list[str] = []
+    names = lambda plan: found.extend(launch.kernel.__name__ for launch in plan.launches)  # noqa: E731
+    monkeypatch.setattr(launcher, "run", lambda plan, tensors, like: names(plan))
     logits = torch.zeros(N, C)
     target = {
         "soft": torch.zeros(N, C),
@@ -52,17 +55,18 @@ def record(
     }[kind]
     weight = torch.ones(C) if weighted else None
     sample_weight = torch.ones(N) if sampled else None
-    weighting = {"class_weighting": "class"} if kind == "classes" else {}
-    numbers, number = formula(family, **weighting, **options), REDUCTIONS.index(reduction)
+    weighting: ClassWeighting = "class" if kind == "classes" else "sample"
+    numbers = Formula.of(Options(family, class_weighting=weighting, **options))
+    number = REDUCTIONS.index(reduction)
     with Recorded() as recorded:
-        loss = ops.new_loss(logits, target, number)
-        grad = ops.co_aligned(logits)
+        loss = new_loss(logits, target, number)
+        grad = co_aligned(logits)
         if recompute:
-            saved = ops.new_saved(logits, family == "sigmoid")
-            assert launch.gradient(logits, target, weight, None, None, saved, loss, numbers, grad)
+            saved = new_saved(logits, family == "sigmoid")
+            assert launcher.gradient(logits, target, weight, None, None, saved, loss, numbers, grad)
         else:
             inputs = Inputs(target, weight, sample_weight)
-            assert launch.loss(logits, *inputs, numbers, -100, number, loss, grad, None)
+            assert launcher.loss(logits, *inputs, numbers, -100, number, loss, grad, None)
     return found, recorded.calls
 
 
@@ -73,8 +77,8 @@ def record(
 @pytest.mark.parametrize("kind", ("soft", "multi-hot", "classes"))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_kernels_alone(
-    monkeypatch: pytest.MonkeyPatch, family: str, kind: str, reduction: str, weighted: bool,
-    sampled: bool, recompute: bool,
+    monkeypatch: pytest.MonkeyPatch, family: Activation, kind: str, reduction: Reduction,
+    weighted: bool, sampled: bool, recompute: bool,
 ) -> None:  # fmt: skip
     if kind == "classes" and (family == "softmax" or reduction == "weighted_mean"):
         pytest.skip("refused before")
@@ -88,7 +92,7 @@ def test_kernels_alone(
             assert size == N * C
     assert sum(size == N * C and name in ALLOCATE for name, size in calls) == 1  # the gradient
     if recompute:
-        assert found == [f"{family}_dense"]
+        assert found == [f"{family}_soft"]
         return
     before = []
     if kind == "classes":
@@ -98,4 +102,4 @@ def test_kernels_alone(
         before = ["label_weights"] * (weighted and (total or family == "sigmoid"))
         before += ["prologue"] * (total and (weighted or sampled))
     after = [] if reduction == "none" else ["epilogue"]
-    assert found == [*before, f"{family}_dense", *after]
+    assert found == [*before, f"{family}_soft", *after]

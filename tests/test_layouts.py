@@ -9,7 +9,8 @@ from support.marks import DTYPES, FAMILIES, name_of
 from support.oracle import oracle
 from support.tolerances import assert_grad, assert_loss, same_bits
 
-from cbloss_fused import class_balanced_loss, ops
+from cbloss_fused import class_balanced_loss
+from cbloss_fused.buffers import new_saved
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
 DTYPE = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
@@ -174,31 +175,31 @@ def test_nothing_outside_is_read_or_written(backend, family, dtype, C):
     target = labels(logits)
     arguments, loss, formula = operator_arguments(logits, target, family)
     grad, again, got = torch.empty_like(logits), torch.empty_like(logits), torch.empty_like(loss)
-    saved = ops.new_saved(logits, family == "sigmoid")
-    ops.loss(*arguments, loss, grad, None)
-    ops.loss(*arguments, got, None, saved)
-    ops.gradient(logits, target, *NONE, saved, torch.ones_like(loss), formula, again)
+    saved = new_saved(logits, family == "sigmoid")
+    backend.record.loss(*arguments, loss, grad, None)
+    backend.record.loss(*arguments, got, None, saved)
+    backend.record.gradient(logits, target, *NONE, saved, torch.ones_like(loss), formula, again)
     for offset in range(10):
         buffer, x = framed(logits, offset, offset % 4, nan)
         out, g = framed(torch.full_like(logits, nan), 9 - offset, offset % 3, sentinel)
         frame, s = framed(torch.full_like(saved, nan), offset, 0, sentinel)
         y = torch.full((offset + len(target) + 9,), 10**9)[offset:][: len(target)].copy_(target)
 
-        ops.loss(x, y, *arguments[2:], got, g, None)
+        backend.record.loss(x, y, *arguments[2:], got, g, None)
         assert backend.same(got, loss)  # the NaN around the logits has no influence
         assert backend.same(g, grad)
         assert (outside(out, g) == sentinel).all()
 
-        ops.loss(x, y, *arguments[2:], got, None, s)
+        backend.record.loss(x, y, *arguments[2:], got, None, s)
         g.fill_(nan)
-        ops.gradient(x, y, *NONE, s, torch.ones_like(loss), formula, g)
+        backend.record.gradient(x, y, *NONE, s, torch.ones_like(loss), formula, g)
         assert backend.same(s, saved)
         assert backend.same(g, again)
         assert (outside(out, g) == sentinel).all()
         assert (outside(frame, s) == sentinel).all()
         assert same_bits(x, logits)
 
-        ops.loss(x, y, *arguments[2:], got, x, None)  # in place
+        backend.record.loss(x, y, *arguments[2:], got, x, None)  # in place
         assert backend.same(x, grad)
         assert outside(buffer, x).isnan().all()
 
@@ -218,7 +219,7 @@ def test_nothing_outside_a_strided_gradient_is_written(backend, family, dtype, l
         row = 2 * logits.shape[1] * K + 1
         g = buffer.as_strided(logits.shape, (row, *strides), 5)
         arguments, loss, _ = operator_arguments(logits, target, family, 2.0, 0.1, "sum")
-        ops.loss(*arguments, loss, g, None)
+        backend.record.loss(*arguments, loss, g, None)
         assert (outside(buffer, g) == 77).all()
         grads.append(g)
     rtol = 0.01 if dtype.itemsize == 2 else 1e-5

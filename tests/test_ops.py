@@ -7,6 +7,7 @@ import subprocess
 import sys
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,8 +17,11 @@ from support.marks import FAMILIES, name_of
 from support.oracle import oracle, sample
 from support.tolerances import assert_grad
 
-from cbloss_fused import ClassBalancedLoss, backends, class_balanced_loss, ops
+from cbloss_fused import ClassBalancedLoss, backends, class_balanced_loss
+from cbloss_fused.backends import REGISTRY
+from cbloss_fused.buffers import new_saved
 
+OPERATORS = torch.ops.cbloss_fused
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
 TORCH_WARNS = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
@@ -44,19 +48,20 @@ def arguments(shape, dtype, family, reduction, vectors):
 def test_opcheck(family, dtype, shape, reduction, vectors):
     inputs, loss, formula = arguments(shape, dtype, family, reduction, vectors)
     logits, target = inputs[:2]
-    grad, saved = torch.empty_like(logits), ops.new_saved(logits, family == "sigmoid")
+    grad, saved = torch.empty_like(logits), new_saved(logits, family == "sigmoid")
     for buffers in ((None, None), (grad, None), (None, saved)):
-        torch.library.opcheck(ops.loss, (*inputs, loss, *buffers))
-    ops.loss(*inputs, loss, None, saved)
+        torch.library.opcheck(OPERATORS.loss.default, (*inputs, loss, *buffers))
+    OPERATORS.loss(*inputs, loss, None, saved)
     incoming = torch.ones_like(loss)
     torch.library.opcheck(
-        ops.gradient, (logits, target, None, None, None, saved, incoming, formula, grad)
+        OPERATORS.gradient.default,
+        (logits, target, None, None, None, saved, incoming, formula, grad),
     )
 
 
 # torch.compile ------------------------------------------------------------------------------------
 
-COMPILED = {
+COMPILED: dict[str, tuple[tuple[int, ...], torch.dtype, dict[str, Any]]] = {
     "stored": ((6, 10), torch.float32, {}),
     "sigmoid-focal": ((6, 10), torch.float32, {"activation": "sigmoid", "gamma": 0.5}),
     "weighted-mean": ((6, 10), torch.float64, {"reduction": "weighted_mean"}),
@@ -169,34 +174,34 @@ def test_export(tmp_path, reduction):
 def test_backends_tells_what_cpu_tensors_get():
     found = backends()
     assert all(isinstance(text, str) and text for text in found.values())
-    if ops.missing is not None:
-        assert found["cpu"] == f"reference: {ops.missing}"
+    if REGISTRY["cpu"].missing is not None:
+        assert found["cpu"] == f"reference: {REGISTRY['cpu'].missing}"
         return
-    names = torch.ops.cbloss_fused._set_isa("").split()
+    names = OPERATORS._set_isa("").split()
     assert names[-1] == "baseline"
     assert "fused" in found["cpu"]
     assert names[0] in found["cpu"]
     assert "reference" in found["other"]
 
 
-@pytest.mark.skipif(ops.missing is not None, reason="no library")
+@pytest.mark.skipif(REGISTRY["cpu"].missing is not None, reason="no library")
 def test_instruction_sets_can_be_chosen_and_a_wrong_name_is_refused():
-    for name in torch.ops.cbloss_fused._set_isa("").split():
-        assert name in torch.ops.cbloss_fused._set_isa(name).split()
+    for name in OPERATORS._set_isa("").split():
+        assert name in OPERATORS._set_isa(name).split()
     with pytest.raises(ValueError, match=r"'sse9'.*baseline"):
-        torch.ops.cbloss_fused._set_isa("sse9")
-    torch.ops.cbloss_fused._set_isa(torch.ops.cbloss_fused._set_isa("").split()[0])
+        OPERATORS._set_isa("sse9")
+    OPERATORS._set_isa(OPERATORS._set_isa("").split()[0])
 
 
-@pytest.mark.skipif(ops.missing is not None, reason="no library")
+@pytest.mark.skipif(REGISTRY["cpu"].missing is not None, reason="no library")
 def test_asking_for_the_backends_changes_none():
     """Variants differ in last bits: whoever answers is seen in them."""
     logits, target = torch.randn(64, 1000), torch.arange(64)
-    best = torch.ops.cbloss_fused._set_isa("baseline").split()[0]
+    best = OPERATORS._set_isa("baseline").split()[0]
     before = class_balanced_loss(logits, target, activation="sigmoid", reduction="none")
     backends()
     after = class_balanced_loss(logits, target, activation="sigmoid", reduction="none")
-    torch.ops.cbloss_fused._set_isa(best)
+    OPERATORS._set_isa(best)
     assert torch.equal(before, after)
 
 
@@ -244,5 +249,5 @@ def test_the_fallback_operators_are_what_is_registered():
     keys = torch._C._dispatch_dump("cbloss_fused::loss")
     assert "CompositeExplicitAutograd" in keys
     arguments, loss, _ = operator_arguments(logits.to("meta"), target.to("meta"), "softmax")
-    ops.loss(*arguments, loss, None, None)
+    OPERATORS.loss(*arguments, loss, None, None)
     assert loss.device.type == "meta"

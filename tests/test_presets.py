@@ -68,11 +68,12 @@ def test_asymmetric_loss(backend, gammas, clip):
     """Ridnik et al., equations 4 to 7."""
     logits, target, _ = data()
     t = F.one_hot(target, 10)
+    gamma, gamma_neg = gammas
 
     def asymmetric(x):
-        return losses.asymmetric(x, t, *gammas, clip) / len(target)
+        return losses.asymmetric(x, t, gamma, gamma_neg, clip) / len(target)
 
-    options = {"activation": "sigmoid", "gamma": gammas[0], "gamma_neg": gammas[1], "clip": clip}
+    options = {"activation": "sigmoid", "gamma": gamma, "gamma_neg": gamma_neg, "clip": clip}
     assert_same(backend, asymmetric, options, logits.clamp(-12, 12), target)
 
 

@@ -12,10 +12,11 @@ pytest.importorskip("triton")
 
 from support.backends import DEVICE, INTERPRETED
 
-from cbloss_fused import class_balanced_loss, kernels
-from cbloss_fused.kernels import layout
+from cbloss_fused import class_balanced_loss
+from cbloss_fused.backends import REGISTRY
+from cbloss_fused.triton import heuristics
 
-H100 = layout.Device(132, 32)
+H100 = heuristics.Device(132, 32)
 
 
 @pytest.mark.parametrize("sigmoid", (False, True))
@@ -26,30 +27,28 @@ def test_configurations_cover_every_row(sigmoid, itemsize):
     for smooth in (False, True):
         for rows in (1, 8, 200, 4096):
             for C in (129, 1000, 8142, 8192, 8193, 16_384, 16_385, 50_000, 131_072, 2**20, 2**24):
-                found = layout.config(rows, C, itemsize, sigmoid, smooth, H100)
+                found = heuristics.row_layout(rows, C, itemsize, sigmoid, smooth, H100)
                 assert found.splits * found.span >= C // VEC > (found.splits - 1) * found.span
                 assert found.span % found.V == 0
                 assert 2048 * found.warps >= found.V * VEC
                 assert found.warps in (1, 2, 4, 8, 16, 32)
-                assert not found.one or found.V >= C // VEC
+                assert not found.single or found.V >= C // VEC
                 assert found.splits == 1 or rows * found.splits <= 8 * 132
 
 
 # Where ------------------------------------------------------------------------------------------
 
 
-def test_backend_triton_needs_a_gpu_or_the_interpreter():
+def test_backend_triton_needs_a_gpu_or_the_interpreter(monkeypatch):
     if INTERPRETED or DEVICE == "cuda":
         pytest.skip("there is one")
     x, y = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
     with pytest.raises(ValueError, match=r"needs CUDA tensors, got cpu.*TRITON_INTERPRET=1"):
         class_balanced_loss(x, y, backend="triton")
-    kernels_available, kernels.available = kernels.available, False
-    try:
-        with pytest.raises(ValueError, match="triton, which is not installed"):
-            class_balanced_loss(x, y, backend="triton")
-    finally:
-        kernels.available = kernels_available
+    absent = REGISTRY["triton"]._replace(missing="Triton is not installed")
+    monkeypatch.setitem(REGISTRY, "triton", absent)
+    with pytest.raises(ValueError, match="cannot be used here: Triton is not installed"):
+        class_balanced_loss(x, y, backend="triton")
 
 
 def test_importing_does_not_import_triton():

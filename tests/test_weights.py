@@ -3,7 +3,8 @@
 import sys
 from dataclasses import dataclass
 from functools import partial
-from types import SimpleNamespace as Stored  # a dataset's labels without its items
+from types import SimpleNamespace
+from typing import Any
 
 import mpmath
 import numpy as np
@@ -97,7 +98,9 @@ def test_beta_from_prototypes():
     assert type(beta_from_prototypes(np.int64(10))) is float
     for n in ([10, 100], np.array([10, 100]), torch.tensor([10, 100])):
         want = torch.tensor([0.9, 0.99], dtype=torch.float64)
-        assert torch.equal(beta_from_prototypes(n), want)
+        beta = beta_from_prototypes(n)
+        assert isinstance(beta, torch.Tensor)
+        assert torch.equal(beta, want)
 
 
 @no_collapse
@@ -194,8 +197,8 @@ def test_no_collapse_no_warning(counts, beta, empty):
 
 
 @dataclass
-class Items(Dataset):
-    items: list
+class Items(Dataset[Any]):
+    items: list[Any]
 
     def __len__(self):
         return len(self.items)
@@ -204,6 +207,7 @@ class Items(Dataset):
         return self.items[i]
 
 
+Stored: Any = SimpleNamespace  # a dataset's labels without its items
 Stream = type("Stream", (IterableDataset,), {"__iter__": None})
 LABELS = [2, 0, 2, 1, 2, 0]
 PAIRS = TensorDataset(torch.zeros(6, 3), torch.tensor(LABELS))
@@ -214,7 +218,7 @@ SOURCES = [
     Stored(targets=LABELS),
     Stored(targets=None, labels=np.array(LABELS)),
     Stored(targets=[2 - y for y in LABELS], target_transform=lambda y: 2 - y),
-    Subset(Subset(Stored(targets=[9, *LABELS, 9]), range(7)), np.arange(1, 7)),
+    Subset(Subset(Stored(targets=[9, *LABELS, 9]), range(7)), np.arange(1, 7)),  # type: ignore[arg-type]
     Subset(Items([(0.0, y) for y in [9, *LABELS]]), range(1, 7)),
     PAIRS,
     Items([("x", np.int64(y), "more") for y in LABELS]),
@@ -276,7 +280,7 @@ ERRORS = [
     (weights, ([2, 0],), ValueError, r"1 of 2 classes have no samples \(1\): .*empty="),
     (weights, ([1] + [0] * 12,), ValueError, r"12 of 13 .*\(1, 2, .*, 10, …\)"),
     (partial(weights, empty="zero"), ([0],), ValueError, r"all 1 counts are 0"),
-    (partial(weights, empty="two"), ([1],), ValueError, r"empty = 'two': expected \"error\""),
+    (partial(weights, empty="two"), ([1],), ValueError, r"empty = 'two': expected \"error\""),  # type: ignore[arg-type]
     (weights, ([1e-300, 1],), ValueError, r"counts from 1e-300 to 1 are too far apart"),
     (weights, ([5e-324], 1 - 1e-9), ValueError, r"too far apart, or too small"),
     (class_counts, ([0, 5, 7], 5), ValueError, r"labels\[1\] = 5: .* label < 5 \(2 of 3 "),

@@ -11,15 +11,16 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from cbloss_fused import kernels, ops
-from cbloss_fused.call import formula
+from cbloss_fused import triton as kernels
+from cbloss_fused.buffers import new_loss, new_saved
+from cbloss_fused.options import Activation, Formula, Options
 
 from ..report import markdown_table
 from . import sass
@@ -70,11 +71,12 @@ def recorded() -> Iterator[list[Launch]]:
     original = launcher.run
 
     def record(plan: Any, tensors: tuple[Tensor | None, ...], like: Tensor) -> None:
-        for step in plan.steps:
-            pointers = step.pick(tensors)
-            types = tuple(None if p is None else f"*{POINTER_TYPES[p.dtype]}" for p in pointers)
+        for each in plan.launches:
+            types = tuple(
+                None if p is None else f"*{POINTER_TYPES[p.dtype]}" for p in each.pick(tensors)
+            )
             found.append(
-                Launch(step.kernel, step.grid, types, step.constants, step.warps, step.registers)
+                Launch(each.kernel, each.grid, types, each.constants, each.warps, each.registers)
             )
 
     launcher.run = record
@@ -87,30 +89,30 @@ def recorded() -> Iterator[list[Launch]]:
 def launches(
     shape: tuple[int, ...], dtype: torch.dtype, activation: str, gamma: float, *,
     grad: bool = True, weight: bool = True, recompute: bool = False, bias: bool = False,
-    dense: bool = False, **options: Any,
+    soft: bool = False, **options: Any,
 ) -> list[Launch]:  # fmt: skip
     """The launches of a forward, or of a backward that recomputes the gradient.
 
-    `bias` adds logit_bias and margin, `dense` targets in the logits' shape.
+    `bias` adds logit_bias and margin, `soft` targets in the logits' shape.
     """
     logits = torch.empty(shape, dtype=dtype, device="meta")
     target = torch.empty(shape[:1] + shape[2:], dtype=torch.int64, device="meta")
-    if dense:
+    if soft:
         target = torch.empty_like(logits)
-    loss = ops.new_loss(logits, target, 1)
+    loss = new_loss(logits, target, 1)
     w = loss.new_empty(shape[1]) if weight else None
-    numbers = formula(activation, gamma, **options)
+    formula = Formula.of(Options(cast(Activation, activation), gamma, **options))
     adjusting = (loss.new_empty(shape[1]),) * 2 if bias else (None, None)
     gradient: Tensor | None = torch.empty_like(logits) if grad else None
     with recorded() as found:
         if recompute:
-            saved = ops.new_saved(logits, numbers.sigmoid)
+            saved = new_saved(logits, formula.sigmoid)
             kernels.load().gradient(
-                logits, target, None, *adjusting, saved, loss, numbers, gradient
+                logits, target, None, *adjusting, saved, loss, formula, gradient
             )
         else:
             kernels.load().loss(
-                logits, target, w, None, None, *adjusting, numbers, -100, 1, loss, gradient, None
+                logits, target, w, None, None, *adjusting, formula, -100, 1, loss, gradient, None
             )
     return found
 

@@ -18,9 +18,9 @@ from . import sass
 
 ROOT = Path(__file__).resolve().parents[2]
 DTYPES = {"float": "fp32", "__nv_bfloat16": "bf16", "__half": "fp16"}
-GAMMAS = ("0", "1/2", "1", "2", "any", "general")  # of enum Gamma in csrc/row_math.h
+GAMMAS = ("0", "1/2", "1", "2", "any", "general")  # of enum Gamma in csrc/call.h
 KERNEL = re.compile(
-    r"(?P<name>softmax|sigmoid)_rows<(?P<dtype>\w+), (?:\(cbloss::Gamma\)(?P<gamma>\d), )?false, "
+    r"(?P<name>softmax|sigmoid)_rows<(?P<dtype>\w+), (?:\(Gamma\)(?P<gamma>\d), )?false, "
     r"(?P<threads>\d+), (?P<vectors>\d+)(?P<single>, true)?>"
 )
 INTRO = """\

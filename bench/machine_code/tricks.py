@@ -23,7 +23,7 @@ from . import sass
 
 ROOT = Path(__file__).resolve().parents[2]
 SOFTMAX = "softmax_rows<__nv_bfloat16, false, 128, 8>"
-SIGMOID = "sigmoid_rows<__nv_bfloat16, (cbloss::Gamma){}, false, 128, 4, true>"
+SIGMOID = "sigmoid_rows<__nv_bfloat16, (Gamma){}, false, 128, 4, true>"
 WARP_PER_ROW = "softmax_rows<__nv_bfloat16, false, 32, 4>"
 ZERO, HALF, ANY = (SIGMOID.format(kind) for kind in (0, 1, 4))
 
@@ -40,19 +40,19 @@ class Trick(NamedTuple):
 
 
 CUDA = (
-    Trick("-inf is written to registers only where vectors are missing", "rows.cuh",
+    Trick("-inf is written to registers only where vectors are missing", "row.cuh",
           "if ((ITEMS - 1) * THREADS < left) {", "if (false) {", SOFTMAX),
     Trick("the target is blanked once, not left out of every sum", "softmax.cuh",
           "for (int j = 0; j < N; ++j) sum += e[k][j];",
           "for (int j = 0; j < N; ++j) sum += at.is_y(k, j) ? 0 : e[k][j];", SOFTMAX),
-    Trick("the maximum of packed pairs", "rows.cuh",
+    Trick("the maximum of packed pairs", "row.cuh",
           "if constexpr (IS_HALF<S>) {\n    using", "if constexpr (false) {\n    using", SOFTMAX),
     Trick("z - M and the factor log2 e in one multiply-add", "softmax.cuh",
           "return ex2(fmaf(z, LOG2E, -c));", "return ex2((z - c * LN2) * LOG2E);", SOFTMAX),
-    Trick("one special function per division", "numbers.cuh",
+    Trick("one special function per division", "math.cuh",
           "CB_FN float divide(float a, float b) { return a * rcp(b); }",
           "CB_FN float divide(float a, float b) { return a / b; }", SOFTMAX),
-    Trick("up to 2048 classes one warp per row (here 1000): no barrier", "rows.cu",
+    Trick("up to 2048 classes one warp per row (here 1000): no barrier", "dispatch.cu",
           "if (a.C <= WARP * MEDIUM) return held<GENERAL, WARP, MEDIUM>(a, device);",
           "if (a.C <= WARP * MEDIUM) return held<GENERAL, 128, SMALL / 2>(a, device);",
           WARP_PER_ROW, "softmax_rows<__nv_bfloat16, false, 128, 1>"),
@@ -64,37 +64,37 @@ CUDA = (
           "", "", HALF, ANY),
     Trick("a shorter polynomial for half types", "../row_math.h",
           "log1m_over<SHORT>(m)", "log1m_over<false>(m)", HALF),
-    Trick("minimum and maximum keep NaN in one instruction", "numbers.cuh",
+    Trick("minimum and maximum keep NaN in one instruction", "math.cuh",
           'asm("max.NaN.f32 %0, %1, %2;" : "=f"(c) : "f"(a), "f"(b));',
           "c = a > b || a != a ? a : b;", HALF),
 )  # fmt: skip
 TRITON = (
-    Trick("one special function per division", "rows.py",
+    Trick("one special function per division", "numerics.py",
           "        root = tl.rsqrt(x)\n        return root * root", "        return 1.0 / x",
           "sigmoid_rows g=0"),
     Trick("gamma 0: one logarithm of a product", "sigmoid.py",
           "    if G == ZERO:  # one logarithm", "    if False:  # one logarithm",
           "sigmoid_rows g=0"),
-    Trick("gamma 1/2: code of its own", "arguments.py",
-          "0.5: sigmoid_kernels.HALF", "0.5: sigmoid_kernels.ANY", "sigmoid_rows g=0.5"),
+    Trick("gamma 1/2: code of its own", "call.py",
+          "0.5: sigmoid.HALF", "0.5: sigmoid.ANY", "sigmoid_rows g=0.5"),
     Trick("a shorter polynomial for half types", "sigmoid.py",
           "primitive_bitwidth == 16", "primitive_bitwidth == 0", "sigmoid_rows g=0.5"),
-    Trick("e^-x with the sign in the constant", "rows.py",
+    Trick("e^-x with the sign in the constant", "numerics.py",
           "return tl.exp2(x * -LOG2E)", "return tl.exp2((-x) * LOG2E)", "sigmoid_rows g=0.5"),
     Trick("an aligned gradient: 16-byte stores", "rows.py",
           "    if ALIGNED:\n        start", "    if False:\n        start", "softmax_rows"),
 )  # fmt: skip
-FOLDERS = {"CUDA": "csrc/cuda", "Triton": "cbloss_fused/kernels"}
+FOLDERS = {"CUDA": "csrc/cuda", "Triton": "cbloss_fused/triton"}
 Counts = Callable[[Path, str], tuple[float, float]]
 
 
 def cuda(sources: Path, kernel: str) -> tuple[float, float]:
-    """Instructions and special functions per element of a kernel of rows.cu in `sources`."""
+    """Instructions and special functions per element of a kernel of dispatch.cu in `sources`."""
     nvcc = setup.find_nvcc()
     assert nvcc is not None
     cubin = sources / "rows.cubin"
     command = [nvcc, *setup.CUDA_FLAGS, "-arch=sm_90", "-DCBLOSS_DTYPE=__nv_bfloat16", "-cubin"]
-    subprocess.run([*command, str(sources / "csrc/cuda/rows.cu"), "-o", str(cubin)], check=True)
+    subprocess.run([*command, str(sources / "csrc/cuda/dispatch.cu"), "-o", str(cubin)], check=True)
     found = [code for name, code in sass.read_library(cubin).items() if kernel in name]
     items = int(kernel.replace(", true>", ">").rsplit(", ", 1)[1].rstrip(">"))
     return found[0].interior.all / items / 8, found[0].interior.special / items / 8

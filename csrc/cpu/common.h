@@ -1,7 +1,7 @@
-// What both layouts of the row kernels use. Included by rows.cpp in the namespace of its
-// instruction set.
+// What the kernels over vectors of classes and over vectors of rows share. Included by kernels.cpp
+// in the namespace of its instruction set.
 
-constexpr int64_t CHUNK = 64;  // vectors summed in float lanes before they join a double
+constexpr int64_t CHUNK = 64;  // vectors summed in float lanes before they are added to a double
 
 template <class T>
 constexpr T INF = std::numeric_limits<T>::infinity();
@@ -12,13 +12,14 @@ inline int64_t row_offset(const Strides& s, int64_t K, int64_t i) {
   return K == 1 ? i * s.n : i / K * s.n + i % K * s.k;
 }
 
-// r_i, with the incoming gradient when only the gradient is computed; negative: ignored.
+// The row scale, r_i / denominator, times the incoming gradient where the call has one. Negative:
+// the row is ignored.
 template <class T>
 struct RowScale {
   const T *scale, *grad_loss;
   bool per_row;
-  explicit RowScale(const Rows& a) : RowScale(a, a.scale) {}
-  RowScale(const Rows& a, const void* scale)
+  explicit RowScale(const Call& a) : RowScale(a, a.scale) {}
+  RowScale(const Call& a, const void* scale)
       : scale(static_cast<const T*>(scale)),
         grad_loss(static_cast<const T*>(a.grad_loss)),
         per_row(a.grad_loss_per_row) {}
@@ -28,32 +29,33 @@ struct RowScale {
   }
 };
 
-// z = scale (x + bias), and the margin of y taken off its own logit, where a call asks for it.
+// z = logit_scale (x + bias), less logit_scale * margin at the target, where the call has these.
 template <class T>
 struct Adjustment {
   const T *bias, *margin;
-  T scale;
+  T logit_scale;
   bool any;
-  explicit Adjustment(const Rows& a)
+  explicit Adjustment(const Call& a)
       : bias(static_cast<const T*>(a.logit_bias)),
         margin(static_cast<const T*>(a.margin)),
-        scale(T(a.formula.scale)),
-        any(bias || margin || scale != 1) {}
+        logit_scale(T(a.formula.logit_scale)),
+        any(bias || margin || logit_scale != 1) {}
   template <class V>
   V operator()(V x, int64_t c) const {  // a vector of rows
-    return scale * (bias ? x + bias[c] : x);
+    return logit_scale * (bias ? x + bias[c] : x);
   }
   void apply(T* z, int64_t C) const {  // a vector of classes
     if (bias)
-      for (int64_t c = 0; c < C; ++c) z[c] = scale * (z[c] + bias[c]);
-    else if (scale != 1)
-      for (int64_t c = 0; c < C; ++c) z[c] *= scale;
+      for (int64_t c = 0; c < C; ++c) z[c] = logit_scale * (z[c] + bias[c]);
+    else if (logit_scale != 1)
+      for (int64_t c = 0; c < C; ++c) z[c] *= logit_scale;
   }
-  T off(int64_t y) const { return margin ? scale * margin[y] : T(0); }
+  T scaled_margin(int64_t y) const { return margin ? logit_scale * margin[y] : T(0); }
 };
 
-// Where the largest logit is +inf the formulas still have a limit if it is alone: it takes all of
-// p. Writes that row, moved to 0 and -inf (NaN where there is no limit); its maximum is 0.
+// If one logit of a row is +inf and the others are not, the formulas have a limit: its class has
+// probability 1. Writes the row of that limit, 0 for its logit and -inf for the others; NaN where
+// there is no limit, because of two infinite logits or a NaN.
 template <class S, class Out>
 void limit_row(const S* x, int64_t stride, int64_t C, Out* z, int64_t z_stride) {
   using T = typename Lanes<S>::T;
@@ -65,7 +67,7 @@ void limit_row(const S* x, int64_t stride, int64_t C, Out* z, int64_t z_stride) 
   }
 }
 
-// Lanes from n on and the lane of the target.
+// The lanes from n on and the lane of the target, y (none if it is not a lane).
 CB_FN bool outside(double, int64_t n, int64_t y) { return n == 0 || y == 0; }
 CB_FN IVec outside(Vec, int64_t n, int64_t y) {
   IVec l;

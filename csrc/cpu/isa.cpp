@@ -1,4 +1,4 @@
-// Which instruction set's kernels serve: the best that this machine has, chosen at run time.
+// Which instruction set's kernels run: the best that this machine has, chosen at run time.
 #include <algorithm>
 #include <string>
 #include <vector>
@@ -7,7 +7,7 @@
 #endif
 
 #include "../ops.h"
-#include "rows.h"
+#include "call.h"
 
 namespace {
 
@@ -19,7 +19,7 @@ struct Isa {
 
 #if defined(__x86_64__)
 enum Register { EAX, EBX, ECX, EDX };
-// For features that not every compiler knows by name.
+// For features whose names some compilers do not know.
 bool cpuid(unsigned leaf, unsigned subleaf, Register reg, int bit) {
   unsigned r[4];
   return __get_cpuid_count(leaf, subleaf, &r[EAX], &r[EBX], &r[ECX], &r[EDX]) && r[reg] >> bit & 1;
@@ -48,8 +48,8 @@ const Isa* best_isa() {
 }
 const Isa* isa = best_isa();
 
-// For tests: runs the variant of that name from now on. Returns the names of those that this
-// machine can run, best first; "" asks and changes nothing.
+// For tests: switches to the instruction set of that name; "" changes nothing. Returns the names of
+// those that this machine has, best first.
 std::string set_isa(std::string name) {
   std::string names;
   const Isa* found = isa;
@@ -58,17 +58,15 @@ std::string set_isa(std::string name) {
     names += (names.empty() ? "" : " ") + std::string(each.name);
     if (name == each.name) found = &each;
   }
-  require(name.empty() || found->name == name, "no such instruction set here: '", name, "', only ",
-          names);
+  require(name.empty() || found->name == name, "instruction set '", name,
+          "' is not available here: expected one of ", names);
   isa = found;
   return names;
 }
 
 }  // namespace
 
-RowKernel find_kernel(DType dtype, Family family, Mode mode, const Rows& a) {
-  return isa->find(dtype, family, mode, a);
-}
+RowKernel find_kernel(DType dtype, Mode mode, const Call& a) { return isa->find(dtype, mode, a); }
 
 STABLE_TORCH_LIBRARY_IMPL(cbloss_fused, CompositeExplicitAutograd, m) {
   m.impl("_set_isa", TORCH_BOX(&set_isa));

@@ -1,4 +1,5 @@
-// The CPU operators over the LibTorch stable ABI: prologue, row kernel, epilogue. Schemas: ops.py.
+// The CPU operators over the LibTorch stable ABI: prologue, row kernel, epilogue. The schemas are
+// in ops.py.
 #include "../ops.h"
 
 #include <algorithm>
@@ -15,7 +16,7 @@
 #include <sys/mman.h>
 #endif
 
-#include "rows.h"
+#include "call.h"
 #include "stats.h"
 
 namespace {
@@ -33,9 +34,7 @@ DType dtype_of(const Tensor& logits) {
   }
 }
 
-Family family_of(bool sigmoid) { return sigmoid ? Family::SIGMOID : Family::SOFTMAX; }
-
-// Fixed blocks, so that no sum depends on the number of threads.
+// Blocks of fixed size, so that no sum depends on the number of threads.
 constexpr int64_t BLOCK = 4096;
 template <class Body>
 void for_blocks(int64_t n, const Body& body) {
@@ -57,7 +56,7 @@ std::string position(const Tensor& t, int64_t i) {
   return "[" + text + "]";
 }
 
-// The shortest text that reads as v again: a target of 1 + 1e-7 must not look like 1.
+// The shortest text that is read back as v: a target of 1 + 1e-7 must not be printed as 1.
 template <class T>
 std::string shortest(T v) {
   std::ostringstream text;
@@ -69,12 +68,12 @@ std::string shortest(T v) {
 }
 
 struct RowWeights {
-  double kept = 0, total = 0;                // rows not ignored; sum of their r_i
-  int64_t bad_target = -1, bad_sample = -1;  // first offending row
+  double kept = 0, total = 0;                // number of rows not ignored; sum of their r_i
+  int64_t bad_target = -1, bad_sample = -1;  // first row with an out-of-range value
   int64_t bad_targets = 0;
 };
 
-// scale_i = r_i, negative where the row is ignored; checks every value that it reads.
+// scale[i] = r_i, negative where the row is ignored; checks every value that it reads.
 template <class T>
 RowWeights row_weights(const int64_t* target, const T* weight, const T* sample_weight,
                        std::optional<int64_t> ignore_index, int64_t n, int64_t C, T* scale) {
@@ -84,7 +83,7 @@ RowWeights row_weights(const int64_t* target, const T* weight, const T* sample_w
   for_blocks(n, [&](int64_t b, int64_t begin, int64_t end) {
     RowWeights p;
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t y = target ? target[i] : 0;  // null: no class indices, weight comes later
+      const int64_t y = target ? target[i] : 0;  // null: soft targets, whose weight comes later
       if (may_ignore && y == ignored) {
         scale[i] = -1;
         continue;
@@ -126,7 +125,7 @@ void check_weight(const T* weight, int64_t C) {
   check_all(weight, C, "weight", [](T w) { return w >= 0 && w < INFINITY; }, "finite and >= 0");
 }
 
-// The data of a vector in the type that the loss is computed in; null where there is none.
+// The data of a vector of the type that the loss is computed in; null if there is no vector.
 template <class T>
 const T* data(const OptionalTensor& t, int64_t numel, const char* name) {
   if (!t) return nullptr;
@@ -150,7 +149,7 @@ double denominator(Reduction reduction, const OptionalTensor& normalizer, const 
   return value;
 }
 
-// Large fresh buffers: page faults of 4 KiB pages would cost more than the kernel.
+// For large new buffers: page faults of 4 KiB pages would take longer than the kernel.
 void advise_huge_pages(const Tensor& t) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t PAGE = 4096, LARGE = 4 << 20;
@@ -161,7 +160,7 @@ void advise_huge_pages(const Tensor& t) {
 #endif
 }
 
-void run_rows(RowKernel kernel, const Rows& a, int64_t rows) {
+void run_rows(RowKernel kernel, const Call& a, int64_t rows) {
   // A multiple of every vector's lanes, about 16 Ki elements: some 10 us of work.
   const int64_t grain = (16384 / a.C + 16) / 16 * 16;
   const int64_t tiles = (rows + grain - 1) / grain;
@@ -174,7 +173,7 @@ void run_rows(RowKernel kernel, const Rows& a, int64_t rows) {
   else torch::stable::parallel_for(0, tiles, 1, run);
 }
 
-// The per-row inputs of a loss, in the type T that it is computed in; absent ones are null.
+// The inputs of a loss beside the logits, in the type T that it is computed in.
 template <class T>
 struct Inputs {
   const Tensor& target;
@@ -185,7 +184,7 @@ struct Inputs {
   static constexpr ScalarType DTYPE = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
 };
 
-// The sum of one number a row, in a fixed order.
+// The sum of one number per row, in a fixed order.
 template <class T>
 double epilogue(const T* row_loss, int64_t rows) {
   std::vector<double> partial((rows + BLOCK - 1) / BLOCK);
@@ -199,15 +198,16 @@ double epilogue(const T* row_loss, int64_t rows) {
   return total;
 }
 
-// Makes one number a row, scale_i = r_i / denominator, negative where the row is ignored: validity,
-// weights, ignore_index and reduction end here. Raises for the first value that is wrong.
+// Computes one number per row, scale[i] = r_i / denominator, negative where the row is ignored: the
+// kernels know nothing of sample weights, ignore_index and reduction. Raises for the first value
+// that is out of range.
 template <class T>
-void prologue(const Inputs<T>& in, const Shape& shape, DType dtype, Rows& a, T* scale) {
+void prologue(const Inputs<T>& in, const Shape& shape, DType dtype, Call& a, T* scale) {
   const T* w = data<T>(in.weight, shape.C, "weight");
   const T* s = data<T>(in.sample_weight, shape.rows, "sample_weight");
   data<T>(in.normalizer, 1, "normalizer");
   if (w) check_weight(w, shape.C);
-  const bool of_rows = !a.dense && !a.formula.per_class;
+  const bool of_rows = !a.soft && !a.formula.per_class;
   RowWeights p = row_weights<T>(a.target, of_rows ? w : nullptr, s, in.ignore_index, shape.rows,
                                 shape.C, scale);
   const int64_t* y = a.target;
@@ -215,18 +215,19 @@ void prologue(const Inputs<T>& in, const Shape& shape, DType dtype, Rows& a, T* 
     const std::string ignored =
         in.ignore_index ? " or ignore_index=" + std::to_string(*in.ignore_index) : "";
     require<std::out_of_range>(false, "target", position(in.target, p.bad_target), " = ",
-                               y[p.bad_target], " is no class: expected 0 <= target < ", shape.C,
-                               ignored, " (", p.bad_targets, " of ", shape.rows, " are wrong)");
+                               y[p.bad_target], " is out of range: expected 0 <= target < ",
+                               shape.C, ignored, " (", p.bad_targets, " of ", shape.rows,
+                               " are wrong)");
   }
   if (p.bad_sample >= 0)
     require(false, "sample_weight", position(*in.sample_weight, p.bad_sample), " = ",
             s[p.bad_sample], ": must be finite and >= 0");
-  if (!of_rows) a.weight = w;  // the row kernel's
-  if (a.dense && w && in.reduction == Reduction::WEIGHTED_MEAN) {
-    Rows labels = a;
-    const std::unique_ptr<T[]> apart(a.formula.sigmoid ? nullptr : new T[shape.rows]);
-    labels.r = a.formula.sigmoid ? scale : apart.get();  // softmax takes the weights class by class
-    run_rows(find_kernel(dtype, Family::SOFTMAX, Mode::LABELS, labels), labels, shape.rows);
+  if (!of_rows) a.weight = w;  // which the row kernel applies
+  if (a.soft && w && in.reduction == Reduction::WEIGHTED_MEAN) {
+    Call labels = a;
+    const std::unique_ptr<T[]> r(a.formula.sigmoid ? nullptr : new T[shape.rows]);
+    labels.r = a.formula.sigmoid ? scale : r.get();  // softmax applies the weights class by class
+    run_rows(find_kernel(dtype, Mode::LABELS, labels), labels, shape.rows);
     p.total = epilogue(static_cast<const T*>(labels.r), shape.rows);
     if (a.formula.sigmoid) a.weight = nullptr;
   }
@@ -237,11 +238,11 @@ void prologue(const Inputs<T>& in, const Shape& shape, DType dtype, Rows& a, T* 
     });
 }
 
-// Of a loss and of its gradient alike.
+// What a loss and a recomputed gradient have in common.
 template <class T>
-Rows rows_of(const Tensor& logits, const Tensor& target, const OptionalTensor& logit_bias,
+Call call_of(const Tensor& logits, const Tensor& target, const OptionalTensor& logit_bias,
              const OptionalTensor& margin, const Shape& shape, const Formula& formula) {
-  Rows a{};
+  Call a{};
   a.logits = logits.const_data_ptr(), a.logits_stride = strides_of(logits);
   a.C = shape.C, a.K = shape.K;
   if (target.scalar_type() == ScalarType::Long) {
@@ -249,8 +250,8 @@ Rows rows_of(const Tensor& logits, const Tensor& target, const OptionalTensor& l
     a.target = static_cast<const int64_t*>(target.const_data_ptr());
   } else {
     check_shape(target, logits, "target");
-    a.dense = target.const_data_ptr(), a.dense_stride = strides_of(target);
-    a.dense_type = target.scalar_type() == ScalarType::Bool ? DType::Bool : dtype_of(target);
+    a.soft = target.const_data_ptr(), a.soft_stride = strides_of(target);
+    a.soft_type = target.scalar_type() == ScalarType::Bool ? DType::Bool : dtype_of(target);
   }
   a.logit_bias = finite<T>(logit_bias, shape.C, "logit_bias");
   a.margin = finite<T>(margin, shape.C, "margin");
@@ -258,21 +259,22 @@ Rows rows_of(const Tensor& logits, const Tensor& target, const OptionalTensor& l
   return a;
 }
 
-void set_grad(Rows& a, const Tensor& grad, const Tensor& logits) {
+void set_grad(Call& a, const Tensor& grad, const Tensor& logits) {
   check_grad(grad, logits);
   a.grad = grad.mutable_data_ptr(), a.grad_stride = strides_of(grad);
   if (a.grad != a.logits) advise_huge_pages(grad);
 }
 
-// scale and, for softmax, M and R behind it, of soft targets r; each of so many bytes.
-void set_saved(Rows& a, void* saved, int64_t bytes) {
+// saved holds the row scale and, for softmax, M and R after it, or r with soft targets; each has
+// that many bytes.
+void set_saved(Call& a, void* saved, int64_t bytes) {
   a.scale = saved;
   if (a.formula.sigmoid) return;
-  (a.dense ? a.r : a.M) = static_cast<char*>(saved) + bytes;
-  if (!a.dense) a.R = static_cast<char*>(saved) + 2 * bytes;
+  (a.soft ? a.r : a.M) = static_cast<char*>(saved) + bytes;
+  if (!a.soft) a.R = static_cast<char*>(saved) + 2 * bytes;
 }
 
-// What a loss fills: the loss or the rows' losses, and whichever of the others there are.
+// What a loss writes: the loss, or one loss per row; the others if they are there.
 struct Outputs {
   const Tensor& loss;
   const OptionalTensor &grad, &saved, &stats;
@@ -280,7 +282,7 @@ struct Outputs {
 
 // Prologue, row kernel, epilogue.
 template <class T>
-void run_loss(const Tensor& logits, const Inputs<T>& in, const Shape& shape, Rows a,
+void run_loss(const Tensor& logits, const Inputs<T>& in, const Shape& shape, Call a,
               const Outputs& out) {
   const bool vector = out.loss.dim() > 0, sigmoid = a.formula.sigmoid;
   check_vector(out.loss, in.DTYPE, vector ? shape.rows : 1, "loss");
@@ -296,17 +298,17 @@ void run_loss(const Tensor& logits, const Inputs<T>& in, const Shape& shape, Row
   else a.scale = scale;
   prologue(in, shape, dtype_of(logits), a, scale);
   T* loss = static_cast<T*>(out.loss.mutable_data_ptr());
-  T* row_loss = vector ? loss : own.get();  // in the place of its scale: a kernel reads that first
+  T* row_loss = vector ? loss : own.get();  // over the row scale, which a kernel reads first
   a.loss = row_loss;
   BadTarget bad;
   a.bad = &bad;
   const auto run = [&](Mode mode) {
-    run_rows(find_kernel(dtype_of(logits), family_of(sigmoid), mode, a), a, shape.rows);
+    run_rows(find_kernel(dtype_of(logits), mode, a), a, shape.rows);
     if (bad.at < 0) return;
     require(false, "target", position(in.target, bad.at), " = ", shortest(T(bad.value)),
             ": must be ", sigmoid ? "in [0, 1]" : "finite and >= 0");
   };
-  if (a.dense && a.dense_type != DType::Bool && a.grad == a.logits) run(Mode::CHECK);
+  if (a.soft && a.soft_type != DType::Bool && a.grad == a.logits) run(Mode::CHECK);
   run(out.grad ? Mode::LOSS_AND_GRAD : Mode::LOSS);
   if (!vector) *loss = T(epilogue(row_loss, shape.rows));
   if (out.stats)
@@ -323,7 +325,7 @@ void fill(const Tensor& logits, const Tensor& target, const OptionalTensor& weig
     using T = decltype(t);
     const Inputs<T> in{target,     weight,       sample_weight,
                        normalizer, ignore_index, reduction_of(reduction)};
-    const Rows a = rows_of<T>(logits, target, logit_bias, margin, shape, formula_of(numbers));
+    const Call a = call_of<T>(logits, target, logit_bias, margin, shape, Formula::of(numbers));
     run_loss(logits, in, shape, a, out);
   };
   if (dtype_of(logits) == DType::Float64) run(double());
@@ -352,27 +354,26 @@ void gradient(Tensor logits, Tensor target, OptionalTensor weight, OptionalTenso
               OptionalTensor margin, Tensor saved, Tensor grad_loss, std::vector<double> numbers,
               Tensor grad) {
   const Shape shape(logits);
-  const Formula formula = formula_of(numbers);
-  const Family family = family_of(formula.sigmoid);
+  const Formula formula = Formula::of(numbers);
   const bool f64 = dtype_of(logits) == DType::Float64;
-  Rows a = f64 ? rows_of<double>(logits, target, logit_bias, margin, shape, formula)
-               : rows_of<float>(logits, target, logit_bias, margin, shape, formula);
+  Call a = f64 ? call_of<double>(logits, target, logit_bias, margin, shape, formula)
+               : call_of<float>(logits, target, logit_bias, margin, shape, formula);
   set_grad(a, grad, logits);
   const auto dtype = f64 ? ScalarType::Double : ScalarType::Float;
   check_vector(saved, dtype, saved_rows(formula.sigmoid) * shape.rows, "saved");
   set_saved(a, saved.mutable_data_ptr(), shape.rows * saved.element_size());
-  if (weight && (formula.per_class || (a.dense && !formula.sigmoid)))
+  if (weight && (formula.per_class || (a.soft && !formula.sigmoid)))
     a.weight = f64 ? static_cast<const void*>(data<double>(weight, shape.C, "weight"))
                    : data<float>(weight, shape.C, "weight");
   a.grad_loss_per_row = grad_loss.dim() > 0;
   check_vector(grad_loss, dtype, a.grad_loss_per_row ? shape.rows : 1, "grad_loss");
   a.grad_loss = grad_loss.const_data_ptr();
-  run_rows(find_kernel(dtype_of(logits), family, Mode::GRAD, a), a, shape.rows);
+  run_rows(find_kernel(dtype_of(logits), Mode::GRAD, a), a, shape.rows);
 }
 
 }  // namespace
 
-// Outside the kernels: no code of an instruction set, and rare.
+// Not in the kernels, since it is rare and needs no vectors.
 void note_bad_target(BadTarget& first, int64_t at, double value) {
   static std::mutex mutex;
   const std::lock_guard<std::mutex> lock(mutex);

@@ -1,7 +1,8 @@
-// One row at a time, its classes side by side in memory: vectors of classes.
+// Kernels over vectors of classes: one row at a time, its classes side by side in memory.
 
-// body(j, z, n, blank) for all vectors of a row; z is -inf in blank lanes: the target's and those
-// past the end. flush() at least every CHUNK vectors. The order depends on C and y alone.
+// Calls body(j, z, n, blank) for all vectors of a row, where z is -inf in the blank lanes: the
+// target's and those past the end. Calls flush() at least every CHUNK vectors. The order of the
+// calls depends on C and y alone.
 template <class S, class Body, class Flush>
 CB_FN void for_negatives(const S* x, int64_t C, int64_t y, const Body& body, const Flush& flush) {
   using V = typename Lanes<S>::V;
@@ -24,7 +25,8 @@ CB_FN void for_negatives(const S* x, int64_t C, int64_t y, const Body& body, con
   flush();
 }
 
-// body(j, n) for every vector of a row, whole ones first; flush() at least every CHUNK.
+// Calls body(j, n) for every vector of a row, whole ones first. Calls flush() at least every CHUNK
+// vectors.
 template <int64_t N, class Body, class Flush>
 CB_FN void for_vectors(int64_t C, const Body& body, const Flush& flush) {
   const int64_t whole = C / N * N;
@@ -55,20 +57,20 @@ void zero_row(S* g, int64_t C) {
   for (int64_t j = 0; j < C; ++j) g[j] = S{};
 }
 
-// The first n of a vector, 0 beyond; n may be more than there are lanes.
+// The first n elements of a vector, then 0; n may be larger than the number of lanes.
 template <class S>
 CB_FN auto load_up_to(const S* p, int64_t n) {
   return n < Lanes<S>::N ? load_some(p, n) : load(p);
 }
 
-// v with another number in the lanes past the end.
+// v with the value beyond in the lanes from n on.
 template <class V, class T>
 CB_FN V padded(V v, int64_t n, T beyond) {
   if (n >= Lanes<T>::N) return v;
   return outside(v, n, -1) ? V{} + beyond : v;
 }
 
-// Sum over all j of (z_j - M), for label smoothing: one more pass over a row that is in cache.
+// D = sum over all j of (z_j - M), for label smoothing: one more pass over a row that is in cache.
 template <class S, class T>
 double sum_below(const S* x, int64_t C, T M) {
   using V = typename Lanes<S>::V;
@@ -80,7 +82,7 @@ double sum_below(const S* x, int64_t C, T M) {
   return total.sum();
 }
 
-// to = from, of another type.
+// to = from, converted to another type.
 template <class S, class Q>
 void copy_row(const S* from, Q* to, int64_t C) {
   constexpr int64_t N = Lanes<S>::N;
@@ -88,7 +90,7 @@ void copy_row(const S* from, Q* to, int64_t C) {
     store_n(to + j, load_up_to(from + j, C - j), std::min(C - j, N));
 }
 
-// A row of x as it is or, adjusted, in memory of its own: it stays in cache for the passes to come.
+// A row of adjusted logits in a buffer of its own, which stays in cache for the passes that follow.
 template <class S>
 class AdjustedRow {
   using T = typename Lanes<S>::T;
@@ -97,21 +99,21 @@ class AdjustedRow {
   std::unique_ptr<T[]> z;
 
  public:
-  explicit AdjustedRow(const Rows& a)
+  explicit AdjustedRow(const Call& a)
       : adjustment(a), C(a.C), z(adjustment.any ? new T[C] : nullptr) {}
   bool any() const { return adjustment.any; }
   const T* operator()(const S* x, int64_t y) {
     copy_row(x, z.get(), C);
     adjustment.apply(z.get(), C);
-    z[y] -= adjustment.off(y);
+    z[y] -= adjustment.scaled_margin(y);
     return z.get();
   }
 };
 
-// run(i, x, y, r, g, scratch) for every row that counts; y is 0 where targets are no class indices.
-// Adjusted rows of half types run as float rows, whose gradient is then copied from scratch.
+// Calls run(i, x, y, r, g, scratch) for every row that is not ignored; y is 0 with soft targets.
+// Adjusted rows of half types are run as float rows, whose gradient is converted afterwards.
 template <class S, Mode MODE, class Run>
-void for_rows(const Rows& a, int64_t begin, int64_t end, const Run& run) {
+void for_rows(const Call& a, int64_t begin, int64_t end, const Run& run) {
   using T = typename Lanes<S>::T;
   const RowScale<T> scale(a);
   AdjustedRow<S> adjusted(a);
@@ -138,18 +140,18 @@ void for_rows(const Rows& a, int64_t begin, int64_t end, const Run& run) {
   }
 }
 
-// Not inlined: code that rows of several types share.
+// Not inlined, because several kernels share the code.
 #define CB_ROW __attribute__((noinline))
 
-// Traffic: one read of the logits from memory (the maximum's pass leaves the row in cache), one
-// write of the gradient.
+// Reads the logits from memory once (after the pass for the maximum the row is in cache) and writes
+// the gradient once.
 template <Mode MODE, class S, class T = typename Lanes<S>::T>
-CB_ROW void softmax_one_row(const Rows& a, int64_t i, const S* x, int64_t y, T r, S* g,
+CB_ROW void softmax_one_row(const Call& a, int64_t i, const S* x, int64_t y, T r, S* g,
                             T* scratch) {
   using V = typename Lanes<S>::V;
-  constexpr bool IN_PLACE = std::is_same_v<S, T>;  // e^{z - M} waits in the gradient, or in scratch
+  constexpr bool IN_GRAD = std::is_same_v<S, T>;  // e^{z - M} is stored there, or in scratch
   const int64_t C = a.C;
-  const Numbers<T> f = numbers<T>(a.formula);
+  const FormulaOf<T> f = formula_of<T>(a.formula);
   T *M_ = static_cast<T*>(a.M), *R_ = static_cast<T*>(a.R);
   std::unique_ptr<S[]> limit;
   T M, R = 0;
@@ -173,7 +175,7 @@ CB_ROW void softmax_one_row(const Rows& a, int64_t i, const S* x, int64_t y, T r
   const T d = load_one(x + y) - M;
   const T D = f.eps != 0 && MODE != Mode::GRAD ? T(sum_below(x, C, M)) : T(0);
   T* e;
-  if constexpr (IN_PLACE) e = g;
+  if constexpr (IN_GRAD) e = g;
   else e = scratch;
   if constexpr (MODE != Mode::GRAD) {
     V lanes{};
@@ -201,20 +203,21 @@ CB_ROW void softmax_one_row(const Rows& a, int64_t i, const S* x, int64_t y, T r
 }
 
 template <class S, Mode MODE>
-void softmax_rows(const Rows& a, int64_t begin, int64_t end) {
+void softmax_rows(const Call& a, int64_t begin, int64_t end) {
   for_rows<S, MODE>(a, begin, end, [&](int64_t i, auto* x, int64_t y, auto r, auto* g, auto* e) {
     softmax_one_row<MODE>(a, i, x, y, r, g, e);
   });
 }
 
-// Traffic: one read of the logits, one write of the gradient.
+// Reads the logits once and writes the gradient once.
 template <Mode MODE, Gamma G, bool SMOOTH, class S, class T = typename Lanes<S>::T>
-CB_ROW void sigmoid_one_row(const Rows& a, int64_t i, const S* x, int64_t y, T r, S* g) {
+CB_ROW void sigmoid_one_row(const Call& a, int64_t i, const S* x, int64_t y, T r, S* g) {
   using V = typename Lanes<S>::V;
   const int64_t C = a.C;
-  const Numbers<T> f = numbers<T>(a.formula);
+  const FormulaOf<T> f = formula_of<T>(a.formula);
   const T t = f.eps / T(C);  // the smoothed target of the other classes
-  const T others = SMOOTH ? T(1) : f.alpha_neg, slope = r * f.scale, slope_others = slope * others;
+  const T others = SMOOTH ? T(1) : f.alpha_neg;
+  const T slope = r * f.logit_scale, slope_others = slope * others;
   const Element<V> at_y = at_target<G, SMOOTH, IS_HALF<S>>(V{} + load_one(x + y), T(C), f);
   DoubleLanes<V> total;
   LossSum<G, SMOOTH, IS_HALF<S>, V> sum_L;
@@ -232,7 +235,7 @@ CB_ROW void sigmoid_one_row(const Rows& a, int64_t i, const S* x, int64_t y, T r
 }
 
 template <class S, Mode MODE, Gamma G, bool SMOOTH>
-void sigmoid_rows(const Rows& a, int64_t begin, int64_t end) {
+void sigmoid_rows(const Call& a, int64_t begin, int64_t end) {
   for_rows<S, MODE>(a, begin, end, [&](int64_t i, auto* x, int64_t y, auto r, auto* g, auto*) {
     sigmoid_one_row<MODE, G, SMOOTH>(a, i, x, y, r, g);
   });

@@ -9,16 +9,16 @@
 namespace {
 
 template <class S, class T>
-void by_class(const Rows& a, int64_t rows, std::optional<int64_t> ignore_index, T* stats) {
+void by_class(const Call& a, int64_t rows, std::optional<int64_t> ignore_index, T* stats) {
   const Formula& f = a.formula;
   const auto at = [&](const void* data, const Strides& s, int64_t i) {
-    const int64_t n = a.K == 1 ? i : i / a.K;  // a division costs as much as the rest
+    const int64_t n = a.K == 1 ? i : i / a.K;  // a division takes as long as the rest
     return T(static_cast<const S*>(data)[n * s.n + (i - n * a.K) * s.k + a.target[i] * s.c]);
   };
   const auto of = [](const void* vector, int64_t i) { return static_cast<const T*>(vector)[i]; };
   const int64_t C = a.C;
   std::fill_n(stats, 4 * C, T(0));
-  // Two numbers a row, each in a cache line of its own: those of a block are loaded side by side.
+  // Two elements per row, each in its own cache line: the loads of a block overlap.
   constexpr int64_t BLOCK = 64;
   T x[BLOCK], g[BLOCK];
   for (int64_t begin = 0; begin < rows; begin += BLOCK) {
@@ -33,7 +33,7 @@ void by_class(const Rows& a, int64_t rows, std::optional<int64_t> ignore_index, 
       T z = x[i - begin], p;
       if (a.logit_bias) z += of(a.logit_bias, y);
       if (a.margin) z -= of(a.margin, y);
-      z *= T(f.scale);
+      z *= T(f.logit_scale);
       if (f.sigmoid) {
         p = 1 / (1 + std::exp(-z));
       } else {
@@ -49,7 +49,7 @@ void by_class(const Rows& a, int64_t rows, std::optional<int64_t> ignore_index, 
 
 }  // namespace
 
-void class_stats(const Rows& a, DType dtype, int64_t rows, std::optional<int64_t> ignore_index,
+void class_stats(const Call& a, DType dtype, int64_t rows, std::optional<int64_t> ignore_index,
                  void* stats) {
   float* const single = static_cast<float*>(stats);
   switch (dtype) {

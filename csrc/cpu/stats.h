@@ -1,11 +1,12 @@
-// Statistics of the rows of each class, from what the row kernels leave.
+// Statistics of the rows of each class, from what the row kernels have written.
 #pragma once
 #include <cstdint>
 #include <optional>
 
-#include "rows.h"
+#include "call.h"
 
-// stats, T[4][C] = rows, sums of losses and of |gradient at the target|, mean p of the target, by
-// its class, in the rows' order. Of class indices, with loss, grad and, for softmax, M and R.
-void class_stats(const Rows& a, DType dtype, int64_t rows, std::optional<int64_t> ignore_index,
+// For each class, over the rows whose target it is: stats, T[4][C] = the number of rows, the sum of
+// their losses, the sum of |gradient at the target|, the mean p of the target. The sums are in the
+// order of the rows. The call has class indices, loss, grad and, for softmax, M and R.
+void class_stats(const Call& a, DType dtype, int64_t rows, std::optional<int64_t> ignore_index,
                  void* stats);

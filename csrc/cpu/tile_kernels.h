@@ -1,7 +1,7 @@
-// As many rows at a time as a vector has lanes, for few classes or any other stride: vectors of
-// rows, the class is a plain loop.
+// Kernels over vectors of rows, with a loop over the classes: for few classes, or classes that are
+// not side by side in memory.
 
-// W rows at once: their logits as vectors of rows, class by class.
+// N rows at a time: the rows of one vector.
 template <class S>
 struct Tile {
   using V = typename Lanes<S>::V;
@@ -9,12 +9,12 @@ struct Tile {
   using Index = std::conditional_t<std::is_same_v<T, double>, int64_t, IVec>;
   static constexpr int64_t N = Lanes<S>::N;
 
-  const Rows& a;
+  const Call& a;
   int64_t i, n;  // first row, number of rows
   V r{};
   Index y{}, ignored{};
 
-  Tile(const Rows& a, int64_t i, int64_t end) : a(a), i(i), n(std::min(end - i, N)) {
+  Tile(const Call& a, int64_t i, int64_t end) : a(a), i(i), n(std::min(end - i, N)) {
     const RowScale<T> scale(a);
     if constexpr (N == 1) {
       ignored = scale.ignored(i), r = scale(i);
@@ -29,12 +29,12 @@ struct Tile {
   }
   Index index(int64_t c) const { return Index{} + std::conditional_t<N == 1, int64_t, int32_t>(c); }
   auto is_y(int64_t c) const { return y == index(c); }
-  // Whole and side by side in memory: then a vector is loaded as it lies.
+  // Whether vectors can be loaded and stored directly: N rows, side by side in memory.
   bool adjacent(const Strides& s) const {
     if (n != N) return false;
     return a.K == 1 ? s.n == 1 : s.k == 1 && i / a.K == (i + N - 1) / a.K;
   }
-  // out[c] = these rows' numbers of class c, of whatever type; x is where row 0 has its class 0.
+  // out[c] = these rows' elements of class c, from a tensor x of any type.
   template <class Q>
   void read(const Q* x, const Strides& s, V* out, Q* gathered) const {
     if (adjacent(s)) {
@@ -43,7 +43,7 @@ struct Tile {
       return;
     }
     for (int64_t l = 0; l < N; ++l) {
-      const Q* row = x + row_offset(s, a.K, l < n ? i + l : i);  // spare lanes repeat a row
+      const Q* row = x + row_offset(s, a.K, l < n ? i + l : i);  // lanes from n on repeat row i
       for (int64_t c = 0; c < a.C; ++c) gathered[c * N + l] = row[c * s.c];
     }
     for (int64_t c = 0; c < a.C; ++c) out[c] = load_as<V>(gathered + c * N);
@@ -51,7 +51,6 @@ struct Tile {
   void load_logits(V* z, S* gathered) const {
     read(static_cast<const S*>(a.logits), a.logits_stride, z, gathered);
   }
-  // Adjusts the loaded logits; the target's are named apart, as its margin is.
   void adjust(const Adjustment<T>& adjustment, V* z) const {
     if (!adjustment.any) return;
     for (int64_t c = 0; c < a.C; ++c) z[c] = adjustment(z[c], c);
@@ -59,7 +58,7 @@ struct Tile {
     T* lanes = reinterpret_cast<T*>(z);
     for (int64_t l = 0; l < n; ++l) {
       const int64_t y_l = lane_index(y, l);
-      if (y_l >= 0 && y_l < a.C) lanes[y_l * N + l] -= adjustment.off(y_l);
+      if (y_l >= 0 && y_l < a.C) lanes[y_l * N + l] -= adjustment.scaled_margin(y_l);
     }
   }
   void store_grad(const V* z, S* gathered) const {
@@ -84,7 +83,7 @@ struct Tile {
   V get(const void* in) const { return load_some(static_cast<const T*>(in) + i, n); }
 };
 
-// body(c) for every class; flush() at least every CHUNK.
+// Calls body(c) for every class, and flush() at least every CHUNK classes.
 template <class Body, class Flush>
 CB_FN void for_classes(int64_t C, const Body& body, const Flush& flush) {
   for (int64_t b = 0; b < C; b += CHUNK) {
@@ -94,12 +93,12 @@ CB_FN void for_classes(int64_t C, const Body& body, const Flush& flush) {
 }
 
 template <class S, Mode MODE>
-void softmax_tiles(const Rows& a, int64_t begin, int64_t end) {
+void softmax_tiles(const Call& a, int64_t begin, int64_t end) {
   using V = typename Lanes<S>::V;
   using T = typename Lanes<S>::T;
   constexpr int64_t N = Lanes<S>::N;
   const int64_t C = a.C;
-  const Numbers<T> f = numbers<T>(a.formula);
+  const FormulaOf<T> f = formula_of<T>(a.formula);
   const Adjustment<T> adjustment(a);
   std::unique_ptr<V[]> z(new V[C]);
   std::unique_ptr<S[]> gathered(new S[C * N]);
@@ -117,7 +116,7 @@ void softmax_tiles(const Rows& a, int64_t begin, int64_t end) {
     M = max(M, z_y);
     if constexpr (MODE == Mode::GRAD) M = tile.get(a.M), R = tile.get(a.R);
     else if (a.M) tile.put(a.M, M);
-    const V top = M;
+    const V top = M;  // +inf where a row has a limit
     for (int64_t l = 0; l < tile.n; ++l)
       if (__builtin_expect(lane(M, l) == INF<T>, 0)) {
         const Strides& s = a.logits_stride;
@@ -158,12 +157,12 @@ void softmax_tiles(const Rows& a, int64_t begin, int64_t end) {
 }
 
 template <class S, Mode MODE, Gamma G, bool SMOOTH>
-void sigmoid_tiles(const Rows& a, int64_t begin, int64_t end) {
+void sigmoid_tiles(const Call& a, int64_t begin, int64_t end) {
   using V = typename Lanes<S>::V;
   using T = typename Lanes<S>::T;
   constexpr int64_t N = Lanes<S>::N;
   const int64_t C = a.C;
-  const Numbers<T> f = numbers<T>(a.formula);
+  const FormulaOf<T> f = formula_of<T>(a.formula);
   const Adjustment<T> adjustment(a);
   const T t = f.eps / T(C), others = SMOOTH ? T(1) : f.alpha_neg;
   std::unique_ptr<V[]> z(new V[C]);
@@ -172,7 +171,7 @@ void sigmoid_tiles(const Rows& a, int64_t begin, int64_t end) {
     const Tile<S> tile(a, i, end);
     tile.load_logits(z.get(), gathered.get());
     tile.adjust(adjustment, z.get());
-    const V slope = tile.r * f.scale, slope_others = slope * others;
+    const V slope = tile.r * f.logit_scale, slope_others = slope * others;
     V z_y{}, total{};
     LossSum<G, SMOOTH, IS_HALF<S>, V> sum_L;
     for_classes(

@@ -1,9 +1,9 @@
-// Vectors of W floats: load, convert, exp, log. Included by rows.cpp alone, once per instruction
-// set, inside the namespace of that set: an inline function shared by the variants would be merged
-// by the linker, and the baseline would then call AVX-512 code.
+// Vectors of W floats: load, convert, exp, log. Included by kernels.cpp alone, once per instruction
+// set, inside the namespace of that set: the linker would merge inline functions of the same name,
+// and the baseline could then call AVX-512 code.
 //
-// Vec is a GCC/Clang vector: + - * / < ?: work lane by lane in every instruction set. double goes
-// one element at a time through libm, under the same names.
+// Vec is a vector type of GCC and Clang: + - * / < ?: work lane by lane in every instruction set.
+// double is computed one element at a time by libm, through functions of the same names.
 
 #if defined(__AVX512F__)
 constexpr int W = 16;
@@ -29,7 +29,7 @@ struct Float16 {
   uint16_t bits;
 };
 
-// The type that a storage type is computed in, and how many elements go together.
+// The type that a storage type is computed in, and how many elements make a vector.
 template <class S>
 struct Lanes {
   using V = Vec;
@@ -68,7 +68,7 @@ template <class T>
 CB_FN T max(T a, T b) {
   return a > b ? a : b;
 }
-#ifdef X86_SIMD  // the compiler needs two instructions for what these do in one
+#ifdef X86_SIMD  // one instruction each, where compilers make two of the functions above
 CB_FN Vec min(Vec a, Vec b) { return X86_SIMD(min_ps)(a, b); }
 CB_FN Vec max(Vec a, Vec b) { return X86_SIMD(max_ps)(a, b); }
 #endif
@@ -83,7 +83,8 @@ CB_FN double log(double x) { return std::log(x); }
 CB_FN double rcp(double x) { return 1 / x; }
 CB_FN double log1p_neg(double m) { return std::log1p(-m); }
 
-// e^x for x <= 88, as 2^n e^r with |r| <= ln2/2: relative error 2e-7 (SHORT: 4e-6); 0 below 2^-126.
+// e^x for x <= 88, as 2^n e^r with |r| <= ln2/2: relative error 2e-7 (SHORT: 4e-6). Results below
+// 2^-126 are 0.
 template <bool SHORT = false>
 CB_FN Vec exp(Vec x) {
   constexpr float LOG2_E = 1.44269504f, LN2 = 0.693147181f, LOWEST = -87.3f;
@@ -114,23 +115,23 @@ CB_FN Vec exp(Vec x) {
 #endif
 }
 
-// log x for normal x > 0, by atanh: absolute error 1e-7 near 1, relative elsewhere.
+// log x for normal x > 0, by atanh: absolute error 1e-7 near x = 1, relative error elsewhere.
 CB_FN Vec log(Vec x) {
   constexpr float LN2 = 0.693147181f;
   const IVec bits = (IVec)x, n = (bits - 0x3f3504f3) >> 23;  // mantissa in [sqrt(1/2), sqrt 2)
   const Vec m = (Vec)(bits - (n << 23)), f = m - 1.f, s = f / (m + 1.f), t = s * s;
   const Vec p = ((t * 0.1111111f + 0.1428571f) * t + 0.2f) * t + 0.3333333f;
   const Vec y = __builtin_convertvector(n, Vec) * LN2 + (2.f * s + 2.f * s * t * p);
-  return x < FLT_MAX ? y : x;  // infinity and NaN stay
+  return x < FLT_MAX ? y : x;  // log of infinity and NaN: unchanged
 }
 
-// e^{-z/2}, capped so that its square stays finite: below, L and g underflow to exactly 0.
+// e^{-z/2}, bounded so that its square is finite. For smaller z, L and g underflow to exactly 0.
 template <bool SHORT>
 CB_FN Vec exp_minus_half(Vec z) {
   return exp<SHORT>(min(Vec{} + 43.5f, z * -0.5f));
 }
-// q^gamma on [0, 1]; what is below the smallest normal number counts as that, but for the powers
-// that people use.
+// q^gamma for q in [0, 1]. Other gammas than 1, 2 and 4 replace a q below the smallest normal
+// number by that number.
 template <class T, class Scalar>
 CB_FN T power(T q, Scalar gamma) {
   if (gamma == 1) return q;
@@ -143,8 +144,9 @@ CB_FN T divide(T a, T b) {
   return a / b;
 }
 
-// 1/x and 1/sqrt(x) for finite x > 0. The estimate's 14 bits and one Newton step are 2^-23; a
-// division or square root would keep its unit busy for the time of ten multiplications.
+// 1/x and 1/sqrt(x) for finite x > 0, with relative error 2^-23 by AVX-512: an estimate of 14 bits
+// and one Newton step, in place of a division or square root, which take as long as ten
+// multiplications.
 CB_FN Vec rcp(Vec x) {
 #if defined(__AVX512F__)
   const Vec y = _mm512_rcp14_ps(x);
@@ -164,9 +166,9 @@ CB_FN Vec rsqrt(Vec x) {
 #endif
 }
 
-// Half types to float and back, rounded to nearest even.
+// From half types to float, and back with rounding to nearest even.
 #if defined(__AVX512F__)
-CB_FN Vec widen(HVec h, BFloat16) {  // lane 2l + 1 of 32 takes h[l]: one shuffle, no shift
+CB_FN Vec widen(HVec h, BFloat16) {  // 16-bit lane 2l + 1 is h[l]: one shuffle, no shift
   const __m512i spread = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0,  //
                                           7, 0, 6, 0, 5, 0, 4, 0, 3, 0, 2, 0, 1, 0, 0, 0);
   const __m512i all = _mm512_castsi256_si512((__m256i)h);
@@ -204,7 +206,7 @@ CB_FN Vec widen(HVec h, Float16) {
 }
 CB_FN HVec narrow(Vec x, Float16) {
   const UVec u = (UVec)x, sign = u & 0x80000000, a = u ^ sign;
-  const UVec tiny = (UVec)((Vec)a + 0.5f) - 0x3f000000;  // below 2^-14: the adder rounds
+  const UVec tiny = (UVec)((Vec)a + 0.5f) - 0x3f000000;  // below 2^-14: rounded by the addition
   const UVec normal = (a - 0x38000000 + 0xfff + ((a >> 13) & 1)) >> 13;
   const UVec special = a > 0x7f800000 ? UVec{} + 0x7e00 : UVec{} + 0x7c00;
   const UVec h = a >= 0x477ff000 ? special : a < 0x38800000 ? tiny : normal;
@@ -212,7 +214,7 @@ CB_FN HVec narrow(Vec x, Float16) {
 }
 #endif
 
-// Lanes::N elements from and to memory; the *_some forms touch the first n alone.
+// Loads and stores of Lanes::N elements; the *_some functions access the first n alone.
 CB_FN Vec load(const float* p) {
   Vec v;
   std::memcpy(&v, p, sizeof v);
@@ -273,7 +275,7 @@ CB_FN void store_one(S* p, typename Lanes<S>::T x) {
   else *p = x;
 }
 
-CB_FN Vec load(const uint8_t* p) {  // which compilers do one at a time
+CB_FN Vec load(const uint8_t* p) {  // by intrinsics: compilers convert one element at a time
 #if defined(__AVX512F__)
   return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)));
 #elif defined(__AVX2__)
@@ -284,7 +286,7 @@ CB_FN Vec load(const uint8_t* p) {  // which compilers do one at a time
   return v;
 #endif
 }
-// Numbers of any type as V: a vector's, or the one of T.
+// The N elements of a vector V, or one element where V is double, from any type.
 template <class V, class Q>
 CB_FN V load_as(const Q* p) {
   if constexpr (!std::is_same_v<V, Vec>) {
@@ -299,7 +301,7 @@ CB_FN V load_as(const Q* p) {
   }
 }
 
-// Lanes in their order.
+// Access to single lanes.
 CB_FN double lane(double v, int) { return v; }
 CB_FN float lane(Vec v, int l) { return v[l]; }
 CB_FN int64_t lane_index(int64_t v, int) { return v; }
@@ -314,7 +316,7 @@ CB_FN uint64_t bits(double v) {
   return b;
 }
 
-// Whether a comparison holds anywhere.
+// Whether a comparison is true in any lane.
 CB_FN bool any(bool mask) { return mask; }
 CB_FN bool any(IVec mask) {
 #if defined(__AVX512F__)
@@ -328,7 +330,7 @@ CB_FN bool any(IVec mask) {
 #endif
 }
 
-// A sum in double, lane by lane, that float lanes join now and then.
+// A sum in double for each lane, to which partial sums in float are added.
 template <class V>
 struct DoubleLanes {
   static constexpr int N = std::is_same_v<V, double> ? 1 : W;

@@ -1,5 +1,5 @@
-// The CUDA operators over the LibTorch stable ABI. Nothing synchronises; nothing but scratch is
-// allocated.
+// The CUDA operators over the LibTorch stable ABI. They never synchronise, and allocate scratch
+// memory alone.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
@@ -8,9 +8,9 @@
 #include <vector>
 
 #include "../ops.h"
-#include "rows.h"
+#include "call.h"
 
-// Where the tensors live: a build for the host, for tests, says CPU.
+// The dispatch key of the tensors; tests build the operators for the CPU.
 #ifndef CBLOSS_DEVICE
 #define CBLOSS_DEVICE CUDA
 #endif
@@ -31,7 +31,7 @@ void check(cudaError_t error) {
   throw std::runtime_error(std::string("CUDA error: ") + cudaGetErrorString(error) + advice);
 }
 
-// An attribute of a device, asked for once.
+// An attribute of a device, queried once.
 template <cudaDeviceAttr ATTRIBUTE>
 int attribute(int device) {
   static std::atomic<int> known[64];
@@ -42,7 +42,7 @@ int attribute(int device) {
   return value;
 }
 
-// Launches go to the tensor's device and the stream that is current there.
+// The tensor's device and its current stream, for launches.
 struct Current {
   DeviceGuard guard;
   cbloss::Device device;
@@ -57,7 +57,7 @@ struct Current {
   }
 };
 
-// run(S{}) for the storage type S of the logits.
+// Calls run(S{}) for the storage type S of the logits.
 template <class Run>
 void dispatch(const Tensor& logits, const Run& run) {
   switch (logits.scalar_type()) {
@@ -72,7 +72,7 @@ ScalarType compute_type(const Tensor& logits) {
   return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// What lies elsewhere must not reach a kernel.
+// A tensor on another device must not reach a kernel.
 void check_device(const Tensor& t, const Tensor& logits, const char* name) {
   require(t.is_cpu() == logits.is_cpu() && t.get_device_index() == logits.get_device_index(), name,
           " must be on the device of the logits");
@@ -96,8 +96,9 @@ void* buffer(const OptionalTensor& t, const Tensor& logits, int64_t numel, const
 cbloss::Call call_of(const Tensor& logits, const Tensor& target, const OptionalTensor& logit_bias,
                      const OptionalTensor& margin, const Shape& shape, const Formula& formula) {
   check_vector(target, ScalarType::Long, shape.rows, "target");
-  require(!formula.per_class, "the CUDA kernels have no weights of classes: Triton's have");
-  constexpr int64_t MOST = INT32_MAX - 4096;  // so that no step past the end wraps around
+  require(!formula.per_class,
+          "the CUDA kernels do not support class_weighting='class', Triton's do");
+  constexpr int64_t MOST = INT32_MAX - 4096;  // so that an index past the end does not overflow
   require(shape.rows <= MOST && shape.C <= MOST, "the CUDA kernels take at most ", MOST,
           " rows and classes, got ", shape.rows, " and ", shape.C);
   check_device(target, logits, "target");
@@ -123,7 +124,7 @@ void loss(Tensor logits, Tensor target, OptionalTensor weight, OptionalTensor sa
           std::vector<double> numbers, std::optional<int64_t> ignore_index, int64_t reduction,
           Tensor loss, OptionalTensor grad, OptionalTensor saved) {
   const Shape shape(logits);
-  const Formula formula = formula_of(numbers);
+  const Formula formula = Formula::of(numbers);
   cbloss::Call call = call_of(logits, target, logit_bias, margin, shape, formula);
   call.weight = input(weight, logits, shape.C, "weight");
   call.sample_weight = input(sample_weight, logits, shape.rows, "sample_weight");
@@ -151,7 +152,7 @@ void gradient(Tensor logits, Tensor target, OptionalTensor /*weight*/, OptionalT
               OptionalTensor margin, Tensor saved, Tensor grad_loss, std::vector<double> numbers,
               Tensor grad) {
   const Shape shape(logits);
-  const Formula formula = formula_of(numbers);
+  const Formula formula = Formula::of(numbers);
   cbloss::Call call = call_of(logits, target, logit_bias, margin, shape, formula);
   set_grad(call, grad, logits);
   call.saved = buffer(saved, logits, saved_rows(formula.sigmoid) * shape.rows, "saved");
@@ -162,8 +163,8 @@ void gradient(Tensor logits, Tensor target, OptionalTensor /*weight*/, OptionalT
   dispatch(logits, [&](auto s) { check(cbloss::gradient<decltype(s)>(call, current.device)); });
 }
 
-// Multiplies numel elements of memory from grad's first on by grad_loss, where that is not 1.
-void scale(Tensor grad, Tensor grad_loss, int64_t numel) {
+// Multiplies numel elements of memory, from grad's first on, by grad_loss, unless that is 1.
+void scale_gradient(Tensor grad, Tensor grad_loss, int64_t numel) {
   const void* factor = input(grad_loss, grad, 1, "grad_loss");
   int64_t bytes = 0, offset = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(grad.get(), &bytes));
@@ -173,25 +174,26 @@ void scale(Tensor grad, Tensor grad_loss, int64_t numel) {
   if (numel == 0) return;
   const Current current(grad);
   dispatch(grad, [&](auto s) {
-    check(cbloss::scale<decltype(s)>(grad.mutable_data_ptr(), factor, numel, current.device));
+    check(cbloss::scale_gradient<decltype(s)>(grad.mutable_data_ptr(), factor, numel,
+                                              current.device));
   });
 }
 
 std::string architectures() { return CBLOSS_ARCHITECTURES; }
 
-// Why nothing can be launched here, or "". Asks the driver's version alone: no device is touched.
+// Why no kernel can be launched here, or "". Queries the driver's version alone, and no device.
 std::string unusable() {
   int driver = 0;
   cudaDriverGetVersion(&driver);
-  const int needed = CUDART_VERSION / 1000;  // of one major version every minor one runs
+  const int needed = CUDART_VERSION / 1000;  // any minor version of it is enough
   if (driver / 1000 >= needed) return "";
   std::ostringstream text;
-  text << "built with CUDA " << needed << ", which the driver here does not know (it has CUDA "
-       << driver / 1000 << "." << driver % 1000 / 10 << ")";
+  text << "built with CUDA " << needed << ", but the driver supports only CUDA " << driver / 1000
+       << "." << driver % 1000 / 10;
   return text.str();
 }
 
-// From now on the default overloads on CUDA tensors are these kernels too.
+// Registers these kernels for the operators' default overloads on CUDA tensors too.
 void serve() {
   static torch::stable::detail::StableLibrary library(
       torch::stable::detail::StableLibrary::Kind::IMPL, "cbloss_fused", "CUDA", __FILE__, __LINE__);
@@ -203,7 +205,7 @@ void serve() {
 STABLE_TORCH_LIBRARY_IMPL(cbloss_fused, CBLOSS_DEVICE, m) {
   m.impl("loss.cuda", TORCH_BOX(&loss));
   m.impl("gradient.cuda", TORCH_BOX(&gradient));
-  m.impl("_scale", TORCH_BOX(&scale));
+  m.impl("_scale", TORCH_BOX(&scale_gradient));
 }
 STABLE_TORCH_LIBRARY_IMPL(cbloss_fused, CompositeExplicitAutograd, m) {
   m.impl("_cuda_architectures", TORCH_BOX(&architectures));

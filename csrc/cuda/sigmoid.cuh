@@ -1,21 +1,21 @@
-// The sigmoid family: every element stands alone (row_math.h), so one pass serves rows of any
-// length.
+// The sigmoid kernels: every element's loss depends on its logit alone, so one pass is enough for
+// rows of any length.
 #pragma once
-#include "rows.cuh"
+#include "row.cuh"
 
 namespace cbloss {
 
-// What other kernels than the general one have no use for is a constant there.
+// The formula as the kernel needs it: without GENERAL, what is always 1 is a constant.
 template <Gamma G, class T>
-CB_FN Numbers<T> used(Numbers<T> f) {
-  if (G != Gamma::GENERAL) f.alpha = f.alpha_neg = f.scale = 1;
+CB_FN FormulaOf<T> used(FormulaOf<T> f) {
+  if (G != Gamma::GENERAL) f.alpha = f.alpha_neg = f.logit_scale = 1;
   return f;
 }
 
 // A row, or `span` vectors of it, by THREADS threads: one read of the logits, one write of the
 // gradient.
 template <class S, Gamma G, bool SMOOTH, int THREADS, int ITEMS, bool ALIGNED>
-__global__ void __launch_bounds__(4 * WARP) sigmoid_rows(Rows<S> a) {
+__global__ void __launch_bounds__(4 * WARP) sigmoid_rows(TypedCall<S> a) {
   using T = Compute<S>;
   constexpr bool SHORT = IS_HALF<S>;
   constexpr int N = Vec<S>::N;
@@ -24,24 +24,24 @@ __global__ void __launch_bounds__(4 * WARP) sigmoid_rows(Rows<S> a) {
   if (place.none) return;
   const int i = place.i;
   const Row<T> row = a.grad_loss ? target_of(a, i, true) : target_of(a, i, false);
-  const T r = a.grad_loss ? weight_of(a, i, row, true) : weight_of(a, i, row, false);
+  const T r = a.grad_loss ? row_scale(a, i, row, true) : row_scale(a, i, row, false);
   const S* x = row_of(a.logits, a.x, a.K, i);
   S* g = row_of(a.grad, a.g, a.K, i);
-  Layout<S, THREADS> at(x, a.C, row.y, thread);
+  Columns<S, THREADS> at(x, a.C, row.y, thread);
   if (!place.there) at.leave_out();
   const int begin = blockIdx.y * a.span, end = ::min(begin + a.span, at.whole);
   const bool edges = blockIdx.y == 0;
   constexpr bool GENERAL = G == Gamma::GENERAL;
-  const Numbers<T> f = used<G>(a.f);
+  const FormulaOf<T> f = used<G>(a.f);
   const T t = SMOOTH ? f.eps / a.C : T(0);  // the smoothed target of the other classes
   const T others = SMOOTH ? T(1) : f.alpha_neg;
-  const T slope = r * f.scale, slope_others = slope * others;
+  const T slope = r * f.logit_scale, slope_others = slope * others;
 
   const auto target_element = [&] {
     const T z_y = row.read ? target_logit<GENERAL>(a, T(x[row.y]), row.y) : T(0);
     return at_target<G, SMOOTH, SHORT>(z_y, T(a.C), f);
   };
-  T L = 0, L_target = 0;  // of the other classes; of the target, where alpha tells them apart
+  T L = 0, L_target = 0;  // of the other classes; of the target, apart because of alpha
   T& L_y = GENERAL ? L_target : L;
   if (edges && at.edge >= 0) {
     T g_edge;

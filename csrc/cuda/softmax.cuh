@@ -1,14 +1,15 @@
-// The softmax family. With M = max_j z_j, e_j = e^{z_j - M}, R = sum over j != y of e_j, every
-// member's gradient is k e_j - uniform, and g_y at the target: a kernel finds M and R, softmax_row
-// (row_math.h) gives the rest.
+// The softmax kernels. With M = max_j z_j, e_j = e^{z_j - M} and R = sum over j != y of e_j, the
+// gradient is k e_j - uniform, and g_y at the target: a kernel computes M and R, softmax_row
+// (row_math.h) all that follows from them.
 #pragma once
-#include "rows.cuh"
+#include "row.cuh"
 
 namespace cbloss {
 
-constexpr int PART = 5;  // numbers of a Part in memory, and the target's logit
+constexpr int PART = 5;  // elements of a Part in memory, and the target's logit
 
-// M clamped to finite; z - M for such an M: 0 where both are +inf, a limit. NaN stays NaN.
+// M, clamped to finite numbers, and z - M for such an M: 0 where both are +inf, as in the limit.
+// NaN stays NaN.
 template <class T>
 CB_FN T clamped(T M) {
   return ::min(M, largest_finite<T>());
@@ -18,9 +19,9 @@ CB_FN T below(T z, T clamped_M) {
   return min(T(0), z - clamped_M);
 }
 
-// Of a part of a row: its largest logit M (at least the lowest finite number), R = sum e^{z - M}
-// and, for smoothing (GENERAL), D = sum (z - M) of the n logits that are not -inf: what is missing
-// and the target count as -inf. The target is in none of the sums.
+// A part of a row: its largest logit M (at least the lowest finite number), R = sum e^{z - M} and,
+// for smoothing (GENERAL), D = sum (z - M) of the n logits that are not -inf. The target and what
+// is beyond the row are passed as -inf, so the target is in none of the sums.
 template <class T, bool GENERAL>
 struct Part {
   T M = -largest_finite<T>(), R = 0, D = 0;
@@ -45,7 +46,7 @@ struct Part {
   CB_FN void add_distance(T z, T t) {
     if (GENERAL && z != -INF<T>) D += t, ++n;
   }
-  CB_FN void rebase(T top) {  // a larger maximum
+  CB_FN void rebase(T top) {  // to a larger maximum
     const T step = clamped(M) - clamped(top);
     R *= exp_exact(step);
     if (GENERAL && n > 0) D += T(n) * step;
@@ -61,7 +62,7 @@ struct Part {
     R = sum_lanes<LANES>(R);
     if (GENERAL) D = sum_lanes<LANES>(D), n = sum_lanes<LANES>(n);
   }
-  // The parts of a block's warps, each that of its lanes: for every thread.
+  // Joins the parts of the block's warps, for every thread. All lanes of a warp have the same part.
   template <int WARPS>
   CB_FN void join_warps() {
     if constexpr (WARPS > 1) {
@@ -76,37 +77,37 @@ struct Part {
     }
   }
   CB_FN void put(T* p) const { p[0] = M, p[1] = R, p[2] = D, p[3] = T(n); }
-  CB_FN void add_part(const T* p) {  // of a maximum that is not above M
+  CB_FN void add_part(const T* p) {  // whose maximum is at most M
     const T step = clamped(p[0]) - clamped(M);
     R += p[1] * exp_exact(step);
     if (GENERAL && p[3] > 0) D += p[2] + p[3] * step, n += int(p[3]);
   }
 };
 
-// What follows from a whole row's part; its maximum is the target's too from here on.
+// Loss and gradient of a row, from the part that is the whole row; adds the target to its maximum.
 template <class S, bool GENERAL, class T = Compute<S>>
-CB_FN SoftmaxRow<T> formula(const Rows<S>& a, const Row<T>& row, T r, T z_y,
-                            Part<T, GENERAL>& part) {
+CB_FN SoftmaxRow<T> row_result(const TypedCall<S>& a, const Row<T>& row, T r, T z_y,
+                               Part<T, GENERAL>& part) {
   if (z_y > part.M) part.rebase(z_y);
   const T infinite = part.R + (z_y == INF<T> ? 1 : 0);
-  if (part.M == INF<T> && infinite > T(1.5)) part.R = NAN;        // two: no limit
+  if (part.M == INF<T> && infinite > T(1.5)) part.R = NAN;        // two are infinite: no limit
   if (GENERAL && row.read && part.n < a.C - 1) part.D = -INF<T>;  // a class is masked
   const T d = part.M == INF<T> && z_y < INF<T> ? -INF<T> : below(z_y, clamped(part.M));
-  Numbers<T> f = a.f;
-  if (!GENERAL) f.eps = 0, f.scale = 1;
+  FormulaOf<T> f = a.f;
+  if (!GENERAL) f.eps = 0, f.logit_scale = 1;
   return softmax_row(d, part.R, r, part.D + d, T(a.C), part.M, f);
 }
 template <class S, class T = Compute<S>>
-CB_FN void put_loss(const Rows<S>& a, int i, const Row<T>& row, T r, T loss, T M, T R) {
+CB_FN void put_loss(const TypedCall<S>& a, int i, const Row<T>& row, T r, T loss, T M, T R) {
   if (a.loss) a.loss[i] = loss;
-  if (a.saved) {  // for a recomputing backward
+  if (a.saved) {  // for a backward that recomputes the gradient
     a.saved[i] = row.keep ? r : T(-1);
     a.saved[int64_t(a.rows) + i] = M;
     a.saved[int64_t(a.rows) * 2 + i] = R;
   }
 }
-// e^{z - M} for |M| <= NEAR by one multiply-add and one special function: 2^(z log2 e - c) with
-// c = M log2 e rounded; what c lacks is a factor of the whole row.
+// e^{z - M} for |M| <= NEAR by one multiply-add and one special function: 2^(z log2 e - c), where c
+// is M log2 e, rounded. The rounding error of c is a factor of all exponentials, applied once.
 constexpr float NEAR = 1e6f;
 struct Exponential {
   float c, factor;
@@ -114,16 +115,16 @@ struct Exponential {
   CB_FN float operator()(float z) const { return ex2(fmaf(z, LOG2E, -c)); }
 };
 
-// z_j of a vector: adjusted ones wait where their exponentials will be.
+// z_j of a vector; adjusted logits are stored where their exponentials will be.
 template <bool GENERAL, class S, int N>
 CB_FN float held_logit(const Vec<S>& z, const float (&e)[N], int j) {
   if constexpr (GENERAL) return e[j];
   else return z[j];
 }
 
-// A row held in registers by THREADS threads: one read of the logits, one write of the gradient.
+// A row held in registers by THREADS threads: reads the logits once and writes the gradient once.
 template <class S, bool GENERAL, int THREADS, int ITEMS>
-__global__ void __launch_bounds__(TOGETHER<THREADS>* THREADS) softmax_rows(Rows<S> a) {
+__global__ void __launch_bounds__(TOGETHER<THREADS>* THREADS) softmax_rows(TypedCall<S> a) {
   constexpr int N = Vec<S>::N, WARPS = (THREADS + WARP - 1) / WARP;
   const int thread = threadIdx.x % THREADS;
   const Place<THREADS> place(a.rows);
@@ -131,7 +132,7 @@ __global__ void __launch_bounds__(TOGETHER<THREADS>* THREADS) softmax_rows(Rows<
   const int i = place.i;
   Row<float> row = target_of(a, i, false);
   const S* x = row_of(a.logits, a.x, a.K, i);
-  Layout<S, THREADS> at(x, a.C, row.y, thread);
+  Columns<S, THREADS> at(x, a.C, row.y, thread);
   if (!place.there) row.read = false, at.leave_out();
   const int left = at.whole - thread;  // vectors from this thread's first on
 
@@ -140,7 +141,7 @@ __global__ void __launch_bounds__(TOGETHER<THREADS>* THREADS) softmax_rows(Rows<
   const bool edge_there = row.read && at.edge >= 0 && at.edge != row.y;
   const float z_edge = edge_there ? adjusted<GENERAL>(a, float(x[at.edge]), at.edge) : -INF<float>;
   const float z_y = row.read ? target_logit<GENERAL>(a, float(x[row.y]), row.y) : 0.f;
-  const float r = weight_of(a, i, row, false);  // after the loads: a chain of loads of its own
+  const float r = row_scale(a, i, row, false);  // here, because its loads depend on each other
   at.blank_y(z, 0);
 
   float e[ITEMS][N], e_edge, factor = 1, M = larger(z_edge, -FLT_MAX);
@@ -161,7 +162,7 @@ __global__ void __launch_bounds__(TOGETHER<THREADS>* THREADS) softmax_rows(Rows<
   }
   M = reduce_lanes<LANES<THREADS>>(M, [](float a, float b) { return larger(a, b); });
 
-  // Each warp exponentiates under its own maximum: one barrier joins maxima and sums.
+  // Exponentials relative to the warp's own maximum: then one barrier joins maxima and sums.
   Part<float, GENERAL> part;
   part.M = M;
   if (fabsf(M) <= NEAR) {
@@ -193,10 +194,10 @@ __global__ void __launch_bounds__(TOGETHER<THREADS>* THREADS) softmax_rows(Rows<
   part.add_distance(z_edge, below(z_edge, clamped(M)));
   part.template add_lanes<LANES<THREADS>>();
   part.template join_warps<WARPS>();
-  SoftmaxRow<float> f = formula(a, row, r, z_y, part);
+  SoftmaxRow<float> f = row_result(a, row, r, z_y, part);
   if (thread == 0 && place.there) put_loss(a, i, row, r, f.loss, part.M, part.R);
   if (!a.grad) return;
-  if (THREADS <= WARP) __syncwarp();  // in place: all have read the target's logit
+  if (THREADS <= WARP) __syncwarp();  // in place: after all threads have read the target's logit
   S* g = row_of(a.grad, a.g, a.K, i);
   const float k_warp = f.k * factor * exp_exact(clamped(M) - clamped(part.M));
   uint4* p = reinterpret_cast<uint4*>(g + at.head) + thread;
@@ -211,11 +212,11 @@ __global__ void __launch_bounds__(TOGETHER<THREADS>* THREADS) softmax_rows(Rows<
   if (at.has_y) g[row.y] = S(f.g_y);
 }
 
-// Longer than registers: vectors [first, end) of a row, BATCH of them a thread at a time; `kept`,
-// if not null, gets them all, for the second read.
+// For rows that do not fit in registers: the part of vectors [first, end), each thread loads BATCH
+// of them at a time. They are copied to `kept`, if it is not null, for the second read.
 constexpr int BATCH = 4;
 template <class S, bool GENERAL, int THREADS, class T = Compute<S>>
-CB_FN Part<T, GENERAL> part_of(const Rows<S>& a, const S* x, const Layout<S, THREADS>& at,
+CB_FN Part<T, GENERAL> part_of(const TypedCall<S>& a, const S* x, const Columns<S, THREADS>& at,
                                const Row<T>& row, int first, int end, int thread,
                                uint4* kept = nullptr) {
   constexpr int N = Vec<S>::N;
@@ -236,10 +237,10 @@ CB_FN Part<T, GENERAL> part_of(const Rows<S>& a, const S* x, const Layout<S, THR
   }
   return part;
 }
-// Adds the edges and joins all threads of the row.
+// Adds the edges (once per row) and joins the parts of all threads.
 template <class S, bool GENERAL, int THREADS, class T>
-CB_FN void join_row(Part<T, GENERAL>& part, const Rows<S>& a, const S* x,
-                    const Layout<S, THREADS>& at, const Row<T>& row, bool edges) {
+CB_FN void join_row(Part<T, GENERAL>& part, const TypedCall<S>& a, const S* x,
+                    const Columns<S, THREADS>& at, const Row<T>& row, bool edges) {
   const bool there = edges && row.read && at.edge >= 0 && at.edge != row.y;
   const T z_edge = there ? adjusted<GENERAL>(a, T(x[at.edge]), at.edge) : -INF<T>;
   part.template add<1>([&](int) { return z_edge; });
@@ -247,7 +248,7 @@ CB_FN void join_row(Part<T, GENERAL>& part, const Rows<S>& a, const S* x,
   part.template join_warps<THREADS / WARP>();
 }
 template <bool GENERAL, class S, int THREADS, class T>
-CB_FN void put_gradient(const Rows<S>& a, const S* x, S* g, const Layout<S, THREADS>& at,
+CB_FN void put_gradient(const TypedCall<S>& a, const S* x, S* g, const Columns<S, THREADS>& at,
                         const Row<T>& row, int first, int end, int thread, T M,
                         const SoftmaxRow<T>& f, const uint4* kept = nullptr) {
   constexpr int N = Vec<S>::N;
@@ -278,36 +279,36 @@ CB_FN void put_gradient(const Rows<S>& a, const S* x, S* g, const Layout<S, THRE
   if (at.y_vector >= begin && at.y_vector < end) g[row.y] = S(f.g_y);  // after its vector
 }
 
-// A row by a block, any length. The second read is of shared memory, where each thread finds the
-// vectors that it has put there itself, or else of what L2 still holds.
+// A row of any length by a block. The second read is of shared memory, where each thread reads the
+// vectors that it has stored itself, or of what the L2 cache still holds.
 template <class S, bool GENERAL, int THREADS, bool SHARED>
-__global__ void __launch_bounds__(THREADS) softmax_long(Rows<S> a) {
+__global__ void __launch_bounds__(THREADS) softmax_long(TypedCall<S> a) {
   using T = Compute<S>;
   CB_DYNAMIC_SHARED(uint4, shared);
   uint4* kept = SHARED ? shared : nullptr;
   const int i = blockIdx.x, thread = threadIdx.x;
   const Row<T> row = target_of(a, i, false);
   const S* x = row_of(a.logits, a.x, a.K, i);
-  const Layout<S, THREADS> at(x, a.C, row.y, thread);
+  const Columns<S, THREADS> at(x, a.C, row.y, thread);
   const T z_y = row.read ? target_logit<GENERAL>(a, T(x[row.y]), row.y) : T(0);
   Part<T, GENERAL> part = part_of<S, GENERAL>(a, x, at, row, 0, at.whole, thread, kept);
   join_row(part, a, x, at, row, true);
-  const T r = weight_of(a, i, row, false);
-  const SoftmaxRow<T> f = formula(a, row, r, z_y, part);
+  const T r = row_scale(a, i, row, false);
+  const SoftmaxRow<T> f = row_result(a, row, r, z_y, part);
   if (thread == 0) put_loss(a, i, row, r, f.loss, part.M, part.R);
   if (!a.grad) return;
   S* g = row_of(a.grad, a.g, a.K, i);
   put_gradient<GENERAL>(a, x, g, at, row, 0, at.whole, thread, part.M, f, kept);
 }
 
-// The part of `span` vectors of a row, for few rows of very many classes.
+// The part of `span` vectors of a row, for few rows of many classes.
 template <class S, bool GENERAL, int THREADS>
-__global__ void __launch_bounds__(THREADS) softmax_parts(Rows<S> a) {
+__global__ void __launch_bounds__(THREADS) softmax_parts(TypedCall<S> a) {
   using T = Compute<S>;
   const int i = blockIdx.x, first = blockIdx.y * a.span, thread = threadIdx.x;
   const Row<T> row = target_of(a, i, false);
   const S* x = row_of(a.logits, a.x, a.K, i);
-  const Layout<S, THREADS> at(x, a.C, row.y, thread);
+  const Columns<S, THREADS> at(x, a.C, row.y, thread);
   const int end = ::min(first + a.span, at.whole);
   Part<T, GENERAL> part = part_of<S, GENERAL>(a, x, at, row, first, end, thread);
   join_row(part, a, x, at, row, first == 0);
@@ -317,10 +318,10 @@ __global__ void __launch_bounds__(THREADS) softmax_parts(Rows<S> a) {
   p[PART - 1] = row.read ? target_logit<GENERAL>(a, T(x[row.y]), row.y) : T(0);
 }
 
-// The gradient of `span` vectors of a row, from its parts (and the loss) or from what a forward
-// saved.
+// The gradient of `span` vectors of a row: from the row's parts, together with the loss, or in a
+// BACKWARD from what a forward saved.
 template <class S, bool GENERAL, bool BACKWARD, int THREADS>
-__global__ void __launch_bounds__(TOGETHER<THREADS>* THREADS) softmax_apply(Rows<S> a) {
+__global__ void __launch_bounds__(TOGETHER<THREADS>* THREADS) softmax_apply(TypedCall<S> a) {
   using T = Compute<S>;
   const int thread = threadIdx.x % THREADS, first = blockIdx.y * a.span;
   const Place<THREADS> place(a.rows);
@@ -328,7 +329,7 @@ __global__ void __launch_bounds__(TOGETHER<THREADS>* THREADS) softmax_apply(Rows
   const int i = place.i;
   const Row<T> row = target_of(a, i, BACKWARD);
   const S* x = row_of(a.logits, a.x, a.K, i);
-  const T r = weight_of(a, i, row, BACKWARD);
+  const T r = row_scale(a, i, row, BACKWARD);
   T z_y;
   Part<T, GENERAL> part;
   if (!BACKWARD) {
@@ -342,13 +343,13 @@ __global__ void __launch_bounds__(TOGETHER<THREADS>* THREADS) softmax_apply(Rows
   } else {
     part.M = a.saved[int64_t(a.rows) + i], part.R = a.saved[int64_t(a.rows) * 2 + i];
     z_y = row.read ? target_logit<GENERAL>(a, T(x[row.y]), row.y) : T(0);
-    if (THREADS <= WARP) __syncwarp();  // in place: all have read it
+    if (THREADS <= WARP) __syncwarp();  // in place: after all threads have read it
     else __syncthreads();
   }
-  const SoftmaxRow<T> f = formula(a, row, r, z_y, part);
+  const SoftmaxRow<T> f = row_result(a, row, r, z_y, part);
   if (!BACKWARD && thread == 0 && first == 0) put_loss(a, i, row, r, f.loss, part.M, part.R);
   if (!a.grad) return;
-  Layout<S, THREADS> at(x, a.C, row.y, thread);
+  Columns<S, THREADS> at(x, a.C, row.y, thread);
   if (!place.there) at.leave_out();
   const int end = ::min(first + a.span, at.whole);
   S* g = row_of(a.grad, a.g, a.K, i);

@@ -1,33 +1,33 @@
-// Both families for few classes, or classes that do not lie side by side: a thread has a whole row.
-// Neighbouring threads have neighbouring rows, so one of them brings the other's cache lines; where
-// the rows of a block are one piece of memory (SHARED), it is read and written in whole vectors, by
-// way of shared memory.
+// Softmax and sigmoid kernels for few classes, or classes that are not side by side in memory: a
+// thread has a whole row. Neighbouring threads have neighbouring rows, so they use the same cache
+// lines. Where the rows of a block are one piece of memory (SHARED), it is read and written in
+// whole vectors, by way of shared memory.
 #pragma once
 #include "sigmoid.cuh"
 #include "softmax.cuh"
 
 namespace cbloss {
 
-constexpr int TILE = 128;   // rows of a block
-constexpr int CLASSES = 8;  // in registers at a time
-constexpr int MANY = 1024;  // classes: the maximum is taken first
+constexpr int TILE = 128;   // rows per block
+constexpr int CLASSES = 8;  // classes in registers at a time
+constexpr int MANY = 1024;  // with more classes, a first pass computes the maximum
 
-// Elements from one row to the next in shared memory: such that threads which have the same class
+// Elements from one row to the next in shared memory, such that threads that access the same class
 // of neighbouring rows use different banks.
 template <class S>
 __host__ __device__ constexpr int pitch_of(int C) {
   return IS_HALF<S> ? (C % 4 == 0 ? C + 2 : C) : C | 1;
 }
 
-// The rows of a block in shared memory, which lie in global memory without a gap.
+// The rows of a block, copied to shared memory from one piece of global memory.
 template <class S>
 struct Piece {
   static constexpr int N = Vec<S>::N;
   S* shared;
-  int C, pitch, n;  // n: elements
-  int64_t first;    // of these in the call's
+  int C, pitch, n;  // n: number of elements
+  int64_t first;    // index of the first of them in the call's memory
 
-  CB_FN Piece(const Rows<S>& a, void* shared)
+  CB_FN Piece(const TypedCall<S>& a, void* shared)
       : shared(static_cast<S*>(shared)), C(a.C), pitch(pitch_of<S>(a.C)) {
     first = int64_t(blockIdx.x) * TILE * C;
     n = ::min(TILE, a.rows - int(blockIdx.x) * TILE) * C;
@@ -35,7 +35,7 @@ struct Piece {
   CB_FN S* row() const { return shared + int(threadIdx.x) * pitch; }
   CB_FN S& at(int e) const { return shared[e / C * pitch + e % C]; }
 
-  // vectors(p, places) for each vector of 16 bytes of memory, element(p, place) for the edges.
+  // Calls vectors(p, places) for each 16-byte vector of memory, element(p, place) for the edges.
   template <class P, class Vectors, class Element>
   CB_FN void visit(P* memory, const Vectors& vectors, const Element& element) const {
     memory += first;
@@ -48,7 +48,7 @@ struct Piece {
       int c = e % C;
 #pragma unroll
       for (int j = 1; j < N; ++j) {
-        const bool next = ++c == C;  // row
+        const bool next = ++c == C;  // the next row begins
         places[j] = places[j - 1] + (next ? pitch - C + 1 : 1);
         c = next ? 0 : c;
       }
@@ -81,13 +81,13 @@ struct Piece {
   }
 };
 
-// The logits and the gradient of a thread's row, in global or in shared memory.
+// The logits and the gradient of a thread's row, in global or shared memory.
 template <class S, bool SHARED>
 struct ThreadRow {
   const S* x;
   S* g;
   int64_t x_c = 1, g_c = 1;
-  CB_FN ThreadRow(const Rows<S>& a, int i, const Piece<S>& piece) {
+  CB_FN ThreadRow(const TypedCall<S>& a, int i, const Piece<S>& piece) {
     if constexpr (SHARED) {
       x = g = piece.row();
     } else {
@@ -99,25 +99,26 @@ struct ThreadRow {
   CB_FN S& slope(int c) const { return g[c * g_c]; }
 };
 
-// Classes [first, first + CLASSES) of a row, -inf at the target and past the end.
+// The logits of classes [first, first + CLASSES) of a row, -inf at the target and past the end.
 template <class S, bool GENERAL>
 struct Classes {
   using T = Compute<S>;
   T z[CLASSES];
   template <bool SHARED>
-  CB_FN Classes(const Rows<S>& a, const ThreadRow<S, SHARED>& of, const Row<T>& row, int first) {
+  CB_FN Classes(const TypedCall<S>& a, const ThreadRow<S, SHARED>& data, const Row<T>& row,
+                int first) {
 #pragma unroll
     for (int j = 0; j < CLASSES; ++j) {
       const int c = first + j;
       const bool there = row.read && c < a.C && c != row.y;
-      z[j] = there ? adjusted<GENERAL>(a, T(of.logit(c)), c) : -INF<T>;
+      z[j] = there ? adjusted<GENERAL>(a, T(data.logit(c)), c) : -INF<T>;
     }
   }
 };
 
-// The loss of a row, or of a block's rows: whatever the call's reduction adds up.
+// Stores the loss of each row or the sum of the block's.
 template <class S, class T = Compute<S>>
-CB_FN void put_tile_loss(const Rows<S>& a, int i, T loss, bool per_row) {
+CB_FN void put_tile_loss(const TypedCall<S>& a, int i, T loss, bool per_row) {
   if (per_row) {
     if (i < a.rows) a.loss[i] = loss;
     return;
@@ -126,9 +127,9 @@ CB_FN void put_tile_loss(const Rows<S>& a, int i, T loss, bool per_row) {
   if (threadIdx.x == 0) a.loss[blockIdx.x] = loss;
 }
 
-// row_loss(i, of): the loss of row i, whose gradient it puts into `of`.
+// Calls row_loss(i, data), which returns the loss of row i and stores its gradient in `data`.
 template <bool SHARED, class S, class RowLoss>
-CB_FN void run_tile(const Rows<S>& a, bool per_row, const RowLoss& row_loss) {
+CB_FN void run_tile(const TypedCall<S>& a, bool per_row, const RowLoss& row_loss) {
   CB_DYNAMIC_SHARED(uint4, memory);
   const Piece<S> piece(a, memory);
   if constexpr (SHARED) {
@@ -147,40 +148,40 @@ CB_FN void run_tile(const Rows<S>& a, bool per_row, const RowLoss& row_loss) {
 }
 
 template <class S, bool GENERAL, bool SHARED>
-__global__ void __launch_bounds__(TILE) softmax_tiles(Rows<S> a, bool per_row) {
+__global__ void __launch_bounds__(TILE) softmax_tiles(TypedCall<S> a, bool per_row) {
   using T = Compute<S>;
-  run_tile<SHARED>(a, per_row, [&](int i, const ThreadRow<S, SHARED>& of) {
+  run_tile<SHARED>(a, per_row, [&](int i, const ThreadRow<S, SHARED>& data) {
     const Row<T> row = target_of(a, i, a.grad_loss);
-    const T r = weight_of(a, i, row, a.grad_loss);
-    const T z_y = row.read ? target_logit<GENERAL>(a, T(of.logit(row.y)), row.y) : T(0);
+    const T r = row_scale(a, i, row, a.grad_loss);
+    const T z_y = row.read ? target_logit<GENERAL>(a, T(data.logit(row.y)), row.y) : T(0);
     Part<T, GENERAL> part;
     if (a.grad_loss) {
       part.M = a.saved[int64_t(a.rows) + i], part.R = a.saved[int64_t(a.rows) * 2 + i];
     } else {
-      // Else ever larger logits would move the sum, and round it, C / CLASSES times.
+      // Otherwise the sum could be moved to a larger maximum, and rounded, C / CLASSES times.
       if (a.C > MANY)
         for (int first = 0; first < a.C; first += CLASSES) {
-          const Classes<S, GENERAL> c(a, of, row, first);
+          const Classes<S, GENERAL> c(a, data, row, first);
 #pragma unroll
           for (int j = 0; j < CLASSES; ++j) part.M = larger(part.M, c.z[j]);
         }
       for (int first = 0; first < a.C; first += CLASSES) {
-        const Classes<S, GENERAL> c(a, of, row, first);
+        const Classes<S, GENERAL> c(a, data, row, first);
         part.template add<CLASSES>([&](int j) { return c.z[j]; });
       }
     }
-    const SoftmaxRow<T> f = formula(a, row, r, z_y, part);
+    const SoftmaxRow<T> f = row_result(a, row, r, z_y, part);
     if (a.saved && !a.grad_loss) {
       a.saved[i] = row.keep ? r : T(-1);
       a.saved[int64_t(a.rows) + i] = part.M, a.saved[int64_t(a.rows) * 2 + i] = part.R;
     }
     for (int first = 0; a.grad && first < a.C; first += CLASSES) {
-      const Classes<S, GENERAL> c(a, of, row, first);
+      const Classes<S, GENERAL> c(a, data, row, first);
 #pragma unroll
       for (int j = 0; j < CLASSES; ++j) {
         const T e = exp(below(c.z[j], clamped(part.M)));
         const T slope = first + j == row.y ? f.g_y : f.k * e - f.uniform;
-        if (first + j < a.C) of.slope(first + j) = S(slope);
+        if (first + j < a.C) data.slope(first + j) = S(slope);
       }
     }
     return f.loss;
@@ -188,20 +189,20 @@ __global__ void __launch_bounds__(TILE) softmax_tiles(Rows<S> a, bool per_row) {
 }
 
 template <class S, Gamma G, bool SMOOTH, bool SHARED>
-__global__ void __launch_bounds__(TILE) sigmoid_tiles(Rows<S> a, bool per_row) {
+__global__ void __launch_bounds__(TILE) sigmoid_tiles(TypedCall<S> a, bool per_row) {
   using T = Compute<S>;
-  run_tile<SHARED>(a, per_row, [&](int i, const ThreadRow<S, SHARED>& of) {
+  run_tile<SHARED>(a, per_row, [&](int i, const ThreadRow<S, SHARED>& data) {
     const Row<T> row = target_of(a, i, a.grad_loss);
-    const T r = weight_of(a, i, row, a.grad_loss);
+    const T r = row_scale(a, i, row, a.grad_loss);
     constexpr bool GENERAL = G == Gamma::GENERAL;
-    const Numbers<T> f = used<G>(a.f);
+    const FormulaOf<T> f = used<G>(a.f);
     const T t = SMOOTH ? f.eps / a.C : T(0), others = SMOOTH ? T(1) : f.alpha_neg;
-    const T slope = r * f.scale, slope_others = slope * others;
-    const T z_y = row.read ? target_logit<GENERAL>(a, T(of.logit(row.y)), row.y) : T(0);
+    const T slope = r * f.logit_scale, slope_others = slope * others;
+    const T z_y = row.read ? target_logit<GENERAL>(a, T(data.logit(row.y)), row.y) : T(0);
     const Element<T> at_y = at_target<G, SMOOTH, IS_HALF<S>>(z_y, T(a.C), f);
     T L = 0;
     for (int first = 0; first < a.C; first += CLASSES) {
-      const Classes<S, GENERAL> c(a, of, row, first);
+      const Classes<S, GENERAL> c(a, data, row, first);
       LossSum<G, SMOOTH, IS_HALF<S>, T> sum;
 #pragma unroll
       for (int j = 0; j < CLASSES; ++j) {
@@ -209,7 +210,7 @@ __global__ void __launch_bounds__(TILE) sigmoid_tiles(Rows<S> a, bool per_row) {
         const T g_c =
             sum.add(c.z[j], t, f, [&] { return !row.read || column >= a.C || column == row.y; });
         if (a.grad && column < a.C)
-          of.slope(column) = S(column == row.y ? slope * at_y.g : slope_others * g_c);
+          data.slope(column) = S(column == row.y ? slope * at_y.g : slope_others * g_c);
       }
       L += sum.take();
     }

@@ -37,7 +37,7 @@ def emulated(sanitized: bool = False) -> Path | None:
     if library.exists() and library.stat().st_mtime > newest:
         return library
     flags = [*SANITIZERS, "-g1", "-O1"] if sanitized else ["-O2"]
-    jobs = [("rows.cu", dtype) for dtype in DTYPES] + [("ops.cu", "ops")]
+    jobs = [("dispatch.cu", dtype) for dtype in DTYPES] + [("ops.cu", "ops")]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for each in [pool.submit(compile_one, ROOT / "csrc", folder, *job, flags) for job in jobs]:
             each.result()
@@ -48,7 +48,7 @@ def emulated(sanitized: bool = False) -> Path | None:
 def faulty(csrc: Path, dtype: str) -> Path:
     """The library with the row kernels of one dtype from another csrc, the rest as it is."""
     folder = csrc.parent
-    compile_one(csrc, folder, "rows.cu", dtype, ["-O0", "-w"])
+    compile_one(csrc, folder, "dispatch.cu", dtype, ["-O0", "-w"])
     good = ROOT / "build" / "emulated"
     objects = [good / f"{name}.o" for name in (*DTYPES, "ops") if name != dtype]
     library = folder / "cuda_on_cpu.so"
@@ -57,7 +57,7 @@ def faulty(csrc: Path, dtype: str) -> Path:
 
 
 def compile_one(csrc: Path, folder: Path, source: str, name: str, flags: list[str]) -> None:
-    """name: of the object; of rows.cu, the dtype."""
+    """name: of the object; of dispatch.cu, the dtype."""
     folder.mkdir(parents=True, exist_ok=True)
     command = ["g++", *FLAGS, *flags, f"-DCBLOSS_DTYPE={name}", "-x", "c++"]
     target = folder / f"{name}.o"

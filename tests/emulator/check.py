@@ -20,8 +20,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cbloss_fused import cuda, ops, reference
-from cbloss_fused.call import Formula, Inputs, formula
+from cbloss_fused import reference
+from cbloss_fused.arguments import Inputs, compute_dtype
+from cbloss_fused.backends import REGISTRY, load_cuda
+from cbloss_fused.options import REDUCTIONS, Activation, Formula, Options
 
 DTYPES = {
     "float32": torch.float32,
@@ -30,8 +32,12 @@ DTYPES = {
     "float64": torch.float64,
 }
 # Tiles, a part of a warp a row, a warp, blocks of 128 and 256 threads, loops; 70,001: many blocks.
-CLASSES = (1, 7, 9, 64, 128, 129, 500, 1000, 2049, 4100, 8142, 8192, 12_001, 20_003, 70_001)
+CLASSES = (1, 7, 10, 64, 128, 129, 500, 1000, 2049, 4100, 8142, 8192, 12_001, 20_003, 70_001)
 GAMMAS = (0.0, 0.5, 1.0, 2.0, 1.5)
+# Multiprocessors, and shared memory per multiprocessor in bytes. With 132, long rows are split;
+# with 1 they are kept in shared memory, by 384 or 512 threads, or not at all. They take turns, so
+# that every class count and dtype meets each of them.
+DEVICES = ((132, 228 << 10), (1, 228 << 10), (1, 100 << 10), (132, 100 << 10))
 TOLERANCE = {  # relative: of the loss, of a gradient to the row's largest
     torch.float64: (1e-12, 1e-12),
     torch.float32: (2e-5, 2e-5),
@@ -79,15 +85,18 @@ class Case(NamedTuple):
     C: int
     gamma: float
     eps: float
+    multiprocessors: int
+    shared: int
     seed: int
 
 
 def cases(dtypes: list[str], share: int) -> Iterator[Case]:
     """Every combination, or one of `share` of them."""
-    combinations = itertools.product((0.0, 0.1), GAMMAS, CLASSES, dtypes, (False, True))
-    for seed, (eps, gamma, C, dtype, sigmoid) in enumerate(combinations):
+    formulas = zip(itertools.product((0.0, 0.1), GAMMAS), itertools.cycle(DEVICES), strict=False)
+    combinations = itertools.product(formulas, CLASSES, dtypes, (False, True))
+    for seed, (((eps, gamma), device), C, dtype, sigmoid) in enumerate(combinations):
         if seed % share == 0:
-            yield Case(sigmoid, DTYPES[dtype], C, gamma, eps, seed)
+            yield Case(sigmoid, DTYPES[dtype], C, gamma, eps, *device, seed)
 
 
 def drawn_formula(case: Case, draw: random.Random, adjustable: bool) -> Formula:
@@ -101,22 +110,29 @@ def drawn_formula(case: Case, draw: random.Random, adjustable: bool) -> Formula:
         options["gamma_neg"] = draw.choice((None, 0.0, 3.0))
         options["alpha"] = draw.choice((None, 0.25, 1.0))
         options["clip"] = draw.choice((0.0, 0.05))
-    activation = ("softmax", "sigmoid")[case.sigmoid]
-    return formula(activation, case.gamma, label_smoothing=case.eps, **options)
+    activation: Activation = "sigmoid" if case.sigmoid else "softmax"
+    return Formula.of(Options(activation, case.gamma, label_smoothing=case.eps, **options))
 
 
-def run(case: Case, library: ctypes.CDLL) -> None:
-    """Loss with gradient, loss alone and recomputed gradient; raises where one is wrong."""
-    draw, generator = random.Random(case.seed), torch.Generator().manual_seed(case.seed)
-    for name, values in (("order", (0, 1, 2, 3)), ("error", (0, 1, 2, 3))):
-        ctypes.c_int.in_dll(library, f"emulated_{name}").value = draw.choice(values)
-    processors = draw.choice((1, 132))
-    ctypes.c_int.in_dll(library, "emulated_multiprocessors").value = processors
+class Call(NamedTuple):
+    """What is drawn for a case, in memory of no particular layout."""
+
+    x: Tensor  # (N, C): rows are (n, k)
+    target: Tensor
+    vectors: list[Tensor | None]  # weight, sample_weight, normalizer, logit_bias, margin
+    numbers: Formula
+    ignore: int | None
+    reduction: int
+    K: int
+
+
+def drawn_call(case: Case, draw: random.Random) -> Call:
+    generator = torch.Generator().manual_seed(case.seed)
     N = draw.choice((3, 6)) if case.C < 20_000 else 3
     if case.C <= 64 and draw.random() < 0.5:
         N = 300  # several blocks of tiles
-    K = 3 if draw.random() < 0.3 else 1  # (N / K, C, K), classes side by side
-    compute = reference.compute_dtype(case.dtype)
+    K = 3 if draw.random() < 0.3 else 1
+    compute = compute_dtype(case.dtype)
     spread = draw.choice((0.01, 1.0, 3.0, 30.0))
     x = torch.randn(N, case.C, generator=generator).mul(spread)
     y = torch.randint(case.C, (N,), generator=generator)
@@ -125,7 +141,7 @@ def run(case: Case, library: ctypes.CDLL) -> None:
     x[0, 0], x[1, y[1]] = 15, 4 * spread
     if not case.sigmoid and draw.random() < 0.3:
         x += 3e4  # alike but for the last digits
-    numbers = drawn_formula(case, draw, spread <= 3 and x.abs().max() < 100)
+    numbers = drawn_formula(case, draw, bool(spread <= 3 and x.abs().max() < 100))
     ignore = draw.choice((-100, None, int(y[2])))
     if ignore == -100:
         y[2] = -100
@@ -136,7 +152,7 @@ def run(case: Case, library: ctypes.CDLL) -> None:
     sample = torch.rand(N, generator=generator).to(compute) + 0.5
     reduction = draw.choice(range(4))
     normalizer = torch.tensor(7, dtype=compute) if reduction == 1 and draw.random() < 0.3 else None
-    options: list[Tensor | None] = [
+    vectors: list[Tensor | None] = [
         weight if draw.random() < 0.7 else None,
         sample if draw.random() < 0.5 else None,
         normalizer,
@@ -146,43 +162,63 @@ def run(case: Case, library: ctypes.CDLL) -> None:
     if numbers.logit_scale != 1:
         for at in (3, 4):
             vector = torch.rand(case.C, generator=generator).to(compute)
-            options[at] = vector if draw.random() < 0.7 else None
+            vectors[at] = vector if draw.random() < 0.7 else None
     if draw.random() < 0.2:
         x[1, draw.randrange(case.C)] = draw.choice((float("nan"), -float("inf")))
-    reduced = ("none", "mean", "weighted_mean", "sum")[reduction]
-    exact = Inputs(y, *(None if v is None else v.double() for v in options))
-    losses, slope, *_ = reference.loss_and_grad(x.double(), exact, numbers, ignore, reduced)
-    want = losses if reduced == "none" else losses.sum()
+    return Call(x, y, vectors, numbers, ignore, reduction, K)
 
-    def inner(t: Tensor) -> Tensor:
-        return t if K == 1 else t.view(N // K, K, case.C).transpose(1, 2)
+
+def run(case: Case, library: ctypes.CDLL) -> None:
+    """Loss with gradient, loss alone and recomputed gradient; raises where one is wrong."""
+    draw = random.Random(case.seed)
+    settings = {
+        "order": draw.randrange(4),
+        "error": draw.randrange(4),
+        "multiprocessors": case.multiprocessors,
+        "shared": case.shared,
+    }
+    for name, value in settings.items():
+        ctypes.c_int.in_dll(library, f"emulated_{name}").value = value
+    call = drawn_call(case, draw)
+    x, numbers, (N, C), K = call.x, call.numbers, call.x.shape, call.K
+    reduced = REDUCTIONS[call.reduction]
+    exact = Inputs(call.target, *(None if v is None else v.double() for v in call.vectors))
+    losses, slope, *_ = reference.loss_and_grad(x.double(), exact, numbers, call.ignore, reduced)
+    want = losses if reduced == "none" else losses.sum()
+    loss_rtol, grad_rtol = TOLERANCE[case.dtype]
+    # With smoothing eps p and eps / C may cancel, with a z-loss lse may be nearly 0 because logits
+    # and bias cancel: what is left is relative to these.
+    largest = slope.abs().amax(1, keepdim=True).clamp(min=max(case.eps, numbers.z_loss) / 100)
+
+    def inner(t: Tensor) -> Tensor:  # (N / K, C, K), classes side by side
+        return t if K == 1 else t.view(N // K, K, C).transpose(1, 2)
 
     memory = Memory(draw.random() < 0.5, draw.choice((0, 1, 3, 5)))
-    logits, target = memory.copy(x), memory.copy(y)
-    vectors = [None if v is None else memory.copy(v) for v in options]
-    nan = torch.full((), float("nan"), dtype=compute)
+    logits, target = memory.copy(x), memory.copy(call.target)
+    vectors = [None if v is None else memory.copy(v) for v in call.vectors]
+    nan = torch.full((), float("nan"), dtype=compute_dtype(case.dtype))
     loss = memory.copy(nan.expand(want.shape).contiguous())
     in_place = draw.random() < 0.3
     grad = memory.copy(x if in_place else torch.full_like(x, float("nan")))
-    source = grad if in_place else logits
-    operator, again = ops.losses["cuda"], ops.gradients["cuda"]
-    operator(
-        inner(source), target, *vectors, numbers, ignore, reduction, loss, inner(grad), None
-    )  # fmt: skip
-    check(case, "loss", loss, want, TOLERANCE[case.dtype][0], want.abs())
-    # With smoothing eps p and eps / C may cancel: what is left is relative to these.
-    largest = slope.abs().amax(1, keepdim=True).clamp(min=case.eps / 100)
-    check(case, "gradient", grad, slope, TOLERANCE[case.dtype][1], largest)
+    operator, again = REGISTRY["cuda"].loss, REGISTRY["cuda"].gradient
 
+    def forward(source: Tensor, grad: Tensor | None, saved: Tensor | None) -> None:
+        loss.fill_(float("nan"))
+        operator(
+            inner(source), target, *vectors, numbers, call.ignore, call.reduction, loss, grad, saved
+        )  # fmt: skip
+
+    forward(grad if in_place else logits, inner(grad), None)
+    check(case, "loss", loss, want, loss_rtol, want.abs())
+    check(case, "gradient", grad, slope, grad_rtol, largest)
     saved = memory.copy(nan.expand(1 if case.sigmoid else 3, N).contiguous())
-    loss.fill_(float("nan"))
-    operator(inner(logits), target, *vectors, numbers, ignore, reduction, loss, None, saved)
-    check(case, "loss alone", loss, want, TOLERANCE[case.dtype][0], want.abs())
-    incoming = memory.copy(torch.full(want.shape, 2.0, dtype=compute))
+    forward(logits, None, saved)
+    check(case, "loss alone", loss, want, loss_rtol, want.abs())
+    incoming = memory.copy(torch.full(want.shape, 2.0, dtype=nan.dtype))
     source = memory.copy(x)
     grad = source if in_place else memory.copy(torch.full_like(x, float("nan")))
     again(inner(source), target, None, *vectors[3:], saved, incoming, numbers, inner(grad))
-    check(case, "recomputed", grad, 2 * slope, TOLERANCE[case.dtype][1], 2 * largest)
+    check(case, "recomputed", grad, 2 * slope, grad_rtol, 2 * largest)
     assert torch.equal(logits.nan_to_num(), x.nan_to_num()), f"{case}: the logits were changed"
     memory.free()
 
@@ -203,7 +239,7 @@ def main() -> None:
     parser.add_argument("--share", type=int, default=1, help="one of so many cases")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    cuda.load_from(arguments.library.resolve(), "cpu")
+    load_cuda(arguments.library.resolve(), "cpu")
     library = ctypes.CDLL(str(arguments.library.resolve()))
     count = 0
     for case in cases(arguments.dtypes, arguments.share):

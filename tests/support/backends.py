@@ -4,23 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from emulator.build import emulated
 from torch import Tensor
 
-from cbloss_fused import class_balanced_loss, cuda, kernels, ops
-from cbloss_fused.call import Inputs, formula
+from cbloss_fused import class_balanced_loss, ops, triton
+from cbloss_fused.arguments import Inputs
+from cbloss_fused.backends import REGISTRY, load_cuda
+from cbloss_fused.backends import Backend as Record
+from cbloss_fused.buffers import co_aligned, new_loss
+from cbloss_fused.options import Activation, BackendName, Formula, Options, Reduction
 
 from .marks import IGNORED, REDUCTIONS
 
-INTERPRETED = kernels.available and os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRETED = triton.interpreted()
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 
 
@@ -28,7 +32,7 @@ DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 class Backend:
     """What a test needs to know about an implementation of the two operators."""
 
-    argument: str | None  # of class_balanced_loss(backend=...)
+    argument: BackendName | None  # of class_balanced_loss(backend=...)
     isa: str = ""  # an instruction set of the C++ kernels
     fallback: bool = False  # the operators' Python implementation instead of the kernels
 
@@ -40,25 +44,27 @@ class Backend:
     def same(self, a: Tensor, b: Tensor) -> bool:
         """Equal whatever layout and threads; others' sums depend on where a row begins and ends."""
         half = a.element_size() == 2
-        rtol, atol = (0, 0)
+        rtol, atol = 0.0, 0.0
         if self.fallback or self.gpu:
             rtol, atol = (1e-2 if half else 1e-3, 1e-6)
         return torch.allclose(a, b, rtol=rtol, atol=atol, equal_nan=True)
+
+    @property
+    def record(self) -> Record:
+        """The package's own, as `active` leaves it: its operators are loss and gradient."""
+        return REGISTRY[self.argument or "cpu"]
 
     @contextlib.contextmanager
     def active(self) -> Iterator[None]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ops, "_warned", True)
             if self.fallback:
-                patch.setattr(ops, "loss", ops._loss)
-                patch.setattr(ops, "gradient", ops._gradient)
-                patch.setattr(ops, "loss_and_stats", None)
-                patch.setitem(ops.losses, None, ops._loss)
-                patch.setitem(ops.gradients, None, ops._gradient)
+                eager = ops.eager_loss, ops.eager_gradient
+                cpu = self.record._replace(loss=eager[0], gradient=eager[1], loss_and_stats=None)
+                patch.setitem(REGISTRY, "cpu", cpu)
             if self.gpu:
-                patch.setattr(ops, "loss", ops.losses[self.argument])
-                patch.setattr(ops, "gradient", ops.gradients[self.argument])
-                patch.setattr(ops, "new_grad", _co_aligned)
+                record = self.record._replace(new_grad=_co_aligned)
+                patch.setitem(REGISTRY, record.name, record)
             if self.isa:
                 best = torch.ops.cbloss_fused._set_isa(self.isa).split()[0]
             try:
@@ -66,13 +72,6 @@ class Backend:
             finally:
                 if self.isa:
                     torch.ops.cbloss_fused._set_isa(best)
-
-    def scale(self, grad: Tensor, grad_loss: Tensor, numel: int) -> None:
-        """The kernel that multiplies a stored gradient."""
-        if self.argument == "cuda":
-            torch.ops.cbloss_fused._scale(grad, grad_loss, numel)
-        else:
-            kernels.load().scale_gradient(grad, grad_loss, numel)
 
     @contextlib.contextmanager
     def on_a_gpu_of(self, multiprocessors: int) -> Iterator[None]:
@@ -82,9 +81,9 @@ class Backend:
             return
         with pytest.MonkeyPatch.context() as patch:
             if self.argument == "triton":
-                from cbloss_fused.kernels import launch, layout
+                from cbloss_fused.triton import heuristics, launch
 
-                device = layout.Device(multiprocessors, 32)
+                device = heuristics.Device(multiprocessors, 32)
                 patch.setattr(launch, "device_of", lambda tensor: device)
             elif EMULATOR is not None:
                 patch.setattr(EMULATOR.setting("multiprocessors"), "value", multiprocessors)
@@ -93,9 +92,7 @@ class Backend:
 
 def _co_aligned(logits: Tensor) -> Tensor:
     """As on a GPU, where the tensor's address is known."""
-    if torch.compiler.is_compiling() or logits.is_meta or type(logits) is not Tensor:
-        return torch.empty_like(logits)
-    return ops.co_aligned(logits)
+    return torch.empty_like(logits) if logits.is_meta else co_aligned(logits)
 
 
 class Emulator:
@@ -103,7 +100,7 @@ class Emulator:
 
     def __init__(self, library: Path) -> None:
         self.library = ctypes.CDLL(str(library))
-        cuda.load_from(library, "cpu")
+        load_cuda(library, "cpu")
 
     def setting(self, name: str) -> ctypes.c_int:
         return ctypes.c_int.in_dll(self.library, f"emulated_{name}")
@@ -121,10 +118,10 @@ def _backends() -> dict[str, Backend]:
     if INTERPRETED:
         return {"triton": Backend("triton")}
     if DEVICE == "cuda":
-        names = ["triton"] * kernels.available + ["cuda"] * (cuda.device == "cuda")
-        return {name: Backend(name) for name in names}
+        names: tuple[BackendName, ...] = ("triton", "cuda")
+        return {name: Backend(name) for name in names if REGISTRY[name].missing is None}
     found = {"fallback": Backend(None, fallback=True)}
-    if ops.missing is None:
+    if REGISTRY["cpu"].missing is None:
         isas = torch.ops.cbloss_fused._set_isa("").split()
         found = {f"cpu-{isa}": Backend("cpu", isa=isa) for isa in isas} | found
     if EMULATOR is not None:
@@ -144,7 +141,7 @@ def loss_and_grad(
     target: Tensor,
     weight: Tensor | None = None,
     grad_output: Tensor | None = None,
-    **options: object,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Loss and gradient through the public function; the logits keep their layout."""
     leaf = logits.detach().requires_grad_()
@@ -158,17 +155,17 @@ def loss_and_grad(
 def operator_arguments(
     logits: Tensor,
     target: Tensor,
-    family: str,
+    family: Activation,
     gamma: float = 0.5,
     label_smoothing: float = 0.0,
-    reduction: str = "mean",
+    reduction: Reduction = "mean",
     vectors: tuple[Tensor | None, ...] = (None, None, None),
 ) -> tuple[tuple[object, ...], Tensor, tuple[object, ...]]:
     """Arguments of the operator loss before its buffers, a loss buffer, the formula's numbers."""
-    numbers = formula(family, gamma, label_smoothing=label_smoothing)
+    numbers = Formula.of(Options(family, gamma, label_smoothing=label_smoothing))
     number = REDUCTIONS.index(reduction)
     arguments = (logits, *Inputs(target, *vectors), numbers, IGNORED, number)
-    return arguments, ops.new_loss(logits, target, number), numbers
+    return arguments, new_loss(logits, target, number), numbers
 
 
 @contextlib.contextmanager

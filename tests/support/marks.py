@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import torch
 
-FAMILIES = ("softmax", "sigmoid")
+from cbloss_fused.options import Activation, Reduction
+
+FAMILIES: tuple[Activation, ...] = ("softmax", "sigmoid")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 GAMMAS = (0.0, 0.1, 0.5, 1.0, 2.0, 4.0, 5.0)
-REDUCTIONS = ("none", "mean", "weighted_mean", "sum")
+REDUCTIONS: tuple[Reduction, ...] = ("none", "mean", "weighted_mean", "sum")
 IGNORED = -100
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
 from cbloss_fused import reference
+from cbloss_fused.arguments import compute_dtype
 
 from .backends import DEVICE
 from .marks import FAMILIES, GAMMAS, IGNORED, REDUCTIONS
@@ -24,19 +26,19 @@ def oracle(
     normalizer: Tensor | None = None,
     logit_bias: Tensor | None = None,
     margin: Tensor | None = None,
-    **options: object,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """The eager formula, differentiated by autograd, in float64 of the same numbers."""
-    compute = reference.compute_dtype(logits.dtype)
+    compute = compute_dtype(logits.dtype)
 
     def exact(vector: Tensor | None) -> Tensor | None:
         return None if vector is None else vector.to(compute).double()
 
     leaf = logits.double().detach().clone().requires_grad_()
-    vectors = {"logit_bias": exact(logit_bias), "margin": exact(margin)}
     loss = reference.loss(
-        leaf, target, exact(weight), exact(sample_weight), exact(normalizer), **vectors, **options
-    )
+        leaf, target, exact(weight), exact(sample_weight), exact(normalizer),
+        logit_bias=exact(logit_bias), margin=exact(margin), **options,
+    )  # fmt: skip
     if grad_output is None:
         grad_output = torch.ones_like(loss)
     (grad,) = torch.autograd.grad(loss, leaf, grad_output.double())
@@ -60,7 +62,7 @@ def sample(C: int, dtype: torch.dtype, seed: int = 0) -> tuple[Tensor, Tensor, T
 
 
 @st.composite
-def option_sets(draw: st.DrawFn) -> dict[str, object]:
+def option_sets(draw: st.DrawFn) -> dict[str, Any]:
     """The options of a formula, and a reduction, in any combination that has a meaning."""
     any_gamma = st.sampled_from(GAMMAS) | st.floats(0, 6)
     options = {

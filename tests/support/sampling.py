@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from typing import TypeVar
 
 import pytest
 
@@ -13,8 +14,10 @@ CPU_SHARE = 3  # the best instruction set runs everything; others are the same s
 CUDA_SHARE = 1 if DEVICE == "cuda" else 8  # nothing to compile; emulated it is slow
 QUICK = 12  # a run that is not --long takes one of so many of these
 
+Item = TypeVar("Item", bound=pytest.Item)
 
-def select(items: list[pytest.Item], long: bool) -> tuple[list[pytest.Item], list[pytest.Item]]:
+
+def select(items: list[Item], long: bool) -> tuple[list[Item], list[Item]]:
     """What runs and what does not, of tests that take a backend and of those marked `sampled`.
 
     By a hash of their names and parameters, not of their files: for each backend, enough to have

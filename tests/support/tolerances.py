@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cbloss_fused import reference
+from cbloss_fused.arguments import compute_dtype
 
 EXACT = 1e-12, 2e-5  # relative, computed in float64 or float32
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # half a spacing, relative
@@ -18,7 +18,7 @@ def assert_loss(
     got: Tensor, want: Tensor, dtype: torch.dtype, C: int = 1, slack: float = 0, **context: object
 ) -> None:
     """The loss, or every row's, against float64; C: where flushed terms count."""
-    assert got.dtype == reference.compute_dtype(dtype)
+    assert got.dtype == compute_dtype(dtype)
     assert got.shape == want.shape
     rtol = EXACT[0] if dtype == torch.float64 else EXACT[1]
     smallest = SMALLEST[dtype] if dtype == torch.float64 else FLUSHED

@@ -200,7 +200,7 @@ inline float flushed(float x) { return std::fabs(x) < 0x1p-126f ? std::copysign(
 
 }  // namespace emulator
 
-// The special functions of csrc/cuda/numbers.cuh.
+// The special functions of csrc/cuda/math.cuh.
 #define CBLOSS_SPECIAL_FUNCTIONS
 namespace cbloss {
 inline float ex2(float x) { return x == 0 ? 1 : emulator::off_by(std::exp2(double(x)), 0x1p-22); }

@@ -1,0 +1,316 @@
+"""Every check of a tensor argument and its message, in one visit; what passes is `Inputs`.
+
+What needs the values inside a tensor (targets in range, weights >= 0) is checked in the operators,
+by `check_target` and `check_values` in those of eager PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from math import inf
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .options import MEAN, REDUCTIONS, Formula, LossSpec
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (
+    *(torch.int64, torch.int32, torch.int16, torch.int8),
+    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+)
+
+
+class Inputs(NamedTuple):
+    """The tensors beside the logits, in the order in which the operators take them."""
+
+    target: Tensor
+    weight: Tensor | None = None
+    sample_weight: Tensor | None = None
+    normalizer: Tensor | None = None
+    logit_bias: Tensor | None = None
+    margin: Tensor | None = None
+
+    def by_row(self, logits: Tensor) -> Inputs:
+        """What has one number per row in the shape of the rows of (N, C) or (N, C, K) logits."""
+        shape = logits.shape[:1] + logits.shape[2:]
+        found = self
+        if not is_soft(self.target):
+            found = found._replace(target=self.target.reshape(shape))
+        if self.sample_weight is not None:
+            found = found._replace(sample_weight=self.sample_weight.reshape(shape))
+        return found
+
+
+def is_soft(target: Tensor) -> bool:
+    """Whether a target holds one number per class (soft or multi-hot), not class indices."""
+    return target.dtype.is_floating_point or target.dtype is torch.bool
+
+
+def weights_classes(formula: Formula, target: Tensor) -> bool:
+    """Whether weight multiplies the classes' terms: then the backward needs it too."""
+    return formula.per_class or (not formula.sigmoid and is_soft(target))
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What a loss of logits of a dtype is computed in: float64 for float64, else float32."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def check_inputs(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    sample_weight: Tensor | None,
+    normalizer: float | Tensor | None,
+    logit_bias: Tensor | None,
+    margin: Tensor | None,
+    spec: LossSpec,
+    return_stats: bool,
+) -> Inputs:
+    """What the operators take.
+
+    Raises for a rank, shape, dtype or device that does not fit, for options that have no meaning
+    with these tensors, and for a grad that will not come.
+    """
+    if not isinstance(input, Tensor) or not isinstance(target, Tensor):
+        name, given = ("target", target) if isinstance(input, Tensor) else ("input", input)
+        raise TypeError(f"{name} must be a Tensor, got {type(given).__name__}")
+    if input.dtype not in DTYPES:
+        raise TypeError(f"input must be one of {_names(DTYPES)}, got {input.dtype}")
+    C, rows = _classes_and_rows(input)
+    soft = is_soft(target)
+    if soft:
+        _check_soft(input, target, margin, spec)
+    else:
+        target = _indices(input, target, rows)
+    device, dtype = input.device, compute_dtype(input.dtype)
+    if target.device != device:
+        raise ValueError(f"target must be on input's device {device}, got {target.device}")
+    if weight is not None:
+        weight = _vector("weight", weight, (C,), device, dtype)
+    if sample_weight is not None:
+        sample_weight = _vector("sample_weight", sample_weight, rows, device, dtype)
+    if logit_bias is not None:
+        logit_bias = _vector("logit_bias", logit_bias, (C,), device, dtype)
+    if margin is not None:
+        margin = _vector("margin", margin, (C,), device, dtype)
+    if normalizer is not None:
+        normalizer = _normalizer(normalizer, spec.reduction, device, dtype)
+    if return_stats:
+        _check_stats(soft, spec)
+    if torch._C._are_functorch_transforms_active() and spec.backend != "reference":
+        raise NotImplementedError(
+            "torch.func transforms need a differentiable formula: pass backend='reference'"
+        )
+    if spec.inplace:
+        _check_inplace(input, target)
+    return Inputs(target, weight, sample_weight, normalizer, logit_bias, margin)
+
+
+def _classes_and_rows(input: Tensor) -> tuple[int, tuple[int, ...]]:
+    """C and the shape of an index target."""
+    shape = input.shape
+    if not shape:
+        raise ValueError("input must be (C,), (N, C) or (N, C, d1, ..., dk), got a 0-d tensor")
+    rows: tuple[int, ...]
+    if len(shape) == 2:
+        C, rows = shape[1], (shape[0],)  # a slice would cost 0.3 us
+    elif len(shape) == 1:
+        C, rows = shape[0], ()
+    else:
+        C, rows = shape[1], (*shape[:1], *shape[2:])
+    if C < 1:
+        raise ValueError(f"input must have at least one class, got shape {tuple(shape)}")
+    return C, rows
+
+
+def _indices(input: Tensor, target: Tensor, rows: tuple[int, ...]) -> Tensor:
+    """Class indices, checked, as contiguous int64."""
+    if target.dtype not in INTEGERS:
+        raise TypeError(
+            f"target must hold class indices ({_names(INTEGERS)}) or, in input's shape, float or "
+            f"bool values, got {target.dtype}"
+        )
+    if target.shape != rows:
+        raise _wrong_shape(input, target, rows)
+    if target.dtype is torch.int64 and target.is_contiguous():
+        return target
+    return target.to(torch.int64).contiguous()
+
+
+def _check_soft(input: Tensor, target: Tensor, margin: Tensor | None, spec: LossSpec) -> None:
+    """Raise for what soft or multi-hot targets leave without a meaning."""
+    if target.shape != input.shape:
+        raise _wrong_shape(input, target, input.shape)
+    if target.requires_grad:
+        raise ValueError("target requires grad, but only input is differentiated: detach it")
+    if spec.formula.gamma and not spec.formula.sigmoid:
+        raise ValueError(
+            f"gamma focuses on the one target of a row: with soft targets activation='softmax' "
+            f"needs gamma=0, got {spec.formula.gamma}"
+        )
+    if margin is not None:
+        raise ValueError("margin is taken off the one target's logit: soft targets have none")
+    if spec.ignore_index is not None and spec.ignore_index >= 0:
+        raise ValueError(
+            f"ignore_index={spec.ignore_index} is a class index: soft targets have none, drop the "
+            "rows or give them sample_weight 0"
+        )
+
+
+def _wrong_shape(input: Tensor, target: Tensor, expected: tuple[int, ...]) -> ValueError:
+    return ValueError(
+        f"target must have shape {tuple(expected)} for an input of shape {tuple(input.shape)} and "
+        f"{target.dtype} targets, got {tuple(target.shape)}"
+    )
+
+
+def _vector(
+    name: str, vector: Tensor, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Checked, contiguous and of the type that the loss is computed in."""
+    _check_vector(name, vector, shape, device)
+    if vector.dtype is dtype and vector.is_contiguous():
+        return vector
+    return vector.to(dtype).contiguous()
+
+
+def _check_vector(name: str, vector: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    if not isinstance(vector, Tensor):
+        raise TypeError(f"{name} must be a Tensor, got {type(vector).__name__}")
+    if vector.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(vector.shape)}")
+    if not vector.dtype.is_floating_point:
+        raise TypeError(f"{name} must have a floating dtype, got {vector.dtype}")
+    if vector.device != device:
+        raise ValueError(f"{name} must be on input's device {device}, got {vector.device}")
+    if vector.requires_grad:
+        raise ValueError(f"{name} requires grad, but only input is differentiated: detach it")
+
+
+def _normalizer(
+    normalizer: float | Tensor, reduction: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """A 0-d tensor of the type that the loss is computed in."""
+    if reduction != MEAN:
+        name = REDUCTIONS[reduction]
+        raise ValueError(f"normalizer replaces the mean's denominator: reduction is {name!r}")
+    if isinstance(normalizer, Tensor):
+        return _vector("normalizer", normalizer, (), device, dtype)
+    if not hasattr(normalizer, "__float__"):
+        raise TypeError(f"normalizer must be a number or a 0-d tensor, got {normalizer!r}")
+    if not 0 < normalizer < inf:
+        raise ValueError(f"normalizer must be positive and finite, got {normalizer}")
+    return torch.full((), normalizer, dtype=dtype, device=device)
+
+
+def _check_stats(soft: bool, spec: LossSpec) -> None:
+    """Raise for what return_stats=True cannot go with."""
+    if soft:
+        raise ValueError("return_stats sorts rows by their class: soft targets have none")
+    if not spec.reduction or spec.inplace or spec.recompute or spec.backend == "reference":
+        raise ValueError(
+            "return_stats reads the stored gradient of a reduced loss: it needs a reduction, no "
+            f"inplace, no recompute and a kernel, got reduction={REDUCTIONS[spec.reduction]!r}, "
+            f"inplace={spec.inplace}, recompute={spec.recompute}, backend={spec.backend!r}"
+        )
+
+
+def _check_inplace(input: Tensor, target: Tensor) -> None:
+    """Raise if the gradient may not be written over input."""
+    if not input.requires_grad or not torch.is_grad_enabled():
+        return  # then nothing is written
+    compiling = torch.compiler.is_compiling()  # which cannot trace the rest, and never aliases
+    if input.is_leaf or (not compiling and input._base is not None and input._base.is_leaf):
+        raise ValueError(
+            "inplace=True would write the gradient over a leaf (a parameter or an input): "
+            "pass logits that the model computed"
+        )
+    if compiling:
+        return
+    if target.data_ptr() == input.data_ptr() and input.numel():
+        raise ValueError("inplace=True would write the gradient over target: it is the logits")
+    given = f"got one of shape {tuple(input.shape)} and strides {input.stride()}"
+    span = 0  # of the dimensions with smaller strides
+    for stride, size in sorted(zip(input.stride(), input.shape, strict=True)):
+        if size > 1 and stride <= span:
+            raise ValueError(f"inplace=True needs logits neither expanded nor overlapping: {given}")
+        span += (size - 1) * stride
+    inner_dims = zip(input.shape[2:], input.stride()[2:], strict=True)
+    dims = [(n, stride) for n, stride in inner_dims if n > 1]
+    for (_, outer), (n, inner) in pairwise(dims):
+        if outer != n * inner:
+            raise ValueError(
+                f"inplace=True needs logits that can be viewed as (N, C, d1 * ... * dk), {given}"
+            )
+
+
+def check_class_vector(name: str, vector: Tensor, C: int) -> Tensor:
+    """The vector, looked at once: (C,), finite, not differentiated."""
+    _check_vector(name, vector, (C,), vector.device)
+    _check_all(name, vector, torch.isfinite, "finite")
+    return vector
+
+
+# Values, for the operators of eager PyTorch
+
+
+def tracing() -> bool:
+    """Whether values cannot be looked at: torch.compile, export, torch.func, FakeTensorMode."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    return torch._guards.active_fake_mode() is not None
+
+
+def check_target(target: Tensor, num_classes: int, ignore_index: int | None = -100) -> None:
+    """Raise IndexError for the first out-of-range target; see `functional.check_target`."""
+    target = target.long()
+    bad = (target < 0) | (target >= num_classes)
+    if ignore_index is not None:
+        bad &= target != ignore_index
+    if bad.any():
+        first = tuple(bad.nonzero()[0].tolist())
+        ignored = "" if ignore_index is None else f" or ignore_index={ignore_index}"
+        raise IndexError(
+            f"target{list(first)} = {int(target[first])} is out of range: expected 0 <= target < "
+            f"{num_classes}{ignored} ({int(bad.sum())} of {target.numel()} are wrong)"
+        )
+
+
+def check_values(logits: Tensor, inputs: Inputs, formula: Formula) -> None:
+    """Raise for values that the CPU's kernels find as they read."""
+    for name in ("weight", "sample_weight"):
+        _check_all(name, getattr(inputs, name), _is_weight, "finite and >= 0")
+    for name in ("logit_bias", "margin"):
+        _check_all(name, getattr(inputs, name), torch.isfinite, "finite")
+    normalizer = inputs.normalizer
+    if normalizer is not None and not 0 < float(normalizer) < inf:
+        raise ValueError(f"normalizer must be positive and finite, got {float(normalizer)}")
+    if inputs.target.dtype.is_floating_point:  # looked at in the type that is computed in
+        target = inputs.target.to(compute_dtype(logits.dtype))
+        if formula.sigmoid:
+            _check_all("target", target, lambda t: (t >= 0) & (t <= 1), "in [0, 1]")
+        else:
+            _check_all("target", target, _is_weight, "finite and >= 0")
+
+
+def _is_weight(v: Tensor) -> Tensor:
+    return (v >= 0) & v.isfinite()
+
+
+def _check_all(
+    name: str, vector: Tensor | None, good: Callable[[Tensor], Tensor], what: str
+) -> None:
+    if vector is None:
+        return
+    bad = ~good(vector)
+    if bad.any():
+        first = tuple(bad.nonzero()[0].tolist())
+        raise ValueError(f"{name}{list(first)} = {float(vector[first])}: must be {what}")
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

@@ -1,0 +1,230 @@
+"""The implementations of the operators, one record each, and which of them a call takes.
+
+Another device: its record here, and what launches its kernels (for Triton's, triton/launch.py).
+"""
+
+from __future__ import annotations
+
+import importlib
+import platform
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops, triton
+from .buffers import co_aligned
+
+FOLDER = Path(__file__).parent
+
+
+class Backend(NamedTuple):
+    """What there is to know about one implementation of the operators of ops.py."""
+
+    name: str
+    devices: tuple[str, ...]  # types of the devices whose tensors it takes
+    missing: str | None  # why it cannot be used here, in one line
+    about: Callable[[], str]  # what it is, for `backends`
+    loss: Any  # its overloads of the operators
+    gradient: Any
+    soft: bool = True  # takes soft targets and class_weighting="class"
+    on_request: tuple[str, ...] = ()  # device types that it takes only if asked for
+    hint: str = ""  # when it might take others
+    new_grad: Callable[[Tensor], Tensor] = torch.empty_like
+    loss_and_stats: Any = None  # the operator; None: statistics by PyTorch's operators
+    scale_gradient: Callable[[Tensor, Tensor, int], None] | None = None  # grad *= factor, in place
+    serve: Callable[[str], None] | None = None  # implement the default overloads on a device type
+
+
+REGISTRY: dict[str, Backend] = {}  # those before others in it are preferred
+
+
+def choose(device_type: str, requested: str | None, soft: bool) -> Backend:
+    """The backend for tensors on a device type.
+
+    requested: the option `backend`; None: the first that takes them. soft: soft targets, or
+    class_weighting="class". A backend without kernels for these leaves them to those after it.
+
+    Raises:
+        ValueError: the backend that was asked for cannot be used here, or not with such tensors.
+    """
+    candidates: Iterable[Backend] = REGISTRY.values()
+    if requested is not None:
+        asked = REGISTRY[requested]
+        _check_usable(asked, device_type)
+        if asked.soft or not soft:
+            return asked
+        names = list(REGISTRY)
+        candidates = [REGISTRY[name] for name in names[names.index(requested) + 1 :]]
+    for backend in candidates:
+        usable = backend.missing is None and device_type in backend.devices
+        if usable and (backend.soft or not soft):
+            return backend
+    return REGISTRY["reference"]
+
+
+def _check_usable(asked: Backend, device_type: str) -> None:
+    if asked.missing is not None:
+        raise ValueError(f"backend={asked.name!r} cannot be used here: {asked.missing}")
+    if asked.name != "reference" and device_type not in asked.devices + asked.on_request:
+        needed = " or ".join(map(str.upper, asked.devices))
+        raise ValueError(
+            f"backend={asked.name!r} needs {needed} tensors, got {device_type}{asked.hint}"
+        )
+
+
+# The CPU's kernels, in the extension module _C
+
+
+def _cpu() -> Backend:
+    missing = None
+    try:
+        importlib.import_module("cbloss_fused._C")
+    except ImportError as error:
+        note = FOLDER / "_build_note.txt"
+        missing = f"the compiled extension cannot be loaded ({error}); reinstall cbloss_fused"
+        if note.exists():
+            missing = note.read_text().strip()
+
+    def about() -> str:
+        isa = torch.ops.cbloss_fused._set_isa("").split()[0]
+        return f"fused C++ kernels, {isa} code chosen for this {platform.machine()}"
+
+    stats = None if missing else torch.ops.cbloss_fused._loss_and_stats.default
+    loss, gradient = ops.overloads("default")
+    return Backend("cpu", ("cpu",), missing, about, loss, gradient, loss_and_stats=stats)
+
+
+# CUDA C++: a library of its own, there where the package was built with nvcc. On an H200 it takes
+# 0.4 to 0.95 of the time of Triton (1.1 to 1.4 where a few rows have very many classes), and
+# nothing is compiled at the first call: bench/results/nvidia-h200-2026-11-27.md.
+
+
+def _cuda() -> Backend:
+    library, note = FOLDER / "_cuda.so", FOLDER / "_cuda_note.txt"
+    if not library.exists():
+        return _cuda_record(note.read_text().strip() if note.exists() else "not built")
+    if torch.version.cuda is None:
+        return _cuda_record("built, but this PyTorch has no CUDA")
+    try:
+        torch.ops.load_library(library)
+    except OSError as error:
+        return _cuda_record(f"the library cannot be loaded ({error}); reinstall cbloss_fused")
+    return _cuda_record(torch.ops.cbloss_fused._cuda_unusable() or None)
+
+
+def _cuda_record(missing: str | None, device_type: str = "cuda") -> Backend:
+    def about() -> str:
+        return f"fused CUDA C++ kernels, built for {torch.ops.cbloss_fused._cuda_architectures()}"
+
+    loss, gradient = ops.overloads("cuda")
+    return Backend(
+        "cuda", (device_type,), missing, about, loss, gradient, soft=False, new_grad=co_aligned,
+        scale_gradient=torch.ops.cbloss_fused._scale.default,
+        serve=lambda device: torch.ops.cbloss_fused._serve_cuda(),
+    )  # fmt: skip
+
+
+def load_cuda(library: Path, device_type: str) -> None:
+    """Load a library of the CUDA kernels whose kernels take tensors of another device type."""
+    torch.ops.load_library(library)
+    REGISTRY["cuda"] = _cuda_record(torch.ops.cbloss_fused._cuda_unusable() or None, device_type)
+
+
+# Triton
+
+
+def _triton_loss(*arguments: Any) -> None:
+    if not triton.load().loss(*arguments):
+        ops.eager_loss(*arguments)
+
+
+def _triton_gradient(*arguments: Any) -> None:
+    if not triton.load().gradient(*arguments):
+        ops.eager_gradient(*arguments)
+
+
+def _triton_scale_gradient(grad: Tensor, factor: Tensor, numel: int) -> None:
+    triton.load().scale_gradient(grad, factor, numel)
+
+
+def _serve_triton(device_type: str) -> None:
+    ops.library.impl("loss", _triton_loss, device_type.upper())
+    ops.library.impl("gradient", _triton_gradient, device_type.upper())
+
+
+def _triton() -> Backend:
+    if triton.available:
+        ops.library.impl("loss.triton", _triton_loss, "CompositeExplicitAutograd")
+        ops.library.impl("gradient.triton", _triton_gradient, "CompositeExplicitAutograd")
+    loss, gradient = ops.overloads("triton")
+    return Backend(
+        "triton", ("cuda",), None if triton.available else "Triton is not installed",
+        lambda: "fused Triton kernels, compiled at the first call", loss, gradient,
+        on_request=("cpu",) if triton.interpreted() else (),
+        hint="; CPU tensors only under Triton's interpreter: TRITON_INTERPRET=1 in the environment",
+        new_grad=co_aligned,
+        scale_gradient=_triton_scale_gradient, serve=_serve_triton,
+    )  # fmt: skip
+
+
+def _reference() -> Backend:
+    loss, gradient = ops.overloads("reference")
+    return Backend("reference", (), None, lambda: "eager PyTorch", loss, gradient)
+
+
+def _register() -> None:
+    for backend in (_cpu(), _cuda(), _triton(), _reference()):
+        REGISTRY[backend.name] = backend
+    served = {"cpu"}  # by the extension module itself
+    for backend in REGISTRY.values():
+        for device_type in backend.devices:
+            if backend.missing is None and backend.serve and device_type not in served:
+                served.add(device_type)
+                backend.serve(device_type)
+    for device_type in ("cpu", "cuda"):
+        found = [b for b in REGISTRY.values() if device_type in b.devices]
+        if all(b.missing for b in found):
+            ops.why_eager[device_type] = _why_none(found)
+
+
+def backends() -> dict[str, str]:
+    """What each device type gets here, and why.
+
+    Returns:
+        One line each for "cpu", "cuda" (AMD GPUs too) and every other device: the kernels, the
+        instruction set or the architectures they were built for, and why others are missing.
+
+    >>> sorted(backends())
+    ['cpu', 'cuda', 'other']
+    """
+    found = {device_type: _about(device_type) for device_type in ("cpu", "cuda")}
+    if not torch.cuda.is_available():
+        found["cuda"] += "; no GPU here"
+    return found | {"other": "reference: no kernels for other devices"}
+
+
+def _why_none(known: list[Backend]) -> str:
+    if len(known) == 1:
+        return f"{known[0].missing}"
+    return "; ".join(f"no backend={b.name!r}: {b.missing}" for b in known)
+
+
+def _about(device_type: str) -> str:
+    known = [b for b in REGISTRY.values() if device_type in b.devices]
+    usable = [b for b in known if b.missing is None]
+    texts = [b.about() if b in usable[:1] else f"{b.about()} by backend={b.name!r}" for b in usable]
+    if not usable:
+        return f"reference: {_why_none(known)}"
+    if not usable[0].soft:
+        texts.append(
+            "soft targets and class_weighting='class' by backend="
+            f"{choose(device_type, None, soft=True).name!r}"
+        )
+    texts += [f"backend={b.name!r} cannot be used: {b.missing}" for b in known if b.missing]
+    return "; ".join(texts)
+
+
+_register()

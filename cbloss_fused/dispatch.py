@@ -1,0 +1,61 @@
+"""Every decision about a call, once: its shape, its backend, and where its gradient is computed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .arguments import Inputs, check_values, is_soft, tracing
+from .autograd import loss_alone, recomputed_gradient, stored_gradient, stored_gradient_and_stats
+from .backends import choose
+from .options import REDUCTIONS, LossSpec
+from .stats import ClassStats
+
+
+def dispatch(
+    input: Tensor, inputs: Inputs, spec: LossSpec, return_stats: bool
+) -> Tensor | tuple[Tensor, ClassStats]:
+    """`class_balanced_loss` of checked arguments."""
+    soft = is_soft(inputs.target)
+    if soft:
+        spec = spec._replace(ignore_index=None)
+    if spec.backend == "reference":
+        return _eager(input, inputs, spec)
+    backend = choose(input.device.type, spec.backend, soft or spec.formula.per_class)
+    shape = input.shape
+    if len(shape) != 2:  # (C,) and (N, C, d1, ..., dk): the operators know (N, C) and (N, C, K)
+        input = input.unsqueeze(0) if len(shape) == 1 else input.flatten(2)
+        if soft:
+            inputs = inputs._replace(target=inputs.target.reshape(input.shape))
+    if return_stats:
+        loss, stats = stored_gradient_and_stats(input, inputs, spec, backend)
+        return loss, ClassStats(*stats.unbind())  # iterating takes five times as long
+    if not input.requires_grad or not torch.is_grad_enabled():
+        loss = loss_alone(input, inputs, spec, backend)
+    elif _recomputes(spec, input.dtype):
+        loss = recomputed_gradient(input, inputs, spec, backend)
+    else:
+        return stored_gradient(input, inputs, spec, backend)
+    if soft and not spec.reduction:  # one loss per row; class indices have that shape already
+        loss = loss.reshape(shape[:0] if len(shape) == 1 else shape[:1] + shape[2:])
+    return loss
+
+
+def _recomputes(spec: LossSpec, dtype: torch.dtype) -> bool:
+    if spec.recompute is None:
+        return not spec.reduction or dtype is torch.float16
+    return spec.recompute or not spec.reduction
+
+
+def _eager(input: Tensor, inputs: Inputs, spec: LossSpec) -> Tensor:
+    """The differentiable formula of reference.py."""
+    if input.device.type == "cpu" and not tracing():
+        check_values(input, inputs, spec.formula)
+    numbers = spec.formula, spec.ignore_index, REDUCTIONS[spec.reduction]
+    if input.dim() > 1:
+        return reference.eager_loss(input, inputs, *numbers)
+    inputs = inputs._replace(target=inputs.target.unsqueeze(0))
+    if inputs.sample_weight is not None:
+        inputs = inputs._replace(sample_weight=inputs.sample_weight.unsqueeze(0))
+    return reference.eager_loss(input.unsqueeze(0), inputs, *numbers).reshape(())

@@ -1,0 +1,117 @@
+"""What weighs a row: r_i, which rows count, what a mean divides by; eager PyTorch.
+
+Targets are (N, ...) of class indices, or like (N, C, ...) logits: the classes are dimension 1.
+"""
+
+from __future__ import annotations
+
+from math import nan
+
+import torch
+from torch import Tensor
+
+from .arguments import Inputs, check_target, compute_dtype, is_soft, tracing
+from .options import Formula
+
+
+def row_scales(
+    logits: Tensor, inputs: Inputs, f: Formula, ignore_index: int | None, reduction: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Targets in range, or soft ones as they are; s, r: one number per row, over the denominator.
+
+    r is r_i, negative where the row is ignored; s too, but with softmax's soft targets, of which it
+    is the sample weight alone.
+    """
+    y, keep, valid = targets_of(inputs.target, logits.shape[1], ignore_index)
+    dtype = compute_dtype(logits.dtype)
+    ones = logits.new_ones(logits.shape[:1] + logits.shape[2:], dtype=dtype)
+    r = row_weights(y, inputs, f, dtype)
+    s = sample_weights(inputs, dtype) if is_soft(y) and not f.sigmoid else r
+    s, r = (ones if v is None else v for v in (s, r))
+    if reduction not in ("none", "sum"):
+        divisor = _denominator(r, keep, reduction, inputs.normalizer)
+        s, r = (torch.where(divisor != 0, v / divisor, v) for v in (s, r))
+    if keep is not None:
+        s, r = (torch.where(keep, v, -1.0) for v in (s, r))
+    if valid is not None:
+        s, r = (torch.where(valid, v, nan) for v in (s, r))
+    return y, s, r
+
+
+def targets_of(
+    target: Tensor, C: int, ignore_index: int | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Targets in range, rows not ignored (None: all), rows in range (None: all).
+
+    A CPU target out of range raises here. Nothing may synchronise on other devices, and no value
+    is known while torch.compile or torch.func traces: there such a row becomes NaN.
+    """
+    if is_soft(target):  # no row of these is ignored
+        return target, None, None
+    y = target.long()  # first: -100 would wrap around in a uint8
+    keep = None if ignore_index is None else y != ignore_index
+    if keep is not None:
+        y = torch.where(keep, y, 0)
+    if target.device.type == "cpu" and not tracing():
+        check_target(target, C, ignore_index)
+        return y, keep, None
+    valid = (y >= 0) & (y < C)
+    return y.clamp(0, C - 1), keep, valid
+
+
+def row_weights(y: Tensor, inputs: Inputs, f: Formula, dtype: torch.dtype) -> Tensor | None:
+    """r_i = w_{y_i} * sample_weight_i; of soft targets the mean weight of the labels."""
+    r = None
+    if inputs.weight is not None and not f.per_class:
+        w = inputs.weight.to(dtype)
+        if is_soft(y):
+            t = y.to(dtype)
+            labels, weights = t.sum(1), (t * along_classes(w, t)).sum(1)
+            r = torch.where(labels != 0, weights / labels, 1.0)
+        else:
+            r = w[y]
+    s = sample_weights(inputs, dtype)
+    if s is None or r is None:
+        return s if r is None else r
+    return r * s
+
+
+def sample_weights(inputs: Inputs, dtype: torch.dtype) -> Tensor | None:
+    return None if inputs.sample_weight is None else inputs.sample_weight.to(dtype)
+
+
+def weighted(r: Tensor | None, L: Tensor) -> Tensor:
+    """r * L where an overflowed loss of a row without weight counts 0, not 0 * inf = NaN."""
+    return L if r is None else r * torch.where((r == 0) & L.isposinf(), 0.0, L)
+
+
+def _denominator(
+    r: Tensor, keep: Tensor | None, reduction: str, normalizer: Tensor | None
+) -> Tensor:
+    """What a mean divides by, 0-d."""
+    if normalizer is not None:
+        return normalizer.to(r.dtype)
+    if reduction == "weighted_mean":
+        return (r if keep is None else torch.where(keep, r, 0.0)).sum()
+    return r.new_tensor(r.numel()) if keep is None else keep.sum().to(r.dtype)
+
+
+def reduced(
+    L: Tensor,
+    r: Tensor | None,
+    keep: Tensor | None,
+    reduction: str,
+    normalizer: Tensor | None,
+) -> Tensor:
+    if keep is not None:
+        L = torch.where(keep, L, 0.0)
+    if reduction == "none":
+        return L
+    if reduction == "sum":
+        return L.sum()
+    divisor = _denominator(torch.ones_like(L) if r is None else r, keep, reduction, normalizer)
+    return L.sum() / torch.where(divisor != 0, divisor, 1.0)  # nothing to average: 0
+
+
+def along_classes(vector: Tensor, z: Tensor) -> Tensor:
+    return vector.to(z.dtype).reshape(-1, *[1] * (z.dim() - 2))

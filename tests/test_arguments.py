@@ -1,0 +1,349 @@
+"""Bad input: the right exception, a message that names it, nothing written. No input: 0."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.backends import DEVICE, loss_and_grad
+from support.marks import FAMILIES, IGNORED, name_of
+from support.oracle import oracle, sample
+from support.tolerances import assert_grad, assert_loss, same_bits
+
+from cbloss_fused import check_target, class_balanced_loss
+
+N, C = 4, 3
+inf, nan = float("inf"), float("nan")
+FAMILY = pytest.mark.parametrize("family", FAMILIES)
+
+
+def given(**changes):
+    """Good arguments, some replaced."""
+    good = {
+        "input": torch.linspace(-1, 1, N * C).reshape(N, C),
+        "target": torch.tensor([0, 1, 2, 1]),
+        "weight": torch.ones(C),
+    }
+    return good | changes
+
+
+def vector(*values):
+    return torch.tensor(values, dtype=torch.float32)
+
+
+ones, zeros, tensor = torch.ones, torch.zeros, torch.tensor
+meta: dict[str, Any] = {"device": "meta"}
+SIGMOID = {"activation": "sigmoid"}
+V, T, I = ValueError, TypeError, IndexError  # noqa: E741
+# what is given; exception; what its message must hold
+BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "input-0d": ({"input": tensor(1.0)}, V, "input | (N, C) | 0-d"),
+    "input-no-class": ({"input": ones(4, 0)}, V, "input | (4, 0)"),
+    "input-int": ({"input": ones(N, C).long()}, T, "input | float32 | int64"),
+    "input-complex": ({"input": ones(N, C) * 1j}, T, "input | complex64"),
+    "input-list": ({"input": [[1.0]]}, T, "input | Tensor | list"),
+    "target-list": ({"target": [0, 1, 2, 1]}, T, "target | Tensor | list"),
+    "target-length": ({"target": zeros(5).long()}, V, "target | (4,) | (5,)"),
+    "target-rank": ({"target": zeros(4, 1).long()}, V, "target | (4,) | (4, 1)"),
+    "target-float": ({"target": zeros(N)}, V, "target | (4, 3) | float32 | (4,)"),
+    "target-bool": ({"target": ones(N) > 0}, V, "target | (4, 3) | bool | (4,)"),
+    "target-complex": ({"target": ones(N) * 1j}, T, "target | int64 | float or bool | complex64"),
+    "target-dense-grad": (
+        {"target": ones(N, C).requires_grad_(), **SIGMOID}, V, "target | grad | detach",
+    ),
+    "target-dense-gamma": ({"target": ones(N, C), "gamma": 2.0}, V, "gamma | softmax | 2.0"),
+    "target-dense-margin": ({"target": ones(N, C), "margin": ones(C)}, V, "margin | soft"),
+    "target-dense-ignored": (
+        {"target": ones(N, C), "ignore_index": 1}, V, "ignore_index=1 | soft | sample_weight 0",
+    ),
+    "target-device": ({"target": zeros(N, **meta).long()}, V, f"target | {DEVICE} | meta"),
+    "weight-length": ({"weight": ones(4)}, V, "weight | (3,) | (4,)"),
+    "weight-rank": ({"weight": ones(1, C)}, V, "weight | (3,) | (1, 3)"),
+    "weight-int": ({"weight": ones(C).int()}, T, "weight | float | int32"),
+    "weight-list": ({"weight": [1.0] * C}, T, "weight | Tensor | list"),
+    "weight-device": ({"weight": ones(C, **meta)}, V, f"weight | {DEVICE} | meta"),
+    "weight-grad": ({"weight": ones(C).requires_grad_()}, V, "weight | grad | detach"),
+    "weight-negative": ({"weight": vector(1, -2, 1)}, V, "weight[1] | -2 | >= 0"),
+    "weight-nan": ({"weight": vector(1, 1, nan)}, V, "weight[2] | nan | finite"),
+    "weight-inf": ({"weight": vector(inf, 1, 1)}, V, "weight[0] | inf | finite"),
+    "sample-shape": ({"sample_weight": ones(5)}, V, "sample_weight | (4,) | (5,)"),
+    "sample-int": ({"sample_weight": ones(N).long()}, T, "sample_weight | int64"),
+    "sample-device": ({"sample_weight": ones(N, **meta)}, V, "sample_weight | meta"),
+    "sample-grad": ({"sample_weight": ones(N).requires_grad_()}, V, "sample_weight | grad"),
+    "sample-negative": ({"sample_weight": vector(1, 1, -3, 1)}, V, "[2] | -3 | >= 0"),
+    "sample-nan": ({"sample_weight": vector(1, nan, 1, 1)}, V, "[1] | nan | finite"),
+    "sample-inf": ({"sample_weight": vector(1, 1, 1, inf)}, V, "[3] | inf | finite"),
+    "gamma-negative": ({"gamma": -0.5}, V, "gamma | >= 0 | -0.5"),
+    "gamma-nan": ({"gamma": nan}, V, "gamma | nan"),
+    "gamma-inf": ({"gamma": inf}, V, "gamma | finite | inf"),
+    "gamma-text": ({"gamma": "2"}, T, "gamma | 2"),
+    "gamma-none": ({"gamma": None}, T, "gamma | None"),
+    "smoothing-1": ({"label_smoothing": 1.0}, V, "label_smoothing | [0, 1) | 1.0"),
+    "smoothing-negative": ({"label_smoothing": -0.1}, V, "label_smoothing | -0.1"),
+    "smoothing-nan": ({"label_smoothing": nan}, V, "label_smoothing | nan"),
+    "z_loss-negative": ({"z_loss": -1.0}, V, "z_loss | -1"),
+    "z_loss-infinite": ({"z_loss": inf}, V, "z_loss | inf"),
+    "z_loss-sigmoid": ({"z_loss": 0.1, "activation": "sigmoid"}, V, "z_loss | softmax"),
+    "gamma_neg-negative": ({"gamma_neg": -1.0, **SIGMOID}, V, "gamma_neg | >= 0 | -1"),
+    "gamma_neg-softmax": ({"gamma_neg": 1.0}, V, "gamma_neg | softmax | 1.0"),
+    "alpha-large": ({"alpha": 1.5, **SIGMOID}, V, "alpha | [0, 1] | 1.5"),
+    "alpha-nan": ({"alpha": nan, **SIGMOID}, V, "alpha | nan"),
+    "alpha-softmax": ({"alpha": 0.25}, V, "alpha | softmax | 0.25"),
+    "clip-1": ({"clip": 1.0, **SIGMOID}, V, "clip | [0, 1) | 1.0"),
+    "clip-negative": ({"clip": -0.1, **SIGMOID}, V, "clip | -0.1"),
+    "clip-softmax": ({"clip": 0.1}, V, "clip | softmax | 0.1"),
+    "clip-text": ({"clip": "0.1", **SIGMOID}, T, "clip | number | '0.1'"),
+    "inplace-text": ({"inplace": "no"}, T, "inplace | True or False | 'no'"),
+    "recompute-text": ({"recompute": "yes"}, T, "recompute | None | True | 'yes'"),
+    "gamma-grad": ({"gamma": tensor(1.0, requires_grad=True)}, V, "gamma | grad | float"),
+    "scale-grad": (
+        {"logit_scale": tensor(2.0, requires_grad=True)}, V, "logit_scale | requires grad",
+    ),
+    "unknown": ({"gama": 1.0}, T, "class_balanced_loss() | 'gama' | did you mean 'gamma'"),
+    "unknown-far": ({"xyz": 1.0}, T, "unexpected keyword argument 'xyz'"),
+    "scale-0": ({"logit_scale": 0.0}, V, "logit_scale | positive | 0.0"),
+    "scale-inf": ({"logit_scale": inf}, V, "logit_scale | inf"),
+    "scale-tensor": ({"logit_scale": ones(3)}, T, "logit_scale | number | tensor"),
+    "class-weighting": ({"class_weighting": "column"}, V, "'sample' | 'class' | 'column'"),
+    "class-weighting-softmax": ({"class_weighting": "class"}, V, "class_weighting | softmax"),
+    "class-weighting-mean": (
+        {"class_weighting": "class", "reduction": "weighted_mean", **SIGMOID}, V,
+        "class_weighting | weighted_mean",
+    ),
+    "bias-length": ({"logit_bias": ones(4)}, V, "logit_bias | (3,) | (4,)"),
+    "bias-int": ({"logit_bias": ones(C).int()}, T, "logit_bias | float | int32"),
+    "bias-device": ({"logit_bias": ones(C, **meta)}, V, "logit_bias | meta"),
+    "bias-grad": ({"logit_bias": ones(C).requires_grad_()}, V, "logit_bias | grad | detach"),
+    "bias-inf": ({"logit_bias": vector(0, -inf, 1)}, V, "logit_bias[1] | -inf | finite"),
+    "margin-length": ({"margin": ones(4)}, V, "margin | (3,) | (4,)"),
+    "margin-grad": ({"margin": ones(C).requires_grad_()}, V, "margin | grad | detach"),
+    "margin-nan": ({"margin": vector(0, 1, nan)}, V, "margin[2] | nan | finite"),
+    "smoothing-text": ({"label_smoothing": "0.1"}, T, "label_smoothing | 0.1"),
+    "ignore-index-float": ({"ignore_index": 0.5}, T, "ignore_index | int | 0.5"),
+    "activation": ({"activation": "relu"}, V, "activation | softmax | sigmoid | relu"),
+    "activation-none": ({"activation": None}, V, "activation | softmax | None"),
+    "reduction": (
+        {"reduction": "max"}, V,
+        "reduction | 'none' | 'mean' | 'weighted_mean' | 'sum' | max",
+    ),
+    "backend": ({"backend": "tpu"}, V, "backend | 'cpu' | 'reference' | tpu"),
+    "normalizer-sum": ({"normalizer": 2.0, "reduction": "sum"}, V, "normalizer | mean | sum"),
+    "normalizer-none": ({"normalizer": 2.0, "reduction": "none"}, V, "normalizer | none"),
+    "normalizer-weighted": (
+        {"normalizer": 2.0, "reduction": "weighted_mean"}, V, "normalizer | weighted_mean",
+    ),
+    "normalizer-0": ({"normalizer": 0.0}, V, "normalizer | positive | 0"),
+    "normalizer-negative": ({"normalizer": -1.0}, V, "normalizer | positive | -1"),
+    "normalizer-nan": ({"normalizer": nan}, V, "normalizer | nan"),
+    "normalizer-text": ({"normalizer": "2"}, T, "normalizer | 2"),
+    "normalizer-tensor-0": ({"normalizer": tensor(0.0)}, V, "normalizer | positive | 0"),
+    "normalizer-tensor-nan": ({"normalizer": tensor(nan)}, V, "normalizer | nan"),
+    "normalizer-tensor-1d": ({"normalizer": ones(1)}, V, "normalizer | () | (1,)"),
+    "normalizer-int-tensor": ({"normalizer": tensor(2)}, T, "normalizer | int64"),
+    "normalizer-device": ({"normalizer": ones((), **meta)}, V, "normalizer | meta"),
+    "normalizer-grad": (
+        {"normalizer": ones((), requires_grad=True)}, V, "normalizer | grad",
+    ),
+    "target-negative": ({"target": tensor([0, 1, -1, 2])}, I, "target[2] | -1 | < 3"),
+    "target-large": (
+        {"target": tensor([0, 3, 1, 7])}, I,
+        "target[1] | = 3  | 0 <= target < 3 | ignore_index=-100 | 2 of 4",
+    ),
+    "target-huge": ({"target": tensor([0, 1, 2, 2**40])}, I, "[3] | 1099511627776"),
+    "target-lowest": ({"target": tensor([-(2**63), 0, 0, 0])}, I, "[0] | -9223372036854775808"),
+    "target-minus-100": (
+        {"target": tensor([0, -100, 1, 2]), "ignore_index": None}, I, "target[1] | -100",
+    ),
+}  # fmt: skip
+
+
+IN_THE_VALUES = [
+    name for name, (changes, error, _) in BAD.items()
+    if error is IndexError or (error is ValueError and re.search("-(negative|nan|inf|0)$", name)
+                               and any(isinstance(v, torch.Tensor) for v in changes.values()))
+]  # fmt: skip
+
+
+@pytest.fixture
+def looks(backend):
+    """Skips what no GPU kernel may do, interpreted or not: look at values and raise."""
+    if backend.gpu:
+        pytest.skip("GPU kernels take values as given; see test_kernels.py for what comes of it")
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_argument(backend, name):
+    changes, error, texts = BAD[name]
+    routes = [backend.argument, "reference"]
+    if name in IN_THE_VALUES:  # at which no GPU kernel may look, interpreted or not
+        routes = [
+            r for r in routes if not (r == backend.argument and backend.gpu) and DEVICE == "cpu"
+        ]
+    for route in routes:
+        arguments = {"backend": route} | given(**changes)
+        with pytest.raises(error) as raised:
+            class_balanced_loss(**arguments)
+        for text in texts.split(" | "):
+            assert text in str(raised.value)
+        assert "csrc" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", IN_THE_VALUES)
+@pytest.mark.parametrize("recompute", (False, True), ids=("stored", "recomputed"))
+def test_bad_value_in_a_tensor_writes_nothing(backend, looks, name, recompute):
+    changes, error, _ = BAD[name]
+    arguments = given(**changes)
+    leaf = arguments.pop("input").requires_grad_()
+    logits = leaf * 1
+    before, version = logits.detach().clone(), logits._version
+    with pytest.raises(error):
+        class_balanced_loss(
+            logits, **arguments, inplace=True, recompute=recompute, backend=backend.argument
+        )
+    assert same_bits(logits.detach(), before)
+    assert logits._version == version
+
+
+def test_target_out_of_range_names_every_coordinate(backend, looks):
+    target = torch.zeros(2, 3, 4, dtype=torch.int64)
+    target[1, 2, 3], target[1, 0, 2] = 9, 5
+    for route in (backend.argument, "reference"):
+        with pytest.raises(IndexError, match=re.escape("target[1, 0, 2] = 5")):
+            class_balanced_loss(torch.zeros(2, 5, 3, 4), target, backend=route)
+    with pytest.raises(IndexError, match=re.escape("target[1, 0, 2] = 5")):
+        check_target(target, 5)
+    sample_weight = torch.ones(2, 3, 4)
+    sample_weight[1, 1, 3] = -1
+    with pytest.raises(ValueError, match=re.escape("sample_weight[1, 1, 3] = -1")):
+        class_balanced_loss(
+            torch.zeros(2, 10, 3, 4), target, sample_weight=sample_weight, backend=backend.argument
+        )
+
+
+def test_target_out_of_range_in_many_rows(backend, looks):
+    target = torch.zeros(20_000, dtype=torch.int64)
+    target[[9_999, 12_345]] = 4
+    with pytest.raises(IndexError, match=r"target\[9999\] = 4 .*2 of 20000"):
+        class_balanced_loss(torch.zeros(20_000, 4), target, backend=backend.argument)
+
+
+INTEGERS = (
+    *(torch.int64, torch.int32, torch.int16, torch.int8),
+    *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
+)
+
+
+@pytest.mark.parametrize("dtype", INTEGERS, ids=name_of)
+@pytest.mark.parametrize("classes", (100, 300), ids="C{}".format)
+def test_integer_types_of_targets(backend, dtype, classes):
+    target = torch.tensor([0, 99, 5, 127 % classes], dtype=dtype)
+    logits = torch.linspace(-3, 3, 4 * classes).reshape(4, classes)
+    want = oracle(logits, target.long())
+    for route in (backend.argument, "reference"):
+        leaf = logits.clone().requires_grad_()
+        loss = class_balanced_loss(leaf, target, backend=route)
+        loss.backward()
+        assert leaf.grad is not None
+        assert_loss(loss, want[0], logits.dtype, route=route)
+        assert_grad(leaf.grad, want[1], logits.dtype, route=route)
+    check_target(target, classes)
+
+
+def test_uint8_class_156_is_not_minus_100(backend):
+    """-100 is 156 in uint8 arithmetic; a class all the same."""
+    logits, target = torch.zeros(2, 200), torch.tensor([156, 3], dtype=torch.uint8)
+    logits[0, 156] = 5
+    want = F.cross_entropy(logits, target.long())
+    for route in (backend.argument, "reference"):
+        torch.testing.assert_close(class_balanced_loss(logits, target, backend=route), want)
+
+
+@pytest.mark.parametrize("ignore_index", (-100, -1, 255, 1000), ids=str)
+def test_ignore_index_beyond_the_targets_type(backend, ignore_index):
+    target = torch.tensor([1, 255 if ignore_index == 255 else 2], dtype=torch.uint8)
+    logits = torch.tensor([[0.0, 1, 2], [2, 0, 1]])
+    want = F.cross_entropy(logits, target.long(), ignore_index=ignore_index)
+    for route in (backend.argument, "reference"):
+        loss = class_balanced_loss(logits, target, ignore_index=ignore_index, backend=route)
+        torch.testing.assert_close(loss, want)
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=name_of)
+@pytest.mark.parametrize("logits_dtype", (torch.float64, torch.float32, torch.float16), ids=name_of)
+def test_floating_types_of_weights(backend, logits_dtype, dtype):
+    logits, target, weight, sample_weight = sample(10, logits_dtype)
+    weight, sample_weight = weight.to(dtype), sample_weight.to(dtype)
+    loss, grad = loss_and_grad(backend, logits, target, weight, sample_weight=sample_weight)
+    want = oracle(logits, target, weight, sample_weight=sample_weight)
+    assert_loss(loss, want[0], logits_dtype)
+    assert_grad(grad, want[1], logits_dtype)
+
+
+NOTHING = {
+    "no-rows": (torch.zeros(0, C), torch.zeros(0, dtype=torch.int64), None),
+    "no-pixels": (torch.zeros(2, C, 0, 5), torch.zeros(2, 0, 5, dtype=torch.int64), None),
+    "all-ignored": (torch.full((N, C), nan), torch.full((N,), IGNORED), None),
+    "no-weight": (torch.ones(N, C), torch.tensor([0, 1, 0, 1]), torch.tensor([0.0, 0.0, 1.0])),
+}
+
+
+@pytest.mark.parametrize("recompute", (False, True), ids=("stored", "recomputed"))
+@pytest.mark.parametrize("reduction", ("none", "sum", "mean", "weighted_mean"))
+@pytest.mark.parametrize("logits, target, weight", NOTHING.values(), ids=NOTHING.keys())
+@FAMILY
+def test_nothing_to_average_is_0(backend, family, logits, target, weight, reduction, recompute):
+    for route in (backend.argument, "reference"):
+        leaf = logits.clone().requires_grad_()
+        loss = class_balanced_loss(
+            leaf, target, weight, activation=family, gamma=0.5,
+            reduction=reduction, recompute=recompute, backend=route,
+        )  # fmt: skip
+        loss.sum().backward()
+        assert loss.shape == (target.shape if reduction == "none" else ())
+        assert (loss == 0).all()
+        assert leaf.grad.shape == logits.shape
+        assert (leaf.grad == 0).all()
+
+
+@FAMILY
+def test_one_class(backend, family):
+    logits, target = torch.tensor([[3.0], [-80.0], [0.0]]), torch.zeros(3, dtype=torch.int64)
+    options = {"activation": family, "gamma": 0.5, "reduction": "none"}
+    loss, grad = loss_and_grad(backend, logits, target, **options)
+    want = oracle(logits, target, **options)
+    assert_loss(loss, want[0], logits.dtype)
+    assert_grad(grad, want[1], logits.dtype)
+    if family == "softmax":
+        assert (loss == 0).all()
+        assert (grad == 0).all()
+
+
+@pytest.mark.parametrize("gamma", (True, 2, torch.tensor(2.0)), ids=("bool", "int", "tensor"))
+def test_numbers_of_other_types(backend, gamma):
+    logits, target, _, _ = sample(10, torch.float32)
+    got = class_balanced_loss(logits, target, gamma=gamma, backend=backend.argument)
+    want = class_balanced_loss(logits, target, gamma=float(gamma), backend=backend.argument)
+    assert torch.equal(got, want)
+
+
+def test_a_number_that_changes_is_looked_at_again():
+    logits, target, _, _ = sample(10, torch.float32)
+    gamma: Any = torch.tensor(2.0)  # no float for a type checker
+    before = class_balanced_loss(logits, target, gamma=gamma)
+    gamma.fill_(0)
+    assert class_balanced_loss(logits, target, gamma=gamma) > before
+    class_balanced_loss(logits, target, ignore_index=-100)
+    equal: Any = -100.0  # to what was right
+    with pytest.raises(TypeError, match="ignore_index must be None or an int"):
+        class_balanced_loss(logits, target, ignore_index=equal)
+
+
+def test_another_device_gets_the_reference_or_says_why(backend):
+    logits, target = torch.empty(N, C, device="meta"), torch.empty(N, device="meta").long()
+    loss = class_balanced_loss(logits, target, reduction="none")
+    assert (loss.device.type, loss.shape, loss.dtype) == ("meta", (N,), torch.float32)
+    with pytest.raises(ValueError, match="backend='cpu' needs CPU tensors, got meta"):
+        class_balanced_loss(logits, target, backend="cpu")
