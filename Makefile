@@ -55,7 +55,7 @@ gpu-bench: gpu-build  ## benchmarks on a GPU
 sanitize-gpu:  ## CUDA kernels under compute-sanitizer, on a GPU
 	@$(CUDA_PATHS); command -v compute-sanitizer > /dev/null \
 	|| { echo "compute-sanitizer is not here: nothing was checked"; exit 0; }; \
-	set -e; $(MAKE) gpu-build; $(PYTHON) -c "from cbloss_fused import cuda; exit(cuda.missing)"; \
+	set -e; $(MAKE) gpu-build; $(PYTHON) -c "from cbloss_fused.backends import REGISTRY; exit(REGISTRY['cuda'].missing)"; \
 	for tool in memcheck racecheck; do \
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
 	--report-api-errors no $(PYTHON) -m pytest -o addopts= -q --long tests/test_kernels.py -k $(SANITIZED); \

@@ -1,6 +1,6 @@
 """The implementations of the operators, one record each, and which of them a call takes.
 
-Another device: its record here, and what launches its kernels (for Triton's, triton/launch.py).
+Triton on another device: its type in the record here, its properties in triton/launch.py.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ class Backend(NamedTuple):
     gradient: Any
     soft: bool = True  # takes soft targets and class_weighting="class"
     on_request: tuple[str, ...] = ()  # device types that it takes only if asked for
-    hint: str = ""  # when it might take others
+    hint: str = ""  # appended to the error about another device: how to have it taken
     new_grad: Callable[[Tensor], Tensor] = torch.empty_like
     loss_and_stats: Any = None  # the operator; None: statistics by PyTorch's operators
     scale_gradient: Callable[[Tensor, Tensor, int], None] | None = None  # grad *= factor, in place
-    serve: Callable[[str], None] | None = None  # implement the default overloads on a device type
+    register_default: Callable[[str], None] | None = None  # as the operators of a device type
 
 
 REGISTRY: dict[str, Backend] = {}  # those before others in it are preferred
@@ -103,6 +103,7 @@ def _cpu() -> Backend:
 
 
 def _cuda() -> Backend:
+    # Of a PyTorch for AMD GPUs, whose device type is "cuda" too, version.cuda is None.
     library, note = FOLDER / "_cuda.so", FOLDER / "_cuda_note.txt"
     if not library.exists():
         return _cuda_record(note.read_text().strip() if note.exists() else "not built")
@@ -123,7 +124,7 @@ def _cuda_record(missing: str | None, device_type: str = "cuda") -> Backend:
     return Backend(
         "cuda", (device_type,), missing, about, loss, gradient, soft=False, new_grad=co_aligned,
         scale_gradient=torch.ops.cbloss_fused._scale.default,
-        serve=lambda device: torch.ops.cbloss_fused._serve_cuda(),
+        register_default=lambda device: torch.ops.cbloss_fused._serve_cuda(),
     )  # fmt: skip
 
 
@@ -150,7 +151,7 @@ def _triton_scale_gradient(grad: Tensor, factor: Tensor, numel: int) -> None:
     triton.load().scale_gradient(grad, factor, numel)
 
 
-def _serve_triton(device_type: str) -> None:
+def _register_triton(device_type: str) -> None:
     ops.library.impl("loss", _triton_loss, device_type.upper())
     ops.library.impl("gradient", _triton_gradient, device_type.upper())
 
@@ -166,7 +167,7 @@ def _triton() -> Backend:
         on_request=("cpu",) if triton.interpreted() else (),
         hint="; CPU tensors only under Triton's interpreter: TRITON_INTERPRET=1 in the environment",
         new_grad=co_aligned,
-        scale_gradient=_triton_scale_gradient, serve=_serve_triton,
+        scale_gradient=_triton_scale_gradient, register_default=_register_triton,
     )  # fmt: skip
 
 
@@ -178,12 +179,16 @@ def _reference() -> Backend:
 def _register() -> None:
     for backend in (_cpu(), _cuda(), _triton(), _reference()):
         REGISTRY[backend.name] = backend
-    served = {"cpu"}  # by the extension module itself
+    registered = {"cpu"}  # by the extension module itself
     for backend in REGISTRY.values():
         for device_type in backend.devices:
-            if backend.missing is None and backend.serve and device_type not in served:
-                served.add(device_type)
-                backend.serve(device_type)
+            if (
+                backend.missing is None
+                and backend.register_default
+                and device_type not in registered
+            ):
+                registered.add(device_type)
+                backend.register_default(device_type)
     for device_type in ("cpu", "cuda"):
         found = [b for b in REGISTRY.values() if device_type in b.devices]
         if all(b.missing for b in found):

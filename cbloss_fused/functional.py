@@ -68,12 +68,13 @@ def class_balanced_loss(
     """Class-balanced softmax, sigmoid or focal loss and its gradient, in one pass over the logits.
 
     Each row's loss is multiplied by r = weight[target] * sample_weight: the whole row, in the
-    sigmoid family too. With p = softmax(input) at the target, p_t = sigmoid(±input) at every class:
+    sigmoid family too. With p_j = softmax(z)_j, p = p_y, and p_t = sigmoid(z_j) at the target, else
+    sigmoid(-z_j):
 
         softmax: r ((1-ε) (1-p)^γ (-log p) + ε/C Σ_j -log p_j + ζ (log Σ_j e^{z_j})²)
         sigmoid: r Σ_j α_t (1-p_t)^γ (-log p_t)
 
-    of z_j = logit_scale (input_j + logit_bias_j - margin_j [j = target]).
+    where z_j = logit_scale (input_j + logit_bias_j - margin_j [j = target]).
 
     Args:
         input: logits, (C,), (N, C) or (N, C, d1, ..., dk), C >= 1, any strides; float32, bfloat16,
@@ -81,8 +82,8 @@ def class_balanced_loss(
         target: class indices in [0, C) or ignore_index; any integer type; (), (N,) or
             (N, d1, ..., dk). Or soft or multi-hot labels: one float or bool per class, t_j, in
             input's shape; finite and >= 0, for "sigmoid" at most 1. Then r takes the mean weight of
-            the labels, Σ_j t_j weight_j / Σ_j t_j (1 where there are none), and neither focal
-            softmax nor a margin has a meaning. "softmax" weights each class's term by that class's
+            the labels, Σ_j t_j weight_j / Σ_j t_j (1 where there are none); gamma > 0 in "softmax"
+            and a margin raise an error. "softmax" weights each class's term by that class's
             weight: sample_weight (1-ε) Σ_j t_j weight_j (-log p_j) + r times its other two terms.
             For t that sums to 1 this is the mean over t of the losses of the class indices, as in
             mixup. "sigmoid" is r Σ_j [t_j L(z_j, 1) + (1 - t_j) L(z_j, 0)].
@@ -95,27 +96,29 @@ def class_balanced_loss(
         alpha: in [0, 1], "sigmoid" only: α_t is alpha for the target and 1 - alpha for the other
             classes; None: 1 for all.
         clip: in [0, 1), "sigmoid" only: the other classes' p counts as max(p - clip, 0), so that
-            sure negatives count nothing (asymmetric loss). p is within 1e-7 at that edge.
+            negatives with p below clip contribute nothing (asymmetric loss). There p is accurate to
+            1e-7.
         label_smoothing: ε in [0, 1): the target becomes (1-ε) one-hot + ε/C. The row's weight
-            multiplies the smoothing term; in F.cross_entropy class j's does.
+            multiplies the smoothing term; in F.cross_entropy the weight of class j multiplies j's.
         z_loss: ζ >= 0, softmax only: keeps the logits' log-sum-exp near 0; 1e-4 is common. Its
             square overflows where |z| is above 1e19.
         logit_bias: (C,), finite: added to every row, see `logit_adjustment`.
         margin: (C,), finite: taken off the target's own logit, see `ldam_margin`.
         logit_scale: positive, at most 1e30: an inverse temperature. With any of these three z is
-            rounded to the type that is computed in: in float32 p is off by 1e-7 |z|.
+            rounded to the compute type: in float32 p is off by 1e-7 |z|.
         sample_weight: shape of target, finite and >= 0.
         class_weighting: "sample": weight[target] multiplies the row, as in the paper; "class":
             weight[j] multiplies class j's term, "sigmoid" only and not with "weighted_mean".
-            It and soft targets are fused on the CPU and in Triton, to which "cuda" leaves them.
-        ignore_index: rows with this target have no influence, whatever they hold; None: no row.
+            This and soft targets have fused kernels on the CPU and in Triton; backend="cuda" uses
+            Triton's for them.
+        ignore_index: rows with this target are ignored, even if they hold NaN; None ignores none.
         reduction: "none", "sum", "mean" (over the rows that are not ignored, as in the paper) or
             "weighted_mean" (divided by Σ r, what F.cross_entropy calls "mean").
         normalizer: positive float or 0-d tensor in place of the mean's denominator, to share one
             across ranks or accumulation steps.
         inplace: write the gradient over input, which must not be a leaf or a view of one: no N×C
-            memory at all. An earlier layer that saved input raises in its backward; a later use of
-            input sees the gradient and cannot be detected.
+            memory at all. An earlier layer that saved input raises in its backward; code that
+            reads input afterwards sees the gradient, and no error can be raised.
         recompute: compute the gradient in the backward, from input, not in the forward. None: for
             float16 (a stored gradient may underflow before a loss scaler acts). Always for "none".
         backend: None (choose, see `backends`), "cpu", "triton" or "cuda" (for CUDA tensors; "cuda"
@@ -128,15 +131,15 @@ def class_balanced_loss(
     Returns:
         A scalar, or the shape of target for "none"; float64 for float64 logits, else float32. 0
         with zero gradients where there is nothing to average. NaN in, NaN out; finite for every
-        logit with |z| * C * max r <= 1e37 and every γ.
+        logit with |z| * C * max r <= 1e37 (with z_loss: |z| <= 1e19) and every γ.
 
     Raises:
         IndexError: a target outside [0, C) on the CPU. On other devices nothing synchronises: the
-            row's loss and gradient are NaN there; `check_target` looks.
+            row's loss and gradient are NaN there; call `check_target` to raise instead.
         ValueError: a shape, device, range or choice that does not fit; a weight or soft target out
             of its range (values are checked on the CPU; elsewhere they are used as given); options
-            that have no meaning together, as clip with "softmax"; something but input requires
-            grad.
+            that have no meaning together, as clip with "softmax"; a tensor other than input
+            requires grad.
         TypeError: a dtype or type that does not fit.
         NotImplementedError: torch.func transforms of a fused kernel.
         RuntimeError: a second derivative of a fused kernel (in backward).
@@ -163,12 +166,12 @@ def class_balanced_loss(
 
 
 def check_target(target: Tensor, num_classes: int, ignore_index: int | None = -100) -> None:
-    """Raise as the CPU does for an out-of-range target; on a GPU this synchronises.
+    """Raise IndexError if any target is out of range; on a GPU this synchronises.
 
     Args:
         target: class indices, any shape, integer type and device.
         num_classes: C >= 1.
-        ignore_index: the one value outside [0, C) that is right; None: there is none.
+        ignore_index: the one value outside [0, C) that is allowed; None: there is none.
 
     Raises:
         IndexError: names the first offending value, its index and how many there are.

@@ -40,7 +40,7 @@ class ClassBalancedLoss(torch.nn.Module):
     Shape: input (C,), (N, C) or (N, C, d1, ..., dk); target (), (N,) or (N, d1, ..., dk).
     Attributes: weight, a (C,) float32 buffer: moves with .to(), saved in state_dict; counts and
         beta, float64 on the CPU, which are saved with it. `set_beta` and `update_counts` change the
-        weights in place: a compiled model sees it and is not compiled again.
+        weights in place: a compiled model uses the new weights without recompiling.
     Raises: ValueError or TypeError for bad counts, beta or options, here and not in forward.
     Source: Cui et al., CVPR 2019 (arXiv 1901.05555).
 
@@ -112,10 +112,10 @@ class ClassBalancedLoss(torch.nn.Module):
         return_stats: bool = False,
     ) -> Tensor | tuple[Tensor, ClassStats]:
         """The loss, or (loss, ClassStats); what changes from batch to batch comes here."""
-        of = self._buffers  # Module.__getattr__ would take half a microsecond for each
+        buffers = self._buffers  # Module.__getattr__ would take half a microsecond for each
         inputs = check_inputs(
-            input, target, of["weight"], sample_weight, normalizer, of["logit_bias"], of["margin"],
-            self.spec, return_stats,
+            input, target, buffers["weight"], sample_weight, normalizer, buffers["logit_bias"],
+            buffers["margin"], self.spec, return_stats,
         )  # fmt: skip
         return dispatch(input, inputs, self.spec, return_stats)
 
@@ -149,7 +149,10 @@ class ClassBalancedLoss(torch.nn.Module):
         return cls(class_counts(dataset, num_classes), beta, **options)
 
     def set_beta(self, beta: float | Vector) -> None:
-        """Weights of another beta, in place. Raises and warns as `class_balanced_weights`."""
+        """Recompute the weights in place for a new beta.
+
+        Raises and warns as `class_balanced_weights` does.
+        """
         self._reweight(self.counts, reals(beta, "beta"))
 
     def update_counts(self, new: Vector) -> None:
@@ -180,7 +183,7 @@ class ClassBalancedLoss(torch.nn.Module):
         return {"counts": self.counts, "beta": self.beta}
 
     def set_extra_state(self, state: dict[str, Tensor]) -> None:
-        """As it was saved; the weights themselves are a buffer, which is loaded bit for bit."""
+        """Restore counts and beta; the weights are a buffer, which is loaded bit for bit."""
         self.counts, self.beta = state["counts"].double().cpu(), state["beta"].double().cpu()
 
     def extra_repr(self) -> str:

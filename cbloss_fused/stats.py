@@ -12,7 +12,7 @@ from .options import LossSpec
 
 
 class ClassStats(NamedTuple):
-    """Of the rows of each class, by their targets: (C,) vectors in the type of the loss.
+    """Statistics of each class, rows grouped by their targets: (C,) vectors in the loss's dtype.
 
     On a GPU an out-of-range target makes class 0 or C - 1 NaN, as it does its row.
 

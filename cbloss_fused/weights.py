@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .arrays import Array, Vector, device, reals, require
 
-M = TypeVar("M", bound=nn.Module)
+ModuleT = TypeVar("ModuleT", bound=nn.Module)
 Empty: TypeAlias = Literal["error", "zero", "one"]  # what a class without samples gets
 
 
@@ -95,7 +95,9 @@ def class_balanced_weights(
     """
     n = _counts(counts)
     b = _beta(beta, len(n)).expand_as(n)
-    n = _fill_empty(n, empty, ', or empty="zero" (weight 0) or empty="one" (counted as one sample)')
+    n = _handle_empty_classes(
+        n, empty, ', or empty="zero" (weight 0) or empty="one" (counted as one sample)'
+    )
     present = n > 0
     E = _effective_number(n, b)[present]
     _check_spread(E, n[present])
@@ -126,7 +128,7 @@ def logit_adjustment(counts: Vector, tau: float = 1.0) -> Tensor:
     >>> logit_adjustment([90, 10])
     tensor([-0.1054, -2.3026])
     """
-    n = _fill_empty(_counts(counts), "error")
+    n = _handle_empty_classes(_counts(counts), "error")
     if not math.isfinite(tau):
         raise ValueError(f"tau must be finite, got {tau}")
     return (tau * (n / n.sum()).log()).float().to(device(counts))
@@ -151,13 +153,13 @@ def ldam_margin(counts: Vector, max_margin: float = 0.5) -> Tensor:
     >>> ldam_margin([160, 10])
     tensor([0.2500, 0.5000])
     """
-    n = _fill_empty(_counts(counts), "error")
+    n = _handle_empty_classes(_counts(counts), "error")
     if not 0 <= max_margin < math.inf:
         raise ValueError(f"max_margin must be finite and >= 0, got {max_margin}")
     return (max_margin * (n.min() / n) ** 0.25).float().to(device(counts))
 
 
-def init_head_bias_(linear: M) -> M:
+def init_head_bias_(linear: ModuleT) -> ModuleT:
     """Fill the last layer's bias with -log(C - 1), in place: sigmoid losses start at p = 1/C.
 
     Args:
@@ -188,7 +190,7 @@ def _effective_number(n: Tensor, beta: Tensor) -> Tensor:
     return torch.where((n == 0) | (beta == 1), n, E)  # the limits, where E may be NaN or -0
 
 
-def _fill_empty(n: Tensor, empty: str, also: str = "") -> Tensor:
+def _handle_empty_classes(n: Tensor, empty: str, also: str = "") -> Tensor:
     if empty not in ("error", "zero", "one"):
         raise ValueError(f'empty = {empty!r}: expected "error", "zero" or "one"')
     zeros = (n == 0).nonzero().flatten().tolist()
