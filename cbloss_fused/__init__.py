@@ -3,7 +3,8 @@
 from .backends import backends
 from .counts import class_counts
 from .functional import check_target, class_balanced_loss
-from .modules import ClassBalancedLoss, DeferredReweighting
+from .modules import ClassBalancedLoss
+from .schedules import DeferredReweighting
 from .stats import ClassStats
 from .weights import (
     beta_from_prototypes,

@@ -78,8 +78,12 @@ def check_inputs(
     if not isinstance(input, Tensor) or not isinstance(target, Tensor):
         name, given = ("target", target) if isinstance(input, Tensor) else ("input", input)
         raise TypeError(f"{name} must be a Tensor, got {type(given).__name__}")
+    if input.layout is not torch.strided or input.is_nested:
+        raise _wrong_layout("input", input)
     if input.dtype not in DTYPES:
         raise TypeError(f"input must be one of {_names(DTYPES)}, got {input.dtype}")
+    if target.layout is not torch.strided or target.is_nested:
+        raise _wrong_layout("target", target)
     C, rows = _classes_and_rows(input)
     soft = is_soft(target)
     if soft:
@@ -161,6 +165,11 @@ def _check_soft(input: Tensor, target: Tensor, margin: Tensor | None, spec: Loss
         )
 
 
+def _wrong_layout(name: str, tensor: Tensor) -> TypeError:
+    layout = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+    return TypeError(f"{name} must be a strided tensor, got a {layout} one")
+
+
 def _wrong_shape(input: Tensor, target: Tensor, expected: tuple[int, ...]) -> ValueError:
     return ValueError(
         f"target must have shape {tuple(expected)} for an input of shape {tuple(input.shape)} and "
@@ -181,8 +190,15 @@ def _vector(
 def _check_vector(name: str, vector: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
     if not isinstance(vector, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(vector).__name__}")
+    if vector.layout is not torch.strided or vector.is_nested:
+        raise _wrong_layout(name, vector)
     if vector.shape != shape:
-        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(vector.shape)}")
+        binary = name == "weight" and shape == (1,) and vector.shape == (2,)
+        hint = "; for a binary head with one logit pass sample_weight=weight[target]"
+        raise ValueError(
+            f"{name} must have shape {tuple(shape)}, got {tuple(vector.shape)}"
+            f"{hint if binary else ''}"
+        )
     if not vector.dtype.is_floating_point:
         raise TypeError(f"{name} must have a floating dtype, got {vector.dtype}")
     if vector.device != device:
@@ -199,6 +215,8 @@ def _normalizer(
         name = REDUCTIONS[reduction]
         raise ValueError(f"normalizer replaces the mean's denominator: reduction is {name!r}")
     if isinstance(normalizer, Tensor):
+        if normalizer.dtype in INTEGERS:
+            normalizer = normalizer.to(dtype)
         return _vector("normalizer", normalizer, (), device, dtype)
     if not hasattr(normalizer, "__float__"):
         raise TypeError(f"normalizer must be a number or a 0-d tensor, got {normalizer!r}")
@@ -211,11 +229,11 @@ def _check_stats(soft: bool, spec: LossSpec) -> None:
     """Raise for what return_stats=True cannot go with."""
     if soft:
         raise ValueError("return_stats sorts rows by their class: soft targets have none")
-    if not spec.reduction or spec.inplace or spec.recompute or spec.backend == "reference":
+    if not spec.reduction or spec.inplace or spec.backend == "reference":
         raise ValueError(
-            "return_stats reads the stored gradient of a reduced loss: it needs a reduction, no "
-            f"inplace, no recompute and a kernel, got reduction={REDUCTIONS[spec.reduction]!r}, "
-            f"inplace={spec.inplace}, recompute={spec.recompute}, backend={spec.backend!r}"
+            "return_stats needs a reduction, no inplace and a kernel, got "
+            f"reduction={REDUCTIONS[spec.reduction]!r}, inplace={spec.inplace}, "
+            f"backend={spec.backend!r}"
         )
 
 
@@ -231,7 +249,8 @@ def _check_inplace(input: Tensor, target: Tensor) -> None:
         )
     if compiling:
         return
-    if target.data_ptr() == input.data_ptr() and input.numel():
+    real = type(input) is Tensor and type(target) is Tensor and not input.is_meta
+    if real and target.data_ptr() == input.data_ptr() and input.numel():
         raise ValueError("inplace=True would write the gradient over target: it is the logits")
     given = f"got one of shape {tuple(input.shape)} and strides {input.stride()}"
     span = 0  # of the dimensions with smaller strides

@@ -6,6 +6,7 @@ costs half; and what is not differentiated in one tuple, since autograd looks at
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +27,14 @@ def loss_alone(logits: Tensor, inputs: Inputs, spec: LossSpec, backend: Backend)
     return loss
 
 
+def loss_and_stats_alone(
+    logits: Tensor, inputs: Inputs, spec: LossSpec, backend: Backend
+) -> tuple[Tensor, Tensor]:
+    """The loss and statistics (4, C) of its classes, where nothing is differentiated."""
+    loss, stats, _ = _run_with_stats(backend, logits, inputs, spec, None)
+    return loss, stats
+
+
 def stored_gradient(logits: Tensor, inputs: Inputs, spec: LossSpec, backend: Backend) -> Tensor:
     """The loss, its gradient computed along with it."""
     apply = StoredGradient.apply if is_compiling() else _apply_stored
@@ -37,6 +46,14 @@ def stored_gradient_and_stats(
 ) -> tuple[Tensor, Tensor]:
     """The loss and statistics (4, C) of its classes, see stats.py."""
     apply = StoredGradientAndStats.apply if is_compiling() else _apply_stored_and_stats
+    return apply(logits, inputs, spec, backend)
+
+
+def recomputed_gradient_and_stats(
+    logits: Tensor, inputs: Inputs, spec: LossSpec, backend: Backend
+) -> tuple[Tensor, Tensor]:
+    """The same, the gradient left to the backward."""
+    apply = RecomputedGradientAndStats.apply if is_compiling() else _apply_recomputed_and_stats
     return apply(logits, inputs, spec, backend)
 
 
@@ -76,7 +93,12 @@ class StoredGradientAndStats(torch.autograd.Function):
         ctx: Any, logits: Tensor, inputs: Inputs, spec: LossSpec, backend: Backend
     ) -> tuple[Tensor, Tensor]:
         grad = backend.new_grad(logits)
-        loss, stats = _run_with_stats(backend, logits, inputs, spec, grad)
+        if backend.loss_and_stats is not None:
+            loss = new_loss(logits, inputs.target, spec.reduction)
+            stats = loss.new_empty(4, logits.shape[1], dtype=torch.float64)
+            _run(backend, logits, inputs, spec, loss, grad, stats, backend.loss_and_stats)
+        else:
+            loss, stats, _ = _run_with_stats(backend, logits, inputs, spec, grad)
         ctx.save_for_backward(grad)
         ctx.owned, ctx.scale_gradient = True, backend.scale_gradient
         ctx.mark_non_differentiable(stats)
@@ -102,64 +124,91 @@ class RecomputedGradient(torch.autograd.Function):
         saved = new_saved(logits, spec.formula.sigmoid)
         loss = new_loss(logits, inputs.target, spec.reduction)
         _run(backend, logits, inputs, spec, loss, None, saved)
-        target, weight, _, _, logit_bias, margin = inputs
-        if not weights_classes(spec.formula, target):  # in scale already; it may change in place
-            weight = None
-        ctx.save_for_backward(logits, target, weight, logit_bias, margin, saved)
-        ctx.spec, ctx.backend = spec, backend
+        _save(ctx, logits, inputs, spec, backend, saved)
         return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_second_derivatives()
-        logits, *vectors, saved = ctx.saved_tensors
-        spec, backend = ctx.spec, ctx.backend
-        grad = logits.detach() if spec.inplace else backend.new_grad(logits)
-        backend.gradient(logits, *vectors, saved, grad_loss.contiguous(), spec.numbers, grad)
-        if spec.inplace:
-            torch.autograd.graph.increment_version(logits)
-        return grad, None, None, None
+        return _recomputed(ctx, grad_loss), None, None, None
+
+
+class RecomputedGradientAndStats(torch.autograd.Function):
+    """RecomputedGradient, and (4, C) statistics of the classes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits: Tensor, inputs: Inputs, spec: LossSpec, backend: Backend
+    ) -> tuple[Tensor, Tensor]:
+        loss, stats, saved = _run_with_stats(backend, logits, inputs, spec, None)
+        _save(ctx, logits, inputs, spec, backend, saved)
+        ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)  # no zeros for stats
+        return loss, stats
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return _recomputed(ctx, grad_loss), None, None, None
 
 
 # Function.apply without its Python wrapper, 3 us that look for functorch: arguments.py has looked.
 _apply_stored: Any = super(torch.autograd.Function, StoredGradient).apply
 _apply_stored_and_stats: Any = super(torch.autograd.Function, StoredGradientAndStats).apply
 _apply_recomputed: Any = super(torch.autograd.Function, RecomputedGradient).apply
+_apply_recomputed_and_stats: Any = super(torch.autograd.Function, RecomputedGradientAndStats).apply
 
 
 def _run(
     backend: Backend, logits: Tensor, inputs: Inputs, spec: LossSpec, loss: Tensor,
-    grad: Tensor | None, saved: Tensor | None,
+    grad: Tensor | None, left: Tensor | None, operator: Any = None,
 ) -> None:  # fmt: skip
-    backend.loss(
-        logits, *inputs, spec.numbers, spec.ignore_index, spec.reduction, loss, grad, saved
-    )
+    """left: what the operator leaves beside them, saved or statistics."""
+    numbers = spec.numbers, spec.ignore_index, spec.reduction
+    (operator or backend.loss)(logits, *inputs, *numbers, loss, grad, left)
 
 
 def _run_with_stats(
-    backend: Backend, logits: Tensor, inputs: Inputs, spec: LossSpec, grad: Tensor
-) -> tuple[Tensor, Tensor]:
-    if backend.loss_and_stats is not None:
-        loss = new_loss(logits, inputs.target, spec.reduction)
-        stats = loss.new_empty(4, logits.shape[1])
-        backend.loss_and_stats(
-            logits, *inputs, spec.numbers, spec.ignore_index, spec.reduction, loss, grad, stats
-        )
-        return loss, stats
+    backend: Backend, logits: Tensor, inputs: Inputs, spec: LossSpec, grad: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, statistics, saved); fills grad."""
     losses = new_loss(logits, inputs.target, 0)
     saved = new_saved(logits, spec.formula.sigmoid)
     _run(backend, logits, inputs, spec, losses, grad, saved)
-    return losses.sum(), class_stats(logits, inputs, spec, losses, grad, saved)
+    loss = losses.sum(dtype=torch.float64).to(losses.dtype)
+    return loss, class_stats(logits, inputs, spec, losses, saved), saved
+
+
+def _save(
+    ctx: Any, logits: Tensor, inputs: Inputs, spec: LossSpec, backend: Backend, saved: Tensor
+) -> None:
+    target, weight, _, _, logit_bias, margin = inputs
+    if not weights_classes(spec.formula, target):  # in scale already; it may change in place
+        weight = None
+    ctx.save_for_backward(logits, target, weight, logit_bias, margin, saved)
+    ctx.spec, ctx.backend = spec, backend
+
+
+def _recomputed(ctx: Any, grad_loss: Tensor) -> Tensor:
+    _refuse_second_derivatives()
+    _refuse_batches(grad_loss)
+    logits, *vectors, saved = ctx.saved_tensors
+    spec, backend = ctx.spec, ctx.backend
+    grad: Tensor = logits.detach() if spec.inplace else backend.new_grad(logits)
+    backend.gradient(logits, *vectors, saved, grad_loss.contiguous(), spec.numbers, grad)
+    if spec.inplace:
+        torch.autograd.graph.increment_version(logits)
+    return grad
 
 
 def _scaled(ctx: Any, grad_loss: Tensor) -> Tensor:
     """The stored gradient times grad_loss."""
     _refuse_second_derivatives()
     grad: Tensor = ctx.saved_tensors[0]
-    if is_compiling():
-        return _product(grad, grad_loss)
+    if is_compiling() or type(grad_loss) is not Tensor or _is_batched(grad_loss):
+        return _product(grad, grad_loss)  # whose value cannot be looked at
     if grad_loss.is_cpu:  # where looking costs nothing
-        return grad if grad_loss.item() == 1 else grad * grad_loss
+        if grad_loss.item() != 1:
+            return grad * grad_loss
+        return grad.clone() if _keeps_graph() else grad  # a later backward reads the saved one
     return _scaled_unseen(grad, grad_loss, ctx.owned, ctx.scale_gradient)
 
 
@@ -168,14 +217,12 @@ def _scaled_unseen(grad: Tensor, grad_loss: Tensor, owned: bool, scale_gradient:
 
     owned: what lies between the elements of grad is co_aligned's padding, and nobody else's.
     """
-    plain = type(grad) is Tensor and type(grad_loss) is Tensor
-    if not plain or scale_gradient is None or grad.numel() == 0:
+    if type(grad) is not Tensor or scale_gradient is None or grad.numel() == 0:
         return _product(grad, grad_loss)
     span = span_of(grad.shape, grad.stride())
     if span != grad.numel() and not (owned and fills_its_storage(grad)):
         return _product(grad, grad_loss)
-    keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
-    if keep_graph():
+    if _keeps_graph():
         grad, span = grad.clone(), grad.numel()  # which has no gaps
     scale_gradient(grad, grad_loss, span)
     return grad
@@ -191,4 +238,24 @@ def _refuse_second_derivatives() -> None:
         raise RuntimeError(
             "the fused kernels have no second derivative (create_graph=True); "
             "backend='reference' has"
+        )
+
+
+# Whether a backward may follow (retain_graph=True).
+_keeps_graph: Callable[[], bool] = getattr(
+    torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
+)
+
+
+def _is_batched(tensor: Tensor) -> bool:
+    """Whether vmap made it: is_grads_batched=True, a vectorised jacobian."""
+    functorch = torch._C._functorch  # is_grads_batched takes the older of its two vmaps
+    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+
+
+def _refuse_batches(grad_loss: Tensor) -> None:
+    if not is_compiling() and _is_batched(grad_loss):
+        raise NotImplementedError(
+            "a recomputed gradient takes no batch of incoming gradients (is_grads_batched, "
+            "vectorize); backend='reference' does"
         )

@@ -189,7 +189,7 @@ def _register() -> None:
             ):
                 registered.add(device_type)
                 backend.register_default(device_type)
-    for device_type in ("cpu", "cuda"):
+    for device_type in _device_types():
         found = [b for b in REGISTRY.values() if device_type in b.devices]
         if all(b.missing for b in found):
             ops.why_eager[device_type] = _why_none(found)
@@ -205,10 +205,15 @@ def backends() -> dict[str, str]:
     >>> sorted(backends())
     ['cpu', 'cuda', 'other']
     """
-    found = {device_type: _about(device_type) for device_type in ("cpu", "cuda")}
+    found = {device_type: _about(device_type) for device_type in _device_types()}
     if not torch.cuda.is_available():
         found["cuda"] += "; no GPU here"
     return found | {"other": "reference: no kernels for other devices"}
+
+
+def _device_types() -> list[str]:
+    """Those that a backend has kernels for."""
+    return list(dict.fromkeys(d for backend in REGISTRY.values() for d in backend.devices))
 
 
 def _why_none(known: list[Backend]) -> str:

@@ -7,7 +7,14 @@ from torch import Tensor
 
 from . import reference
 from .arguments import Inputs, check_values, is_soft, tracing
-from .autograd import loss_alone, recomputed_gradient, stored_gradient, stored_gradient_and_stats
+from .autograd import (
+    loss_alone,
+    loss_and_stats_alone,
+    recomputed_gradient,
+    recomputed_gradient_and_stats,
+    stored_gradient,
+    stored_gradient_and_stats,
+)
 from .backends import choose
 from .options import REDUCTIONS, LossSpec
 from .stats import ClassStats
@@ -28,10 +35,16 @@ def dispatch(
         input = input.unsqueeze(0) if len(shape) == 1 else input.flatten(2)
         if soft:
             inputs = inputs._replace(target=inputs.target.reshape(input.shape))
+    differentiated = input.requires_grad and torch.is_grad_enabled()
     if return_stats:
-        loss, stats = stored_gradient_and_stats(input, inputs, spec, backend)
-        return loss, ClassStats(*stats.unbind())  # iterating takes five times as long
-    if not input.requires_grad or not torch.is_grad_enabled():
+        if not differentiated:
+            loss, stats = loss_and_stats_alone(input, inputs, spec, backend)
+        elif _recomputes(spec, input.dtype):
+            loss, stats = recomputed_gradient_and_stats(input, inputs, spec, backend)
+        else:
+            loss, stats = stored_gradient_and_stats(input, inputs, spec, backend)
+        return loss, ClassStats.of(stats)
+    if not differentiated:
         loss = loss_alone(input, inputs, spec, backend)
     elif _recomputes(spec, input.dtype):
         loss = recomputed_gradient(input, inputs, spec, backend)

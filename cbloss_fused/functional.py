@@ -80,7 +80,9 @@ def class_balanced_loss(
         input: logits, (C,), (N, C) or (N, C, d1, ..., dk), C >= 1, any strides; float32, bfloat16,
             float16 or float64. Half types are computed in float32.
         target: class indices in [0, C) or ignore_index; any integer type; (), (N,) or
-            (N, d1, ..., dk). Or soft or multi-hot labels: one float or bool per class, t_j, in
+            (N, d1, ..., dk). A float target of 1-d logits is one row of C classes: give a binary
+            batch of N logits and targets the shape (N, 1).
+            Or soft or multi-hot labels: one float or bool per class, t_j, in
             input's shape; finite and >= 0, for "sigmoid" at most 1. Then r takes the mean weight of
             the labels, Σ_j t_j weight_j / Σ_j t_j (1 where there are none); gamma > 0 in "softmax"
             and a margin raise an error. "softmax" weights each class's term by that class's
@@ -90,7 +92,8 @@ def class_balanced_loss(
         weight: (C,) of any floating type, finite and >= 0, as `class_balanced_weights` gives them;
             None weighs all classes 1. Used in float32 (float64 for float64 logits).
         activation: "softmax" or "sigmoid" (one against the rest, summed over the classes).
-        gamma: focal exponent γ >= 0; 0 is the plain loss. The paper's focal loss is "sigmoid" with
+        gamma: focal exponent γ >= 0; 0 is the plain loss. torch.compile compiles anew for another
+            value of it, as for any other number here. The paper's focal loss is "sigmoid" with
             0.5, 1 or 2.
         gamma_neg: γ of the classes that are not the target, "sigmoid" only; None: gamma.
         alpha: in [0, 1], "sigmoid" only: α_t is alpha for the target and 1 - alpha for the other
@@ -104,7 +107,8 @@ def class_balanced_loss(
             square overflows where |z| is above 1e19.
         logit_bias: (C,), finite: added to every row, see `logit_adjustment`.
         margin: (C,), finite: taken off the target's own logit, see `ldam_margin`.
-        logit_scale: positive, at most 1e30: an inverse temperature. With any of these three z is
+        logit_scale: positive, at most 1e30: an inverse temperature. A learnable one multiplies the
+            logits instead, class_balanced_loss(scale * x, ...). With any of these three z is
             rounded to the compute type: in float32 p is off by 1e-7 |z|.
         sample_weight: shape of target, finite and >= 0.
         class_weighting: "sample": weight[target] multiplies the row, as in the paper; "class":
@@ -114,8 +118,8 @@ def class_balanced_loss(
         ignore_index: rows with this target are ignored, even if they hold NaN; None ignores none.
         reduction: "none", "sum", "mean" (over the rows that are not ignored, as in the paper) or
             "weighted_mean" (divided by Σ r, what F.cross_entropy calls "mean").
-        normalizer: positive float or 0-d tensor in place of the mean's denominator, to share one
-            across ranks or accumulation steps.
+        normalizer: positive number or 0-d tensor of any real type in place of the mean's
+            denominator, to share one across ranks or accumulation steps.
         inplace: write the gradient over input, which must not be a leaf or a view of one: no N×C
             memory at all. An earlier layer that saved input raises in its backward; code that
             reads input afterwards sees the gradient, and no error can be raised.
@@ -126,7 +130,7 @@ def class_balanced_loss(
             derivatives and torch.func).
 
         return_stats: return (loss, `ClassStats`) from the same pass: which classes drive training.
-            Class indices alone; the gradient is stored; not with "none", inplace or "reference".
+            Class indices alone; not with "none", inplace or "reference".
 
     Returns:
         A scalar, or the shape of target for "none"; float64 for float64 logits, else float32. 0

@@ -1,9 +1,9 @@
-"""The nn.Modules and the schedule of their weights."""
+"""ClassBalancedLoss as an nn.Module."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -12,12 +12,16 @@ from torch.utils.data import DataLoader, Dataset
 from typing_extensions import Self, Unpack
 
 from .arguments import check_class_vector, check_inputs
-from .arrays import Array, Vector, reals
+from .arrays import Array, Vector, class_vector, copied, reals
 from .counts import class_counts
 from .dispatch import dispatch
-from .options import LossOptions, check_options, lists_options, options_of
+from .options import LossOptions, LossSpec, Options, check_options, lists_options, options_of
 from .stats import ClassStats
 from .weights import Empty, beta_from_prototypes, class_balanced_weights
+
+VECTORS = ("weight", "logit_bias", "margin")  # buffers of (C,)
+OWN_STATE = ("counts", "beta", "schedule")
+KEPT = (torch.float32, torch.float64)  # dtypes that hold a weight
 
 
 class ModuleOptions(LossOptions, total=False):
@@ -32,15 +36,22 @@ class ClassBalancedLoss(torch.nn.Module):
     """`class_balanced_loss` with the weights of given class counts.
 
     Args:
-        counts: (C,) samples of each class in the training set; a tensor, an array or a sequence.
+        counts: (C,) samples of each class in the training set; a tensor, an array, a sequence or a
+            mapping class -> count. Copied.
         beta: in [0, 1]; 0 weighs all classes alike, 1 by inverse frequency.
         empty: what a class without samples gets, see `class_balanced_weights`.
-        options: all others as in `class_balanced_loss`; logit_bias and margin become buffers.
+        options: all others as in `class_balanced_loss`; logit_bias and margin are copied into
+            buffers.
 
     Shape: input (C,), (N, C) or (N, C, d1, ..., dk); target (), (N,) or (N, d1, ..., dk).
-    Attributes: weight, a (C,) float32 buffer: moves with .to(), saved in state_dict; counts and
-        beta, float64 on the CPU, which are saved with it. `set_beta` and `update_counts` change the
-        weights in place: a compiled model uses the new weights without recompiling.
+    Attributes: weight, a (C,) float32 buffer, which moves with .to(). It stays float32 through
+        .half() and .bfloat16(), as logit_bias and margin do; .double() makes it float64. counts and
+        beta, float64 on the CPU. Every option, checked when assigned and used from then on.
+        `set_beta` and `update_counts` change the weights in place: a compiled model uses the new
+        weights without recompiling; another gamma or logit_scale compiles it anew.
+    State: weight, logit_bias, margin, counts, beta, and how far a `DeferredReweighting` is, all as
+        tensors. A checkpoint of `nn.CrossEntropyLoss(weight=...)` loads too: counts and beta then
+        stay as they are. A state that does not fit raises and changes nothing here.
     Raises: ValueError or TypeError for bad counts, beta or options, here and not in forward.
     Source: Cui et al., CVPR 2019 (arXiv 1901.05555).
 
@@ -52,6 +63,10 @@ class ClassBalancedLoss(torch.nn.Module):
     weight: Tensor
     logit_bias: Tensor | None
     margin: Tensor | None
+    counts: Tensor
+    beta: Tensor
+    spec: LossSpec
+    _options: Options
 
     @lists_options
     def __init__(
@@ -66,14 +81,20 @@ class ClassBalancedLoss(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.options = options_of("ClassBalancedLoss", options)
-        self.spec = check_options(self.options)
+        self.counts, self.beta, self.empty = (
+            class_vector(counts),
+            copied(reals(beta, "beta")),
+            empty,
+        )
         weight = class_balanced_weights(counts, beta, empty=empty)
+        self._given: dict[str, Tensor] = {}  # for reset_parameters
         for name, vector in (("logit_bias", logit_bias), ("margin", margin)):
             if vector is not None:
-                vector = check_class_vector(name, vector, len(weight))
+                vector = check_class_vector(name, vector, len(weight)).detach().clone()
+                self._given[name] = vector.cpu() if not vector.is_meta else vector
             self.register_buffer(name, vector)
         self.register_buffer("weight", weight)
-        self.counts, self.beta, self.empty = reals(counts, "counts"), reals(beta, "beta"), empty
+        self._epoch, self._share = 0, 1.0  # of a DeferredReweighting, see _defer
 
     @overload
     def forward(
@@ -130,12 +151,13 @@ class ClassBalancedLoss(torch.nn.Module):
         beta: float | Vector = 0.999,
         **options: Unpack[ModuleOptions],
     ) -> Self:
-        """The loss for the counts of these class indices, see `class_counts`.
+        """The loss for the counts of these class indices that are not ignored, see `class_counts`.
 
         >>> ClassBalancedLoss.from_labels([0, 0, 1, 2], beta=0.9).counts
         tensor([2., 1., 1.], dtype=torch.float64)
         """
-        return cls(class_counts(labels, num_classes), beta, **options)
+        ignored = options.get("ignore_index", Options().ignore_index)
+        return cls(class_counts(labels, num_classes, ignore_index=ignored), beta, **options)
 
     @classmethod
     def from_dataset(
@@ -146,17 +168,34 @@ class ClassBalancedLoss(torch.nn.Module):
         **options: Unpack[ModuleOptions],
     ) -> Self:
         """The loss for the counts of a dataset or of what a loader samples, see `class_counts`."""
-        return cls(class_counts(dataset, num_classes), beta, **options)
+        ignored = options.get("ignore_index", Options().ignore_index)
+        return cls(class_counts(dataset, num_classes, ignore_index=ignored), beta, **options)
+
+    @property
+    def options(self) -> Options:
+        """All options; assigning raises, and changes nothing, unless they are right."""
+        return self._options
+
+    @options.setter
+    def options(self, options: Options) -> None:
+        if not isinstance(options, Options):
+            raise TypeError(f"options must be Options, got {type(options).__name__}")
+        self.spec = check_options(options)
+        self._options = options
 
     def set_beta(self, beta: float | Vector) -> None:
-        """Recompute the weights in place for a new beta.
+        """Recompute the weights in place for a new beta, as far as they are re-weighted by now.
 
-        Raises and warns as `class_balanced_weights` does.
+        Raises and warns as `class_balanced_weights` does; an error changes nothing.
         """
-        self._reweight(self.counts, reals(beta, "beta"))
+        self._reweight(self.counts, copied(reals(beta, "beta")), self._share)
 
     def update_counts(self, new: Vector) -> None:
         """Count (C,) further samples of each class, as they stream in; the weights follow in place.
+
+        While a `DeferredReweighting` defers the weights, they stay deferred. Under
+        DistributedDataParallel call it on every rank with the counts of all ranks
+        (`torch.distributed.all_reduce`): DDP broadcasts the weights of rank 0, but not the counts.
 
         Raises: ValueError for another number of classes, or as `class_balanced_weights`.
 
@@ -165,95 +204,143 @@ class ClassBalancedLoss(torch.nn.Module):
         >>> loss_fn.counts
         tensor([9., 3.], dtype=torch.float64)
         """
-        more = reals(new, "new")
+        more = class_vector(new, "new")
         if more.shape != self.counts.shape:
             raise ValueError(
                 f"new must have shape {tuple(self.counts.shape)}, got {tuple(more.shape)}"
             )
         if not (more >= 0).all():
             raise ValueError(f"new must be >= 0, got {more.min().item()}")
-        self._reweight(self.counts + more, self.beta)
+        self._reweight(self.counts + more, self.beta, self._share)
 
-    def _reweight(self, counts: Tensor, beta: Tensor) -> None:
-        self.weight.copy_(class_balanced_weights(counts, beta, empty=self.empty))
-        self.counts, self.beta = counts, beta
+    def reset_parameters(self) -> None:
+        """Rebuild the buffers from what the module was made of, after `to_empty` for example."""
+        for name, vector in self._given.items():
+            self._buffers[name].copy_(vector)  # type: ignore[union-attr]
+        self._reweight(self.counts, self.beta, self._share)
 
-    def get_extra_state(self) -> dict[str, Tensor]:
-        """What the weights were made of, for `state_dict`."""
-        return {"counts": self.counts, "beta": self.beta}
+    def _reweight(self, counts: Tensor, beta: Tensor, share: float) -> None:
+        """The weights of these, in place; share: how far they are re-weighted, see _weights."""
+        self.weight.copy_(_weights(counts, beta, self.empty, share))
+        self.counts, self.beta, self._share = counts, beta, share
 
-    def set_extra_state(self, state: dict[str, Tensor]) -> None:
-        """Restore counts and beta; the weights are a buffer, which is loaded bit for bit."""
-        self.counts, self.beta = state["counts"].double().cpu(), state["beta"].double().cpu()
+    def _defer(self, epoch: int, share: float) -> None:
+        """What a schedule says: it is in this epoch, and the weights are re-weighted so far."""
+        self._reweight(self.counts, self.beta, share)
+        self._epoch = epoch
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Moves and casts, but no vector to a half type: small weights would be lost for good."""
+        before = {name: self._buffers[name] for name in VECTORS}
+        torch.nn.Module._apply(self, fn, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None and new.dtype not in KEPT:
+                self._buffers[name] = old.to(new.device)
+        return self
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in VECTORS and name in self.__dict__.get("_buffers", ()):
+            self._check_assigned(name, value)
+        super().__setattr__(name, value)
+
+    def _check_assigned(self, name: str, value: Any) -> None:
+        if value is None and name != "weight":
+            return
+        if not isinstance(value, Tensor) or isinstance(value, torch.nn.Parameter):
+            raise TypeError(
+                f"{name} is a buffer: it must be a Tensor that is no Parameter, got "
+                f"{type(value).__name__}"
+            )
+        check_class_vector(name, value, len(self.counts))
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        schedule = torch.tensor([self._epoch, self._share], dtype=torch.float64, device="cpu")
+        own = {"counts": self.counts.clone(), "beta": self.beta.clone(), "schedule": schedule}
+        destination |= {prefix + name: tensor for name, tensor in own.items()}
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        """All or nothing, and of older states and of nn.CrossEntropyLoss what there is."""
+        state = {
+            name: state_dict[prefix + name]
+            for name in (*VECTORS, *OWN_STATE, "_extra_state")
+            if prefix + name in state_dict
+        }
+        state |= state.pop("_extra_state", {})  # of 0.1: a dict
+        problems = self._misfits(state, prefix)
+        expected = [name for name in VECTORS if self._buffers[name] is not None]
+        missing = [prefix + name for name in expected if name not in state]
+        unexpected = [prefix + name for name in VECTORS if name in state and name not in expected]
+        if problems or (strict and (missing or unexpected)):
+            error_msgs += problems
+            if strict:
+                missing_keys += missing
+                unexpected_keys += unexpected
+            return
+        vectors = {
+            prefix + name: state[name] if state[name].dtype in KEPT else state[name].float()
+            for name in expected
+            if name in state
+        }
+        super()._load_from_state_dict(
+            vectors, prefix, local_metadata, False, missing_keys, unexpected_keys, error_msgs
+        )
+        if "counts" in state:
+            self.counts, self.beta = (copied(state[name]) for name in ("counts", "beta"))
+        if "schedule" in state:
+            epoch, self._share = state["schedule"].tolist()
+            self._epoch = int(epoch)
+
+    def _misfits(self, state: dict[str, Any], prefix: str) -> list[str]:
+        """What of a state cannot be loaded."""
+        C = len(self.counts)
+        shapes: dict[str, list[Any]] = {"beta": [(), (C,)], "schedule": [(2,)]}
+        found = []
+        for name, value in state.items():
+            allowed = shapes.get(name, [(C,)])
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            if shape not in allowed:
+                found.append(
+                    f"size mismatch for {prefix}{name}: the checkpoint has {shape}, expected "
+                    f"{' or '.join(map(str, allowed))}"
+                )
+        if ("counts" in state) != ("beta" in state):
+            found.append(f"{prefix}counts and {prefix}beta come together, got one of them")
+        return found
 
     def extra_repr(self) -> str:
         """num_classes and beta, then whatever is not the default."""
         beta = f"beta={self.beta.item()}" if self.beta.dim() == 0 else "beta per class"
         changed = self.options.changed()
         changed += [name for name in ("logit_bias", "margin") if getattr(self, name) is not None]
-        return ", ".join([f"num_classes={len(self.weight)}", beta, *changed])
+        return ", ".join([f"num_classes={len(self.counts)}", beta, *changed])
 
 
-class DeferredReweighting:
-    """Weights of 1 for the first epochs, then the loss's own: deferred re-weighting (DRW).
+def _weights(counts: Tensor, beta: Tensor, empty: Empty, share: float) -> Tensor:
+    """Weights on the way from those of beta = 0, at share 0, to those of beta, at 1.
 
-    `step()` after every epoch, as torch's schedulers; it changes the loss's weights in place.
-
-    Args:
-        loss_fn: the loss, whose counts and beta are those to defer.
-        start_epoch: the first epoch, counted from 0, that is re-weighted.
-        anneal_epochs: how many epochs beta takes to its own value. N = 1/(1 - beta) grows from 1,
-            where all weights are equal, by the same factor each epoch; 0: at once.
-
-    Raises: ValueError for a negative epoch, or anneal_epochs where beta is 1 (N is infinite).
-    Source: Cao et al., Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss,
-        NeurIPS 2019 (arXiv 1906.07413), algorithm 1.
-
-    >>> loss_fn = ClassBalancedLoss([90, 10], beta=0.9)
-    >>> schedule = DeferredReweighting(loss_fn, start_epoch=1)
-    >>> loss_fn.weight
-    tensor([1., 1.])
-    >>> schedule.step()
-    >>> loss_fn.weight
-    tensor([0.7889, 1.2111])
+    N = 1/(1 - beta) grows from 1 by a power: N**share.
     """
+    if share == 1:
+        return class_balanced_weights(counts, beta, empty=empty)
+    if share and bool((beta == 1).any()):
+        raise ValueError("anneal_epochs needs beta < 1: N = 1/(1 - beta) is infinite")
+    between = reals(beta_from_prototypes((1 - beta) ** -share), "beta")
+    with warnings.catch_warnings():  # of a beta that moves no weight yet: it grows
+        warnings.simplefilter("ignore")
+        return class_balanced_weights(counts, between, empty=empty)
 
-    def __init__(
-        self, loss_fn: ClassBalancedLoss, start_epoch: int, anneal_epochs: int = 0
-    ) -> None:
-        for name, value in (("start_epoch", start_epoch), ("anneal_epochs", anneal_epochs)):
-            if not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name} must be an int >= 0, got {value!r}")
-        if anneal_epochs and bool((loss_fn.beta == 1).any()):
-            raise ValueError("anneal_epochs needs beta < 1: N = 1/(1 - beta) is infinite")
-        self.loss_fn, self.start_epoch, self.anneal_epochs = loss_fn, start_epoch, anneal_epochs
-        self.epoch = 0
-        self._apply()
 
-    def step(self) -> None:
-        """An epoch has ended."""
-        self.epoch += 1
-        self._apply()
+def _property(name: str) -> property:
+    def assign(module: ClassBalancedLoss, value: Any) -> None:
+        module.options = module.options._replace(**{name: value})
 
-    def _apply(self) -> None:
-        loss_fn, past = self.loss_fn, self.epoch - self.start_epoch + 1
-        if past <= 0:
-            loss_fn.weight.fill_(1)
-            return
-        beta = loss_fn.beta
-        if past <= self.anneal_epochs:
-            share = past / (self.anneal_epochs + 1)
-            beta = reals(beta_from_prototypes((1 - beta) ** -share), "beta")
-        with warnings.catch_warnings():  # of a beta that moves no weight yet: it grows
-            warnings.simplefilter("ignore")
-            weight = class_balanced_weights(loss_fn.counts, beta, empty=loss_fn.empty)
-        loss_fn.weight.copy_(weight)
+    return property(lambda module: getattr(module.options, name), assign)
 
-    def state_dict(self) -> dict[str, int]:
-        """The epoch; the weights are in the loss's own."""
-        return {"epoch": self.epoch}
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Resume at a saved epoch: the weights are set again."""
-        self.epoch = state["epoch"]
-        self._apply()
+for _name in Options._fields:
+    setattr(ClassBalancedLoss, _name, _property(_name))

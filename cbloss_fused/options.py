@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import operator
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from math import inf
@@ -81,6 +82,15 @@ def _choice(*valid: str | None) -> Rule:
     return Rule(f"one of {', '.join(map(repr, valid))}", lambda value: value in valid)
 
 
+def _is_int(value: Any) -> bool:
+    """Of any type: np.int64 and a 0-d integer tensor too."""
+    try:
+        operator.index(value)
+    except TypeError:
+        return False
+    return True
+
+
 def _or_none(rule: Rule) -> Rule:
     expected = f"None or {rule.expected}"
     return rule._replace(expected=expected, valid=lambda v: v is None or rule.valid(v))
@@ -96,7 +106,7 @@ RULES = {
     "z_loss": Rule("finite and >= 0", lambda v: 0 <= v < inf),
     "logit_scale": Rule("positive and <= 1e30", lambda v: 0 < v <= 1e30),
     "class_weighting": _choice("sample", "class"),
-    "ignore_index": _or_none(Rule("an int", lambda v: isinstance(v, int), TypeError)),
+    "ignore_index": _or_none(Rule("an int", _is_int, TypeError)),
     "reduction": _choice(*REDUCTIONS),
     "inplace": Rule("True or False", lambda v: v in (True, False), TypeError),
     "recompute": _or_none(Rule("True or False", lambda v: v in (True, False), TypeError)),
@@ -222,9 +232,10 @@ def check_options(options: Options) -> LossSpec:
     """
     _check_each(options)
     _check_together(options)
-    formula = Formula.of(options)
+    formula, ignored = Formula.of(options), options.ignore_index
     return LossSpec(
-        formula, formula.numbers(), options.ignore_index, REDUCTIONS.index(options.reduction),
+        formula, formula.numbers(), None if ignored is None else operator.index(ignored),
+        REDUCTIONS.index(options.reduction),
         bool(options.inplace), options.recompute, options.backend,
     )  # fmt: skip
 

@@ -9,53 +9,69 @@ from torch import Tensor
 
 from .arguments import Inputs
 from .options import LossSpec
+from .reference import sigmoid_element, softmax_row
 
 
 class ClassStats(NamedTuple):
-    """Statistics of each class, rows grouped by their targets: (C,) vectors in the loss's dtype.
+    """Statistics of each class, rows grouped by their targets: (C,) vectors.
 
-    On a GPU an out-of-range target makes class 0 or C - 1 NaN, as it does its row.
+    On a GPU an out-of-range target makes class 0 or C - 1 NaN, as it does its row; there, torch's
+    own operators make the statistics.
 
     >>> import torch
     >>> from cbloss_fused import class_balanced_loss
     >>> logits, target = torch.zeros(4, 2, requires_grad=True), torch.tensor([0, 0, 0, 1])
     >>> loss, stats = class_balanced_loss(logits, target, return_stats=True)
-    >>> stats.loss / stats.loss.sum()
-    tensor([0.7500, 0.2500])
+    >>> stats.rows, stats.loss / stats.loss.sum()
+    (tensor([3, 1]), tensor([0.7500, 0.2500], dtype=torch.float64))
     """
 
-    rows: Tensor  # how many, without ignored ones
-    loss: Tensor  # sum of what these rows add to the loss
+    rows: Tensor  # int64: how many, without ignored ones
+    loss: Tensor  # float64, as all others: sum of what these rows add to the loss
     gradient: Tensor  # sum of |d loss / d logit| at these rows' own targets
     probability: Tensor  # mean p of the target, softmax or sigmoid; NaN where there is no row
 
+    @classmethod
+    def of(cls, stats: Tensor) -> ClassStats:
+        """From (4, C)."""
+        rows, loss, gradient, probability = stats.unbind()  # iterating takes five times as long
+        return cls(rows.long(), loss, gradient, probability)
+
 
 def class_stats(
-    logits: Tensor, inputs: Inputs, spec: LossSpec, losses: Tensor, grad: Tensor, saved: Tensor
+    logits: Tensor, inputs: Inputs, spec: LossSpec, losses: Tensor, saved: Tensor
 ) -> Tensor:
-    """(4, C): rows, sums of losses and of |gradient at the target|, mean p, by the target's class.
+    """(4, C) float64: rows, sums of losses and of |gradient at the target|, mean p, by class.
 
-    losses, grad, saved: what a forward leaves, of rows by their class indices.
+    losses, saved: what a forward leaves, of rows by their class indices.
     """
     C, f, inputs = logits.shape[1], spec.formula, inputs.by_row(logits)
     y = inputs.target.clamp(0, C - 1)
-    at = y.unsqueeze(1)
-    z_y = logits.gather(1, at).squeeze(1).to(losses.dtype)
+    z_y = logits.gather(1, y.unsqueeze(1)).squeeze(1).to(losses.dtype)
     for vector, sign in ((inputs.logit_bias, 1), (inputs.margin, -1)):
         if vector is not None:
             z_y = z_y + sign * vector[y]
-    z_y = f.logit_scale * z_y
+    z_y = (f.logit_scale * z_y).double()
+    r, *rest = (v.reshape(y.shape).double() for v in saved.unbind())
     if f.sigmoid:
-        p = torch.sigmoid(z_y)
+        t = (1 - f.label_smoothing) + f.label_smoothing / C
+        (_, g_0), (_, g_1) = (
+            sigmoid_element(z_y, f.gamma_neg, f.clip),
+            sigmoid_element(-z_y, f.gamma),
+        )
+        p, g_y = torch.sigmoid(z_y), r * (f.alpha_neg * (1 - t) * g_0 - f.alpha * t * g_1)
     else:
-        M, R = (v.reshape(y.shape) for v in saved[1:])
-        e_y = (z_y - M).exp()
-        p = e_y / (R + e_y)
-    g_y = grad.gather(1, at).squeeze(1).to(losses.dtype).abs()
-    added = torch.stack((torch.ones_like(p), losses.reshape(y.shape), g_y, p)).flatten(1)
-    if spec.ignore_index is not None:
-        added = added.masked_fill(inputs.target.flatten() == spec.ignore_index, 0.0)
-    # One vector: of more dimensions index_add_ takes one call per row.
-    into = y.flatten() + C * torch.arange(4, device=y.device).unsqueeze(1)
-    sums = added.new_zeros(4 * C).index_add_(0, into.flatten(), added.flatten()).reshape(4, C)
-    return torch.cat((sums[:3], sums[3:] / sums[:1]))  # no view: Dynamo refuses to unbind one here
+        M, R = rest
+        d = z_y - M
+        p = d.exp() / (R + d.exp())
+        g_y = softmax_row(d, R, r, 0.0, C, M, f)[2]
+    if f.per_class and inputs.weight is not None:
+        g_y = g_y * inputs.weight[y]
+    into, ones = y.flatten(), torch.ones_like(p)
+    keep = None if spec.ignore_index is None else inputs.target != spec.ignore_index
+    sums = []
+    for value in (ones, losses.reshape(y.shape).double(), (f.logit_scale * g_y).abs(), p):
+        kept = value if keep is None else torch.where(keep, value, 0.0)
+        sums.append(kept.new_zeros(C).index_add_(0, into, kept.flatten()))
+    rows, loss, gradient, probability = sums
+    return torch.stack((rows, loss, gradient, probability / rows))

@@ -10,7 +10,7 @@ from typing import Literal, TypeAlias, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from .arrays import Array, Vector, device, reals, require
+from .arrays import Array, Vector, class_vector, device, reals, require
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 Empty: TypeAlias = Literal["error", "zero", "one"]  # what a class without samples gets
@@ -168,11 +168,14 @@ def init_head_bias_(linear: ModuleT) -> ModuleT:
         The same layer.
     Raises:
         ValueError: the layer has no bias, or C = 1, where p = 1 has no finite bias.
+        TypeError: linear is not a module.
     Source: the TensorFlow code of Cui et al., CVPR 2019 (arXiv 1901.05555).
 
     >>> init_head_bias_(nn.Linear(2, 3)).bias.detach()
     tensor([-0.6931, -0.6931, -0.6931])
     """
+    if not isinstance(linear, nn.Module):
+        raise TypeError(f"linear must be an nn.Module, got {type(linear).__name__}")
     bias = getattr(linear, "bias", None)
     if not isinstance(bias, Tensor) or bias.numel() < 2:
         found = f"a bias of shape {tuple(bias.shape)}" if isinstance(bias, Tensor) else "no bias"
@@ -229,7 +232,7 @@ def _warn_if_collapsed(E: Tensor, n: Tensor, beta: Tensor) -> None:
 
 
 def _counts(counts: Vector) -> Tensor:
-    n = reals(counts, "counts")
+    n = class_vector(counts)
     if n.dim() != 1 or len(n) == 0:
         raise ValueError(f"counts has shape {tuple(n.shape)}: expected (C,) with C >= 1")
     require((n >= 0) & n.isfinite(), n, "counts", "a finite count >= 0")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -63,6 +64,13 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "weight-length": ({"weight": ones(4)}, V, "weight | (3,) | (4,)"),
     "weight-rank": ({"weight": ones(1, C)}, V, "weight | (3,) | (1, 3)"),
     "weight-int": ({"weight": ones(C).int()}, T, "weight | float | int32"),
+    "weight-sparse": ({"weight": ones(C).to_sparse()}, T, "weight | strided | sparse_coo"),
+    "weight-binary": (
+        {"input": ones(N, 1), "weight": ones(2)}, V, "weight | (1,) | (2,) | weight[target]",
+    ),
+    "input-sparse": ({"input": ones(N, C).to_sparse()}, T, "input | strided | sparse_coo"),
+    "target-sparse": ({"target": ones(N, C).to_sparse()}, T, "target | strided | sparse_coo"),
+    "sample-sparse": ({"sample_weight": ones(N).to_sparse()}, T, "sample_weight | sparse_coo"),
     "weight-list": ({"weight": [1.0] * C}, T, "weight | Tensor | list"),
     "weight-device": ({"weight": ones(C, **meta)}, V, f"weight | {DEVICE} | meta"),
     "weight-grad": ({"weight": ones(C).requires_grad_()}, V, "weight | grad | detach"),
@@ -142,7 +150,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "normalizer-tensor-0": ({"normalizer": tensor(0.0)}, V, "normalizer | positive | 0"),
     "normalizer-tensor-nan": ({"normalizer": tensor(nan)}, V, "normalizer | nan"),
     "normalizer-tensor-1d": ({"normalizer": ones(1)}, V, "normalizer | () | (1,)"),
-    "normalizer-int-tensor": ({"normalizer": tensor(2)}, T, "normalizer | int64"),
+    "normalizer-bool-tensor": ({"normalizer": tensor(True)}, T, "normalizer | bool"),
     "normalizer-device": ({"normalizer": ones((), **meta)}, V, "normalizer | meta"),
     "normalizer-grad": (
         {"normalizer": ones((), requires_grad=True)}, V, "normalizer | grad",
@@ -347,3 +355,26 @@ def test_another_device_gets_the_reference_or_says_why(backend):
     assert (loss.device.type, loss.shape, loss.dtype) == ("meta", (N,), torch.float32)
     with pytest.raises(ValueError, match="backend='cpu' needs CPU tensors, got meta"):
         class_balanced_loss(logits, target, backend="cpu")
+
+
+def test_integers_of_any_type(backend):
+    """As a normalizer, what Hugging Face's num_items_in_batch is; as ignore_index, NumPy's."""
+    logits, target, _, _ = sample(10, torch.float32)
+    count = (target != IGNORED).sum()
+    options = {"backend": backend.argument}
+    want = class_balanced_loss(logits, target, normalizer=float(count), **options)
+    for dtype in (torch.int64, torch.int32, torch.uint8):
+        got = class_balanced_loss(logits, target, normalizer=count.to(dtype), **options)
+        assert torch.equal(got, want)
+    target = target.clamp(min=0)
+    want = class_balanced_loss(logits, target, ignore_index=3, **options)
+    threes: tuple[Any, ...] = np.int64(3), np.uint8(3), torch.tensor(3)
+    for three in threes:
+        assert torch.equal(class_balanced_loss(logits, target, ignore_index=three, **options), want)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_a_nested_tensor_is_refused(backend):
+    nested, target = torch.nested.nested_tensor([torch.ones(3), torch.ones(3)]), torch.zeros(2)
+    with pytest.raises(TypeError, match="input must be a strided tensor, got a nested one"):
+        class_balanced_loss(nested, target.long(), backend=backend.argument)

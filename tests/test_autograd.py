@@ -8,6 +8,7 @@ from support.backends import DEVICE, INTERPRETED
 from support.marks import DTYPES, FAMILIES, name_of
 from support.oracle import oracle, sample
 from support.tolerances import assert_grad, same_bits
+from torch._subclasses import FakeTensorMode
 from torch.autograd import gradcheck
 
 from cbloss_fused import class_balanced_loss
@@ -287,3 +288,51 @@ def test_saved_for_backward(backend, family, recompute, dtype, C, inplace):
     assert large[0].dtype == dtype
     small = sum(t.numel() for t in saved) - N * C
     assert small <= 4 * N
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's, of its own vmap
+@pytest.mark.parametrize("reduction", ("mean", "none"))
+def test_a_batch_of_incoming_gradients(backend, reduction):
+    """A stored gradient takes it; a recomputed one says what does."""
+    logits, target, _, _ = sample(10, torch.float64)
+    leaf = logits.clone().requires_grad_()
+    loss = class_balanced_loss(leaf, target, reduction=reduction, backend=backend.argument)
+    incoming = torch.eye(loss.numel(), dtype=loss.dtype, device=DEVICE).reshape(-1, *loss.shape)
+    if reduction == "none":
+        with pytest.raises(NotImplementedError, match="backend='reference'"):
+            torch.autograd.grad(loss, leaf, incoming, is_grads_batched=True)
+        return
+    (got,) = torch.autograd.grad(loss, leaf, 3 * incoming, is_grads_batched=True, retain_graph=True)
+    (want,) = torch.autograd.grad(loss, leaf)
+    torch.testing.assert_close(got, 3 * want.unsqueeze(0))
+
+
+@pytest.mark.parametrize("inplace", (False, True))
+@pytest.mark.parametrize("recompute", (False, True))
+def test_fake_and_meta_tensors(recompute, inplace):
+    """Shapes alone: nothing looks at a value or at an address."""
+    options = {"recompute": recompute, "inplace": inplace}
+    with FakeTensorMode():
+        leaf, target = torch.randn(4, 3, requires_grad=True), torch.zeros(4, dtype=torch.int64)
+        class_balanced_loss(leaf * 1, target, **options).backward()
+        assert leaf.grad is not None and leaf.grad.shape == (4, 3)
+    leaf = torch.empty(4, 3, device="meta", requires_grad=True)
+    target = torch.empty(4, dtype=torch.int64, device="meta")
+    class_balanced_loss(leaf * 1, target, **options).backward()
+    assert leaf.grad is not None and leaf.grad.is_meta
+
+
+@MODES
+@pytest.mark.parametrize("incoming", (1.0, 2.0))
+def test_what_a_backward_returns_is_the_callers_own(backend, recompute, incoming):
+    """Written over, it changes no later backward through a graph that is kept."""
+    logits, target, _, _ = sample(10, torch.float64)
+    leaf = logits.clone().requires_grad_()
+    loss = incoming * class_balanced_loss(
+        leaf, target, recompute=recompute, backend=backend.argument
+    )
+    (first,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+    want = first.clone()
+    first.zero_()
+    (second,) = torch.autograd.grad(loss, leaf)
+    assert torch.equal(second, want)

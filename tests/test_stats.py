@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from support.backends import DEVICE, loss_and_grad
@@ -55,13 +57,70 @@ def test_stats_of_an_image_and_of_nothing(backend):
     target = torch.arange(24).reshape(2, 3, 4) % 5
     for y in (target, torch.full_like(target, IGNORED)):
         loss, stats = class_balanced_loss(logits, y, return_stats=True, backend=backend.argument)
-        torch.testing.assert_close(stats.loss.sum(), loss)
+        torch.testing.assert_close(stats.loss.sum(), loss, check_dtype=False)
         assert stats.rows.sum() == (y != IGNORED).sum()
     assert stats.probability.isnan().all()
 
 
+@FAMILY
+def test_sums_are_in_float64(backend, family):
+    """Of more rows than float32 counts: shares to 1e-6."""
+    if backend.argument == "triton" or (backend.argument == "cuda" and DEVICE == "cpu"):
+        pytest.skip("too slow without a GPU; the accumulator is torch's, as of the fallback")
+    n = 2**24 + 5
+    x = torch.zeros(1, 2, device=DEVICE).expand(n, 2)
+    y = torch.zeros(n, dtype=torch.int64, device=DEVICE)
+    y[:3] = 1
+    for leaf in (x, x.clone().requires_grad_()):
+        loss, stats = class_balanced_loss(
+            leaf, y, activation=family, return_stats=True, backend=backend.argument
+        )
+        assert stats.rows.dtype == torch.int64
+        assert stats.rows.tolist() == [n - 3, 3]
+        share = (stats.loss / stats.loss.sum()).tolist()
+        assert share == pytest.approx([(n - 3) / n, 3 / n], rel=1e-6)
+        want = math.log(2) * (1 if family == "softmax" else 2)
+        assert loss.item() == pytest.approx(want, rel=1e-6)
+        assert stats.loss.sum().item() == pytest.approx(want, rel=1e-6)
+
+
+@FAMILY
+def test_statistics_change_no_gradient(backend, family):
+    """float16: a stored gradient, divided by many rows, would underflow before the loss scaler."""
+    rows = 2**12
+    x = torch.tensor([[10.0, 0.0]], dtype=torch.float16, device=DEVICE).repeat(rows, 1)
+    y = torch.zeros(rows, dtype=torch.int64, device=DEVICE)
+    options = {"activation": family, "backend": backend.argument}
+    leaf, watched = (x.clone().requires_grad_() for _ in range(2))
+    (2.0**16 * class_balanced_loss(leaf, y, **options)).backward()
+    loss, _ = class_balanced_loss(watched, y, return_stats=True, **options)
+    (2.0**16 * loss).backward()
+    assert leaf.grad is not None and watched.grad is not None
+    assert torch.equal(leaf.grad, watched.grad)
+    q = 1 / (1 + math.exp(10))
+    assert watched.grad[0, 0].item() == pytest.approx(-q * 16, rel=1e-2)
+
+
+@pytest.mark.parametrize("smoothing", (0.0, 0.1), ids="s{}".format)
+@FAMILY
+def test_statistics_are_the_same_however_the_gradient_is_computed(backend, family, smoothing):
+    logits, target, weight, sample_weight = sample(10, torch.float64)
+    options = {
+        "activation": family, "gamma": 0.5, "label_smoothing": smoothing, "logit_bias": weight,
+        "margin": weight / 2, "logit_scale": 1.5, "sample_weight": sample_weight,
+        "backend": backend.argument,
+    }  # fmt: skip
+    leaf = logits.clone().requires_grad_()
+    results = [
+        class_balanced_loss(x, target, weight, return_stats=True, recompute=recompute, **options)
+        for x, recompute in ((leaf, False), (leaf, True), (logits, None))
+    ]
+    for loss, stats in results[1:]:
+        torch.testing.assert_close((loss, *stats), (results[0][0], *results[0][1]), equal_nan=True)
+
+
 @pytest.mark.parametrize("options", (
-    {"reduction": "none"}, {"recompute": True}, {"backend": "reference"},
+    {"reduction": "none"}, {"backend": "reference"},
     {"target": torch.ones(3, 4)},
 ), ids=str)  # fmt: skip
 def test_stats_refuse(options):

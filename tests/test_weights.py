@@ -1,6 +1,7 @@
 """Counts, effective numbers and weights against mpmath, the paper's formula and their limits."""
 
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
@@ -13,9 +14,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    TensorDataset,
+)
 
 from cbloss_fused import (
+    ClassBalancedLoss,
     beta_from_prototypes,
     class_balanced_weights,
     class_counts,
@@ -256,6 +265,54 @@ def test_progress_bar_only_with_tqdm(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_ignored_labels_are_not_counted():
+    mask = torch.tensor([[0, 255, 1], [1, 1, 255]], dtype=torch.uint8)
+    assert class_counts(mask, 2, ignore_index=255).tolist() == [1, 3]
+    assert class_counts([0, -100, 2], ignore_index=np.int64(-100)).tolist() == [1, 0, 1]
+    masks = Items([(0, mask), (0, mask)])
+    assert class_counts(DataLoader(masks, batch_size=2), ignore_index=255).tolist() == [2, 6]
+    loss_fn = ClassBalancedLoss.from_dataset(masks, 2, ignore_index=255)
+    assert loss_fn.counts.tolist() == [2, 6]
+    assert ClassBalancedLoss.from_labels([0, 1, -100]).counts.tolist() == [1, 1]
+
+
+def test_labels_that_only_begin_like_one_hot_ones():
+    assert class_counts(torch.tensor([[1, 0], [0, 1], [1, 1]])).tolist() == [2, 4]
+    assert class_counts(torch.tensor([[1], [1]])).tolist() == [0, 2]
+
+
+def test_parts_of_a_concatenation_are_not_loaded():
+    class Labelled(Items):
+        targets = (0, 2, 2)
+
+        def __getitem__(self, i):
+            raise AssertionError("loaded")
+
+    parts: Any = ConcatDataset([Labelled([0, 0, 0]), Subset(Labelled([0, 0, 0]), [0, 1])])
+    assert class_counts(parts).tolist() == [2, 0, 3]
+    assert class_counts(Subset(parts, [0, 4])).tolist() == [1, 0, 1]
+
+
+def test_counts_by_class():
+    """A mapping, and a pandas.Series as value_counts gives it, by its index."""
+    for counts in ({2: 5, 0: 100}, Counter([0] * 100 + [2] * 5), Series([100, 5], [0, 2])):
+        want = class_balanced_weights([100, 0, 5], empty="zero")
+        assert torch.equal(class_balanced_weights(counts, empty="zero"), want)
+        assert ClassBalancedLoss(counts, empty="zero").counts.tolist() == [100, 0, 5]
+    shuffled = Series([5, 100], [1, 0])
+    assert torch.equal(class_balanced_weights(shuffled), class_balanced_weights([100, 5]))
+    with pytest.raises(ValueError, match="indexed by"):
+        class_balanced_weights(Series([1, 2], ["cat", "dog"]))
+
+
+class Series(list[int]):
+    """What of pandas.Series is looked at."""
+
+    def __init__(self, values, index):
+        super().__init__(values)
+        self.index = index  # type: ignore[method-assign]
+
+
 @pytest.mark.parametrize("layer", [nn.Linear(3, 10), nn.Conv2d(3, 10, 1)])
 def test_init_head_bias(layer):
     bias = layer.bias
@@ -273,7 +330,9 @@ ERRORS = [
     (effective_number, ([torch.inf], 0), ValueError, r"counts\[0\] = inf"),
     (effective_number, ([[1]], 0), ValueError, r"counts has shape \(1, 1\): expected \(C,\)"),
     (effective_number, ([], 0), ValueError, r"counts has shape \(0,\)"),
-    (effective_number, ({0: 1}, 0), TypeError, r"counts must be real numbers, got dict"),
+    (effective_number, ({1}, 0), TypeError, r"counts must be real numbers, got set"),
+    (effective_number, ({"a": 1}, 0), ValueError, r"counts is indexed by \['a'\]: expected class"),
+    (effective_number, ({-1: 1}, 0), ValueError, r"counts is indexed by \[-1\]: expected class"),
     (effective_number, (np.array([1j]), 0), TypeError, r"got torch.complex128"),
     (beta_from_prototypes, (0.5,), ValueError, r"N = 0.5: expected a finite N >= 1$"),
     (beta_from_prototypes, ([1, torch.inf],), ValueError, r"N\[1\] = inf"),
@@ -288,6 +347,13 @@ ERRORS = [
     (class_counts, (DataLoader(Items([(0, 0), (0, 3)])), 3), ValueError, r"labels\[1\] = 3"),
     (class_counts, ([],), ValueError, r"there are no labels"),
     (class_counts, ([0], 0), ValueError, r"num_classes = 0: expected at least 1"),
+    (class_counts, ([0], 2.5), TypeError, r"num_classes must be an int or None, got 2.5"),
+    (class_counts, ([0], "3"), TypeError, r"num_classes must be an int or None, got '3'"),
+    (partial(class_counts, ignore_index=0.5), ([0],), TypeError, r"ignore_index must be an int"),  # type: ignore[arg-type]
+    (class_counts, ([0, 10**13],), ValueError, r"without num_classes, below 100,000,000"),
+    (class_counts, (torch.eye(3).long(),), ValueError, r"labels are one-hot.*argmax\(1\)"),
+    (class_counts, (torch.eye(3).bool(),), ValueError, r"labels are one-hot.*argmax\(1\)"),
+    (init_head_bias_, ("x",), TypeError, r"linear must be an nn.Module, got str"),
     (class_counts, ([1.0],), TypeError, r"labels must be integers .*got torch.float32"),
     (class_counts, (torch.tensor([True]),), TypeError, r"got torch.bool"),
     (class_counts, ({0: 1},), TypeError, r"cannot count the labels of a dict"),

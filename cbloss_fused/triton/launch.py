@@ -230,7 +230,7 @@ def _compile(launch: Launch, pointers: tuple[Tensor | None, ...], device: int) -
     if compiled is None:
         arguments = (*pointers, *launch.tail)
         options = {"num_warps": launch.warps, "enable_fp_fusion": True}  # whatever the default is
-        if launch.registers and torch.version.hip is None:
+        if launch.registers and torch.version.cuda is not None:
             options["maxnreg"] = launch.registers
         compiled = launch.kernel.warmup(*arguments, grid=launch.grid, **options)
         _kept[key] = compiled

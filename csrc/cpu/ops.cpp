@@ -293,7 +293,10 @@ void run_loss(const Tensor& logits, const Inputs<T>& in, const Shape& shape, Cal
     check_vector(*out.saved, in.DTYPE, saved_rows(sigmoid) * shape.rows, "saved");
     scale = static_cast<T*>(out.saved->mutable_data_ptr());
   }
-  if (out.stats) check_vector(*out.stats, in.DTYPE, 4 * shape.C, "stats");
+  if (out.stats)
+    require(out.stats->scalar_type() == ScalarType::Double && out.stats->is_contiguous() &&
+                out.stats->numel() == 4 * shape.C,
+            "stats must be 4 * C contiguous elements of float64");
   if (out.saved || out.stats) set_saved(a, scale, shape.rows * sizeof(T));
   else a.scale = scale;
   prologue(in, shape, dtype_of(logits), a, scale);
@@ -312,7 +315,8 @@ void run_loss(const Tensor& logits, const Inputs<T>& in, const Shape& shape, Cal
   run(out.grad ? Mode::LOSS_AND_GRAD : Mode::LOSS);
   if (!vector) *loss = T(epilogue(row_loss, shape.rows));
   if (out.stats)
-    class_stats(a, dtype_of(logits), shape.rows, in.ignore_index, out.stats->mutable_data_ptr());
+    class_stats(a, dtype_of(logits), shape.rows, in.ignore_index,
+                static_cast<double*>(out.stats->mutable_data_ptr()));
 }
 
 void fill(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,

@@ -5,11 +5,13 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 namespace {
 
-template <class S, class T>
-void by_class(const Call& a, int64_t rows, std::optional<int64_t> ignore_index, T* stats) {
+template <class S>
+void by_class(const Call& a, int64_t rows, std::optional<int64_t> ignore_index, double* stats) {
+  using T = std::conditional_t<std::is_same_v<S, double>, double, float>;
   const Formula& f = a.formula;
   const auto at = [&](const void* data, const Strides& s, int64_t i) {
     const int64_t n = a.K == 1 ? i : i / a.K;  // a division takes as long as the rest
@@ -17,7 +19,7 @@ void by_class(const Call& a, int64_t rows, std::optional<int64_t> ignore_index, 
   };
   const auto of = [](const void* vector, int64_t i) { return static_cast<const T*>(vector)[i]; };
   const int64_t C = a.C;
-  std::fill_n(stats, 4 * C, T(0));
+  std::fill_n(stats, 4 * C, 0.0);
   // Two elements per row, each in its own cache line: the loads of a block overlap.
   constexpr int64_t BLOCK = 64;
   T x[BLOCK], g[BLOCK];
@@ -50,13 +52,11 @@ void by_class(const Call& a, int64_t rows, std::optional<int64_t> ignore_index, 
 }  // namespace
 
 void class_stats(const Call& a, DType dtype, int64_t rows, std::optional<int64_t> ignore_index,
-                 void* stats) {
-  float* const single = static_cast<float*>(stats);
+                 double* stats) {
   switch (dtype) {
-    case DType::Float64:
-      return by_class<double>(a, rows, ignore_index, static_cast<double*>(stats));
-    case DType::Float32: return by_class<float>(a, rows, ignore_index, single);
-    case DType::BFloat16: return by_class<c10::BFloat16>(a, rows, ignore_index, single);
-    default: return by_class<c10::Half>(a, rows, ignore_index, single);
+    case DType::Float64: return by_class<double>(a, rows, ignore_index, stats);
+    case DType::Float32: return by_class<float>(a, rows, ignore_index, stats);
+    case DType::BFloat16: return by_class<c10::BFloat16>(a, rows, ignore_index, stats);
+    default: return by_class<c10::Half>(a, rows, ignore_index, stats);
   }
 }
