@@ -274,7 +274,8 @@ class ClassBalancedLoss(torch.nn.Module):
         problems = self._misfits(state, prefix)
         expected = [name for name in VECTORS if self._buffers[name] is not None]
         missing = [prefix + name for name in expected if name not in state]
-        unexpected = [prefix + name for name in VECTORS if name in state and name not in expected]
+        known = {prefix + name for name in (*expected, *OWN_STATE, "_extra_state")}
+        unexpected = [key for key in state_dict if key.startswith(prefix) and key not in known]
         if problems or (strict and (missing or unexpected)):
             error_msgs += problems
             if strict:
@@ -310,6 +311,10 @@ class ClassBalancedLoss(torch.nn.Module):
                 )
         if ("counts" in state) != ("beta" in state):
             found.append(f"{prefix}counts and {prefix}beta come together, got one of them")
+        for name, most in (("counts", torch.finfo(torch.float64).max), ("beta", 1)):
+            values = state.get(name)
+            if values is not None and not found and not ((values >= 0) & (values <= most)).all():
+                found.append(f"{prefix}{name} has values outside [0, {most:g}]")
         return found
 
     def extra_repr(self) -> str:

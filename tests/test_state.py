@@ -96,6 +96,10 @@ MISFITS: dict[str, dict[str, Any]] = {
     "missing weight": {"weight": None},
     "unexpected margin": {"margin": torch.ones(4)},
     "no tensor": {"counts": [1, 2, 3, 4]},
+    "negative": {"counts": torch.tensor([1.0, 2, -1, 3])},
+    "nan": {"counts": torch.tensor([1.0, 2, float("nan"), 3])},
+    "large": {"beta": torch.tensor(1.5)},
+    "unknown": {"scales": torch.ones(4)},
 }
 
 
@@ -104,7 +108,7 @@ def test_a_state_that_does_not_fit_changes_nothing(changes: dict[str, Any]) -> N
     state = ClassBalancedLoss([4, 3, 2, 1], 0.5).state_dict() | changes
     loss_fn = ClassBalancedLoss(COUNTS, 0.9)
     before = snapshot(loss_fn)
-    with pytest.raises(RuntimeError, match=r"weight|counts|beta|schedule|margin"):
+    with pytest.raises(RuntimeError, match=r"weight|counts|beta|schedule|margin|scales"):
         loss_fn.load_state_dict({name: v for name, v in state.items() if v is not None})
     assert_unchanged(loss_fn, before)
 
