@@ -81,17 +81,15 @@ class ClassBalancedLoss(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.options = options_of("ClassBalancedLoss", options)
-        self.counts, self.beta, self.empty = (
-            class_vector(counts),
-            copied(reals(beta, "beta")),
-            empty,
-        )
+        self.counts, self.beta = class_vector(counts), copied(reals(beta, "beta"))
+        self.empty = empty
         weight = class_balanced_weights(counts, beta, empty=empty)
         self._given: dict[str, Tensor] = {}  # for reset_parameters
         for name, vector in (("logit_bias", logit_bias), ("margin", margin)):
             if vector is not None:
                 vector = check_class_vector(name, vector, len(weight)).detach().clone()
-                self._given[name] = vector.cpu() if not vector.is_meta else vector
+                if not vector.is_meta:
+                    self._given[name] = vector.cpu().clone()
             self.register_buffer(name, vector)
         self.register_buffer("weight", weight)
         self._epoch, self._share = 0, 1.0  # of a DeferredReweighting, see _defer
@@ -216,7 +214,9 @@ class ClassBalancedLoss(torch.nn.Module):
     def reset_parameters(self) -> None:
         """Rebuild the buffers from what the module was made of, after `to_empty` for example."""
         for name, vector in self._given.items():
-            self._buffers[name].copy_(vector)  # type: ignore[union-attr]
+            buffer = self._buffers[name]
+            if buffer is not None:
+                buffer.copy_(vector)
         self._reweight(self.counts, self.beta, self._share)
 
     def _reweight(self, counts: Tensor, beta: Tensor, share: float) -> None:
@@ -287,9 +287,13 @@ class ClassBalancedLoss(torch.nn.Module):
             for name in expected
             if name in state
         }
+        errors: list[str] = []
         super()._load_from_state_dict(
-            vectors, prefix, local_metadata, False, missing_keys, unexpected_keys, error_msgs
+            vectors, prefix, local_metadata, False, missing_keys, unexpected_keys, errors
         )
+        error_msgs += errors
+        if errors:
+            return
         if "counts" in state:
             self.counts, self.beta = (copied(state[name]) for name in ("counts", "beta"))
         if "schedule" in state:
@@ -311,7 +315,8 @@ class ClassBalancedLoss(torch.nn.Module):
                 )
         if ("counts" in state) != ("beta" in state):
             found.append(f"{prefix}counts and {prefix}beta come together, got one of them")
-        for name, most in (("counts", torch.finfo(torch.float64).max), ("beta", 1)):
+        largest = torch.finfo(torch.float64).max
+        for name, most in (("counts", largest), ("beta", 1), ("schedule", largest)):
             values = state.get(name)
             if values is not None and not found and not ((values >= 0) & (values <= most)).all():
                 found.append(f"{prefix}{name} has values outside [0, {most:g}]")

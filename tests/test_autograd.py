@@ -267,7 +267,7 @@ def test_autocast(backend, family, dtype):
 @MODES
 @FAMILY
 def test_saved_for_backward(backend, family, recompute, dtype, C, inplace):
-    """One N×C tensor, the gradient or the logits themselves, and at most three numbers a row."""
+    """One N×C tensor, the gradient or the logits themselves, and at most three numbers per row."""
     N = 16
     leaf = torch.zeros(N, C, dtype=dtype, requires_grad=True)
     logits = leaf * 1

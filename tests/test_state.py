@@ -99,6 +99,7 @@ MISFITS: dict[str, dict[str, Any]] = {
     "negative": {"counts": torch.tensor([1.0, 2, -1, 3])},
     "nan": {"counts": torch.tensor([1.0, 2, float("nan"), 3])},
     "large": {"beta": torch.tensor(1.5)},
+    "epoch": {"schedule": torch.tensor([float("nan"), 1.0])},
     "unknown": {"scales": torch.ones(4)},
 }
 
@@ -133,10 +134,21 @@ def test_late_initialisation() -> None:
         loss_fn = ClassBalancedLoss(COUNTS, 0.9, margin=margin)
     assert loss_fn.weight.is_meta
     loss_fn.to_empty(device="cpu")
-    loss_fn.weight.fill_(float("nan"))
+    for buffer in loss_fn.buffers():
+        buffer.fill_(float("nan"))
     loss_fn.reset_parameters()
     assert torch.equal(loss_fn.weight, class_balanced_weights(COUNTS, 0.9))
     assert loss_fn.margin is not None and torch.equal(loss_fn.margin, margin)
+
+
+def test_a_reset_gives_what_the_module_was_made_of() -> None:
+    loss_fn = ClassBalancedLoss(COUNTS, 0.9, margin=torch.ones(4), logit_bias=torch.ones(4))
+    assert loss_fn.margin is not None
+    loss_fn.margin.fill_(7)
+    loss_fn.logit_bias = None
+    loss_fn.reset_parameters()
+    assert loss_fn.margin.tolist() == [1] * 4
+    assert loss_fn.logit_bias is None
 
 
 # Whose memory -------------------------------------------------------------------------------------

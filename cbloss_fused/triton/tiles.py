@@ -179,7 +179,7 @@ def sigmoid_tiles(
     SMOOTH: tl.constexpr, FOLD: tl.constexpr, VECTOR: tl.constexpr, PER_ROW: tl.constexpr,
     ALPHA: tl.constexpr, ADJUST: tl.constexpr,
 ):  # fmt: skip
-    """ROWS rows a program, BLOCK_C classes at a time: one read, one write."""
+    """ROWS rows per program, BLOCK_C classes at a time: one read, one write."""
     n, k, row, there = tile_inputs(rows, K, ROWS, INNER)
     SHORT: tl.constexpr = logits.dtype.element_ty.primitive_bitwidth == 16
     f = sigmoid_formula(gamma, gamma_neg, alpha, alpha_neg, clip, eps, C, ALPHA, T)
