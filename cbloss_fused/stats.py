@@ -62,7 +62,8 @@ def class_stats(
         p, g_y = torch.sigmoid(z_y), r * (f.alpha_neg * (1 - t) * g_0 - f.alpha * t * g_1)
     else:
         M, R = rest
-        d = z_y - M
+        z_y = torch.minimum(z_y, M)  # M is finite where the largest logit is not
+        d = torch.where(z_y == M, 0.0, z_y - M)
         p = d.exp() / (R + d.exp())
         g_y = softmax_row(d, R, r, 0.0, C, M, f)[2]
     if f.per_class and inputs.weight is not None:
