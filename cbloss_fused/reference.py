@@ -322,9 +322,11 @@ def max_and_sum(
 ) -> tuple[Tensor, Tensor]:
     """M = max_j z_j and R = sum_{j != y} e^{z_j - M} of every row."""
     y = torch.where(ignored, 0, inputs.target).clamp(0, logits.shape[1] - 1)
-    z = _limit(_adjusted(logits.to(compute_dtype(logits.dtype)), y, inputs, logit_scale))
-    M = z.amax(1, keepdim=True).clamp(min=torch.finfo(z.dtype).min)
-    return M.squeeze(1), (z.scatter(1, y.unsqueeze(1), -inf) - M).exp().sum(1)
+    z = _adjusted(logits.to(compute_dtype(logits.dtype)), y, inputs, logit_scale)
+    lowest, limit = torch.finfo(z.dtype).min, _limit(z)
+    others = limit.scatter(1, y.unsqueeze(1), -inf)
+    R = (others - limit.amax(1, keepdim=True).clamp(min=lowest)).exp().sum(1)
+    return z.amax(1).clamp(min=lowest), R
 
 
 def _limit(z: Tensor) -> Tensor:

@@ -96,6 +96,17 @@ def test_statistics_change_no_gradient(backend, family):
     assert watched.grad[0, 0].item() == pytest.approx(-q * 32, rel=1e-2)
 
 
+@pytest.mark.parametrize("recompute", (False, True))
+def test_an_infinite_logit_takes_all_of_the_probability(backend, recompute):
+    x = torch.tensor([[math.inf, 0.0, 1.0], [0.0, math.inf, 1.0]], device=DEVICE)
+    leaf, y = x.requires_grad_(), torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    _, stats = class_balanced_loss(
+        leaf, y, return_stats=True, recompute=recompute, backend=backend.argument
+    )
+    assert stats.probability[0].item() == 0.5  # 1 and 0
+    assert stats.gradient[0].item() == 0.5  # 0 and 1, of two rows
+
+
 @pytest.mark.parametrize("smoothing", (0.0, 0.1), ids="s{}".format)
 @FAMILY
 def test_statistics_are_the_same_however_the_gradient_is_computed(backend, family, smoothing):

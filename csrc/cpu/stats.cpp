@@ -39,7 +39,7 @@ void by_class(const Call& a, int64_t rows, std::optional<int64_t> ignore_index, 
       if (f.sigmoid) {
         p = 1 / (1 + std::exp(-z));
       } else {
-        const T e_y = std::exp(z - of(a.M, i));
+        const T M = of(a.M, i), e_y = z >= M ? 1 : std::exp(z - M);  // both may be infinite
         p = e_y / (of(a.R, i) + e_y);
       }
       stats[y] += 1, stats[C + y] += of(a.loss, i), stats[2 * C + y] += std::fabs(g[i - begin]);
