@@ -109,8 +109,8 @@ def calls(backend: Backend) -> dict[str, Callable[[], Any]]:
     numbers, operator = Formula.of(Options("sigmoid", 0.5)).numbers(), backend.loss
     scale_gradient = backend.scale_gradient
     assert scale_gradient is not None
-    plain = (x, *Inputs(y), numbers, None)
-    full = (x, *Inputs(y, w), numbers, -100)
+    plain = (x, *Inputs(y), numbers, None, None)
+    full = (x, *Inputs(y, w), numbers, -100, None)
 
     def allocated() -> None:
         operator(*full, 1, new_loss(x, y, 1), backend.new_grad(x), None)

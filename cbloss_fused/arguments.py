@@ -7,6 +7,7 @@ by `check_target` and `check_values` in those of eager PyTorch.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 from itertools import pairwise
 from math import inf
 from typing import NamedTuple
@@ -32,6 +33,12 @@ class Inputs(NamedTuple):
     normalizer: Tensor | None = None
     logit_bias: Tensor | None = None
     margin: Tensor | None = None
+    pos_weight: Tensor | None = None
+
+    def of_gradient(self) -> tuple[Tensor | None, ...]:
+        """Those that the operator gradient takes."""
+        target, weight, _, _, logit_bias, margin, pos_weight = self
+        return target, weight, logit_bias, margin, pos_weight
 
     def by_row(self, logits: Tensor) -> Inputs:
         """What has one number per row in the shape of the rows of (N, C) or (N, C, K) logits."""
@@ -54,6 +61,13 @@ def weights_classes(formula: Formula, target: Tensor) -> bool:
     return formula.per_class or (not formula.sigmoid and is_soft(target))
 
 
+def class_by_class(formula: Formula, inputs: Inputs) -> bool:
+    """Whether each class of a row has a target or a factor of its own: some kernels have not."""
+    if formula.per_class or is_soft(inputs.target):
+        return True
+    return inputs.pos_weight is not None and formula.label_smoothing != 0
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """What a loss of logits of a dtype is computed in: float64 for float64, else float32."""
     return torch.float64 if dtype is torch.float64 else torch.float32
@@ -67,6 +81,7 @@ def check_inputs(
     normalizer: float | Tensor | None,
     logit_bias: Tensor | None,
     margin: Tensor | None,
+    pos_weight: Tensor | None,
     spec: LossSpec,
     return_stats: bool,
 ) -> Inputs:
@@ -90,6 +105,8 @@ def check_inputs(
         _check_soft(input, target, margin, spec)
     else:
         target = _indices(input, target, rows)
+        if spec.background_index is not None:
+            check_background(spec, C)
     device, dtype = input.device, compute_dtype(input.dtype)
     if target.device != device:
         raise ValueError(f"target must be on input's device {device}, got {target.device}")
@@ -101,6 +118,9 @@ def check_inputs(
         logit_bias = _vector("logit_bias", logit_bias, (C,), device, dtype)
     if margin is not None:
         margin = _vector("margin", margin, (C,), device, dtype)
+    if pos_weight is not None:
+        check_pos_weight(spec)
+        pos_weight = _vector("pos_weight", pos_weight, (C,), device, dtype)
     if normalizer is not None:
         normalizer = _normalizer(normalizer, spec.reduction, device, dtype)
     if return_stats:
@@ -111,7 +131,25 @@ def check_inputs(
         )
     if spec.inplace:
         _check_inplace(input, target)
-    return Inputs(target, weight, sample_weight, normalizer, logit_bias, margin)
+    return Inputs(target, weight, sample_weight, normalizer, logit_bias, margin, pos_weight)
+
+
+def check_background(spec: LossSpec, C: int) -> None:
+    """Raise if background_index is a class."""
+    index = spec.background_index
+    if index is not None and 0 <= index < C:
+        raise ValueError(
+            f"background_index={index} is one of the {C} classes: expected another integer"
+        )
+
+
+def check_pos_weight(spec: LossSpec) -> None:
+    """Raise for the family where pos_weight has no meaning."""
+    if not spec.formula.sigmoid:
+        raise ValueError(
+            "pos_weight multiplies the terms of positive classes: activation='softmax' has no such "
+            "terms"
+        )
 
 
 def _classes_and_rows(input: Tensor) -> tuple[int, tuple[int, ...]]:
@@ -162,6 +200,11 @@ def _check_soft(input: Tensor, target: Tensor, margin: Tensor | None, spec: Loss
         raise ValueError(
             f"ignore_index={spec.ignore_index} is a class index: soft targets have none, drop the "
             "rows or give them sample_weight 0"
+        )
+    if spec.background_index is not None:
+        raise ValueError(
+            f"background_index={spec.background_index} is a class index: a multi-hot row without a "
+            "positive class is all 0"
         )
 
 
@@ -268,9 +311,12 @@ def _check_inplace(input: Tensor, target: Tensor) -> None:
 
 
 def check_class_vector(name: str, vector: Tensor, C: int) -> Tensor:
-    """The vector, looked at once: (C,), finite, not differentiated."""
+    """The vector, looked at once: (C,), finite, a weight >= 0, not differentiated."""
     _check_vector(name, vector, (C,), vector.device)
-    _check_all(name, vector, torch.isfinite, "finite")
+    if name in ("weight", "pos_weight"):
+        _check_all(name, vector, _is_weight, "finite and >= 0")
+    else:
+        _check_all(name, vector, torch.isfinite, "finite")
     return vector
 
 
@@ -284,24 +330,29 @@ def tracing() -> bool:
     return torch._guards.active_fake_mode() is not None
 
 
-def check_target(target: Tensor, num_classes: int, ignore_index: int | None = -100) -> None:
+def check_target(
+    target: Tensor, num_classes: int, ignore_index: int | None, background_index: int | None
+) -> None:
     """Raise IndexError for the first out-of-range target; see `functional.check_target`."""
     target = target.long()
-    bad = (target < 0) | (target >= num_classes)
-    if ignore_index is not None:
-        bad &= target != ignore_index
+    bad, others = (target < 0) | (target >= num_classes), ""
+    for name, index in (("ignore_index", ignore_index), ("background_index", background_index)):
+        if index is not None:
+            bad &= target != index
+            others += f" or {name}={index}"
     if bad.any():
         first = tuple(bad.nonzero()[0].tolist())
-        ignored = "" if ignore_index is None else f" or ignore_index={ignore_index}"
         raise IndexError(
             f"target{list(first)} = {int(target[first])} is out of range: expected 0 <= target < "
-            f"{num_classes}{ignored} ({int(bad.sum())} of {target.numel()} are wrong)"
+            f"{num_classes}{others} ({int(bad.sum())} of {target.numel()} are wrong)"
         )
 
 
-def check_values(logits: Tensor, inputs: Inputs, formula: Formula) -> None:
+def check_values(
+    logits: Tensor, inputs: Inputs, formula: Formula, ignore_index: int | None
+) -> None:
     """Raise for values that the CPU's kernels find as they read."""
-    for name in ("weight", "sample_weight"):
+    for name in ("weight", "sample_weight", "pos_weight"):
         _check_all(name, getattr(inputs, name), _is_weight, "finite and >= 0")
     for name in ("logit_bias", "margin"):
         _check_all(name, getattr(inputs, name), torch.isfinite, "finite")
@@ -311,9 +362,27 @@ def check_values(logits: Tensor, inputs: Inputs, formula: Formula) -> None:
     if inputs.target.dtype.is_floating_point:  # looked at in the type that is computed in
         target = inputs.target.to(compute_dtype(logits.dtype))
         if formula.sigmoid:
-            _check_all("target", target, lambda t: (t >= 0) & (t <= 1), "in [0, 1]")
+            known = known_labels(inputs.target, ignore_index)
+            range_ = "in [0, 1]" if known is None else f"in [0, 1] or ignore_index={ignore_index}"
+            unknown = False if known is None else ~known
+            _check_all("target", target, lambda t: (t >= 0) & (t <= 1) | unknown, range_)
         else:
             _check_all("target", target, _is_weight, "finite and >= 0")
+
+
+def known_labels(target: Tensor, ignore_index: int | None) -> Tensor | None:
+    """Which elements of multi-hot targets are not ignore_index; None: all."""
+    unknown = unknown_label(target.dtype, ignore_index)
+    return None if unknown is None else target != unknown
+
+
+@lru_cache
+def unknown_label(dtype: torch.dtype, ignore_index: int | None) -> float | None:
+    """ignore_index as an element of multi-hot targets; None: no element is ignored."""
+    if ignore_index is None or not dtype.is_floating_point:
+        return None
+    rounded = torch.tensor(ignore_index, dtype=torch.float64, device="cpu").to(dtype).item()
+    return rounded if rounded > -inf else None
 
 
 def _is_weight(v: Tensor) -> Tensor:

@@ -162,7 +162,7 @@ def _run(
     grad: Tensor | None, left: Tensor | None, operator: Any = None,
 ) -> None:  # fmt: skip
     """left: what the operator leaves beside them, saved or statistics."""
-    numbers = spec.numbers, spec.ignore_index, spec.reduction
+    numbers = spec.numbers, spec.ignore_index, spec.background_index, spec.reduction
     (operator or backend.loss)(logits, *inputs, *numbers, loss, grad, left)
 
 
@@ -180,10 +180,9 @@ def _run_with_stats(
 def _save(
     ctx: Any, logits: Tensor, inputs: Inputs, spec: LossSpec, backend: Backend, saved: Tensor
 ) -> None:
-    target, weight, _, _, logit_bias, margin = inputs
-    if not weights_classes(spec.formula, target):  # in scale already; it may change in place
-        weight = None
-    ctx.save_for_backward(logits, target, weight, logit_bias, margin, saved)
+    if not weights_classes(spec.formula, inputs.target):
+        inputs = inputs._replace(weight=None)  # in scale already; it may change in place
+    ctx.save_for_backward(logits, *inputs.of_gradient(), saved)
     ctx.spec, ctx.backend = spec, backend
 
 
@@ -193,7 +192,8 @@ def _recomputed(ctx: Any, grad_loss: Tensor) -> Tensor:
     logits, *vectors, saved = ctx.saved_tensors
     spec, backend = ctx.spec, ctx.backend
     grad: Tensor = logits.detach() if spec.inplace else backend.new_grad(logits)
-    backend.gradient(logits, *vectors, saved, grad_loss.contiguous(), spec.numbers, grad)
+    incoming, marks = grad_loss.contiguous(), (spec.ignore_index, spec.background_index)
+    backend.gradient(logits, *vectors, saved, incoming, spec.numbers, *marks, grad)
     if spec.inplace:
         torch.autograd.graph.increment_version(logits)
     return grad

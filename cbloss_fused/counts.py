@@ -23,6 +23,7 @@ def class_counts(
     num_classes: int | None = None,
     *,
     ignore_index: int | None = None,
+    background_index: int | None = None,
 ) -> Tensor:
     """Count the samples of each class.
 
@@ -35,20 +36,21 @@ def class_counts(
         labels_or_dataset: class indices (not one-hot) of any integer type and any shape, a
             map-style dataset, or a DataLoader (counted as it samples, a last batch dropped too).
         num_classes: C; the largest label + 1 if None.
-        ignore_index: labels with this value are not counted, as in segmentation masks with 255;
-            None: there are none.
+        ignore_index, background_index: labels with these values are not counted, as in
+            segmentation masks with 255; None: there are none.
     Returns:
         (C,) int64, on the device of the labels if they are a tensor.
     Raises:
         ValueError: a label outside [0, C) that is not ignored; no labels, or one beyond 1e8, when
             num_classes is None; labels of shape (N, C) that are one-hot.
-        TypeError: labels, num_classes or ignore_index that are not integers, or no labels found.
+        TypeError: labels, num_classes or an index that are not integers, or no labels found.
 
     >>> class_counts([0, 2, 2, 1, 2], num_classes=4)
     tensor([1, 1, 3, 0])
     """
     C = _int("num_classes", num_classes)
-    ignored = _int("ignore_index", ignore_index)
+    marks = _int("ignore_index", ignore_index), _int("background_index", background_index)
+    no_class = [mark for mark in marks if mark is not None]
     if C is not None and C < 1:
         raise ValueError(f"num_classes = {C}: expected at least 1, or None")
     below = MOST_CLASSES if C is None else C
@@ -61,9 +63,11 @@ def class_counts(
         labels = chunk.flatten()
         shapes_of_one_hot = shapes_of_one_hot and _is_one_hot(chunk)
         good = (labels >= 0) & (labels < below)
-        kept = None if ignored is None else labels != ignored
-        require(good if kept is None else good | ~kept, labels, "labels", expected, start=seen)
-        found = labels if kept is None else labels[kept]
+        found = labels
+        for mark in no_class:
+            good |= labels == mark
+            found = found[found != mark]
+        require(good, labels, "labels", expected, start=seen)
         old, counts = counts, torch.bincount(found, minlength=len(counts))
         counts[: len(old)] += old
         seen += len(labels)

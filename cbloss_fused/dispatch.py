@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .arguments import Inputs, check_values, is_soft, tracing
+from .arguments import Inputs, check_values, class_by_class, is_soft, tracing
 from .autograd import (
     loss_alone,
     loss_and_stats_alone,
@@ -25,13 +25,13 @@ def dispatch(
 ) -> Tensor | tuple[Tensor, ClassStats]:
     """`class_balanced_loss` of checked arguments."""
     soft = is_soft(inputs.target)
-    if soft:
+    if soft and not spec.formula.sigmoid:  # the sigmoid family ignores elements
         spec = spec._replace(ignore_index=None)
     if spec.backend == "reference":
         return _eager(input, inputs, spec)
     # device.type takes 3 us
     device_type = "cpu" if input.is_cpu else "cuda" if input.is_cuda else input.device.type
-    backend = choose(device_type, spec.backend, soft or spec.formula.per_class)
+    backend = choose(device_type, spec.backend, class_by_class(spec.formula, inputs))
     shape = input.shape
     if len(shape) != 2:  # (C,) and (N, C, d1, ..., dk): the operators know (N, C) and (N, C, K)
         input = input.unsqueeze(0) if len(shape) == 1 else input.flatten(2)
@@ -66,8 +66,9 @@ def _recomputes(spec: LossSpec, dtype: torch.dtype) -> bool:
 def _eager(input: Tensor, inputs: Inputs, spec: LossSpec) -> Tensor:
     """The differentiable formula of reference.py."""
     if input.device.type == "cpu" and not tracing():
-        check_values(input, inputs, spec.formula)
-    numbers = spec.formula, spec.ignore_index, REDUCTIONS[spec.reduction]
+        check_values(input, inputs, spec.formula, spec.ignore_index)
+    marks = spec.ignore_index, spec.background_index
+    numbers = spec.formula, *marks, REDUCTIONS[spec.reduction]
     if input.dim() > 1:
         return reference.eager_loss(input, inputs, *numbers)
     inputs = inputs._replace(target=inputs.target.unsqueeze(0))

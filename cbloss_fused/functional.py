@@ -22,6 +22,7 @@ def class_balanced_loss(
     logit_bias: Tensor | None = None,
     margin: Tensor | None = None,
     sample_weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     return_stats: Literal[False] = False,
     **options: Unpack[LossOptions],
@@ -35,6 +36,7 @@ def class_balanced_loss(
     logit_bias: Tensor | None = None,
     margin: Tensor | None = None,
     sample_weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     return_stats: Literal[True],
     **options: Unpack[LossOptions],
@@ -48,6 +50,7 @@ def class_balanced_loss(
     logit_bias: Tensor | None = None,
     margin: Tensor | None = None,
     sample_weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     return_stats: bool,
     **options: Unpack[LossOptions],
@@ -61,6 +64,7 @@ def class_balanced_loss(
     logit_bias: Tensor | None = None,
     margin: Tensor | None = None,
     sample_weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
     return_stats: bool = False,
     **options: Unpack[LossOptions],
@@ -79,9 +83,9 @@ def class_balanced_loss(
     Args:
         input: logits, (C,), (N, C) or (N, C, d1, ..., dk), C >= 1, any strides; float32, bfloat16,
             float16 or float64. Half types are computed in float32.
-        target: class indices in [0, C) or ignore_index; any integer type; (), (N,) or
-            (N, d1, ..., dk). A float target of 1-d logits is one row of C classes: give a binary
-            batch of N logits and targets the shape (N, 1).
+        target: class indices in [0, C), ignore_index or background_index; any integer type; (),
+            (N,) or (N, d1, ..., dk). A float target of 1-d logits is one row of C classes: give a
+            binary batch of N logits and targets the shape (N, 1).
             Or soft or multi-hot labels: one float or bool per class, t_j, in
             input's shape; finite and >= 0, for "sigmoid" at most 1. Then r takes the mean weight of
             the labels, Σ_j t_j weight_j / Σ_j t_j (1 where there are none); gamma > 0 in "softmax"
@@ -115,7 +119,17 @@ def class_balanced_loss(
             weight[j] multiplies class j's term, "sigmoid" only and not with "weighted_mean".
             This and soft targets have fused kernels on the CPU and in Triton; backend="cuda" uses
             Triton's for them.
+        pos_weight: (C,) of any floating type, finite and >= 0, "sigmoid" only: multiplies the term
+            of class j where the target is class j, as in F.binary_cross_entropy_with_logits: t_j of
+            multi-hot and smoothed targets. It is a part of no r and of no denominator.
         ignore_index: rows with this target are ignored, even if they hold NaN; None ignores none.
+            A negative one marks elements of multi-hot float targets too, "sigmoid" only: labels
+            that nobody knows (CheXpert's -1) have no loss, no gradient and no part in r.
+        background_index: "sigmoid" only: rows with this target, neither a class nor ignore_index,
+            have no positive class, as most anchors of a detector (C in mmdetection). Such a row's r
+            is its sample_weight, where a row of a head class has a small weight: to scale
+            background down, give these rows a sample_weight. It counts as a row in the mean, while
+            detectors divide by the positives: normalizer=(target < C).sum().clamp(min=1).
         reduction: "none", "sum", "mean" (over the rows that are not ignored, as in the paper) or
             "weighted_mean" (divided by Σ r, what F.cross_entropy calls "mean").
         normalizer: positive number or 0-d tensor of any real type in place of the mean's
@@ -164,18 +178,25 @@ def class_balanced_loss(
     """
     spec = spec_of("class_balanced_loss", options)
     inputs = arguments.check_inputs(
-        input, target, weight, sample_weight, normalizer, logit_bias, margin, spec, return_stats
-    )
+        input, target, weight, sample_weight, normalizer, logit_bias, margin, pos_weight, spec,
+        return_stats,
+    )  # fmt: skip
     return dispatch(input, inputs, spec, return_stats)
 
 
-def check_target(target: Tensor, num_classes: int, ignore_index: int | None = -100) -> None:
+def check_target(
+    target: Tensor,
+    num_classes: int,
+    ignore_index: int | None = -100,
+    background_index: int | None = None,
+) -> None:
     """Raise IndexError if any target is out of range; on a GPU this synchronises.
 
     Args:
         target: class indices, any shape, integer type and device.
         num_classes: C >= 1.
-        ignore_index: the one value outside [0, C) that is allowed; None: there is none.
+        ignore_index, background_index: the values outside [0, C) that are allowed; None: there is
+            none.
 
     Raises:
         IndexError: names the first offending value, its index and how many there are.
@@ -187,4 +208,4 @@ def check_target(target: Tensor, num_classes: int, ignore_index: int | None = -1
         ...
     IndexError: target[1] = 7 is out of range: expected 0 <= target < 3 or ignore_index=-100 (1 ...
     """
-    arguments.check_target(target, num_classes, ignore_index)
+    arguments.check_target(target, num_classes, ignore_index, background_index)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from typing_extensions import Self, Unpack
 
-from .arguments import check_class_vector, check_inputs
+from .arguments import check_background, check_class_vector, check_inputs, check_pos_weight
 from .arrays import Array, Vector, class_vector, copied, reals
 from .counts import class_counts
 from .dispatch import dispatch
@@ -19,7 +19,8 @@ from .options import LossOptions, LossSpec, Options, check_options, lists_option
 from .stats import ClassStats
 from .weights import Empty, beta_from_prototypes, class_balanced_weights
 
-VECTORS = ("weight", "logit_bias", "margin")  # buffers of (C,)
+GIVEN = ("logit_bias", "margin", "pos_weight")  # by the caller, or None
+VECTORS = ("weight", *GIVEN)  # buffers of (C,)
 OWN_STATE = ("counts", "beta", "schedule")
 KEPT = (torch.float32, torch.float64)  # dtypes that hold a weight
 
@@ -30,6 +31,7 @@ class ModuleOptions(LossOptions, total=False):
     empty: Empty
     logit_bias: Tensor | None
     margin: Tensor | None
+    pos_weight: Tensor | None
 
 
 class ClassBalancedLoss(torch.nn.Module):
@@ -40,18 +42,20 @@ class ClassBalancedLoss(torch.nn.Module):
             mapping class -> count. Copied.
         beta: in [0, 1]; 0 weighs all classes alike, 1 by inverse frequency.
         empty: what a class without samples gets, see `class_balanced_weights`.
-        options: all others as in `class_balanced_loss`; logit_bias and margin are copied into
-            buffers.
+        options: all others as in `class_balanced_loss`; logit_bias, margin and pos_weight are
+            copied into buffers.
 
     Shape: input (C,), (N, C) or (N, C, d1, ..., dk); target (), (N,) or (N, d1, ..., dk).
     Attributes: weight, a (C,) float32 buffer, which moves with .to(). It stays float32 through
-        .half() and .bfloat16(), as logit_bias and margin do; .double() makes it float64. counts and
-        beta, float64 on the CPU. Every option, checked when assigned and used from then on.
+        .half() and .bfloat16(), as logit_bias, margin and pos_weight do; .double() makes it
+        float64. counts and beta, float64 on the CPU. Every option, checked when assigned and used
+        from then on.
         `set_beta` and `update_counts` change the weights in place: a compiled model uses the new
         weights without recompiling; another gamma or logit_scale compiles it anew.
-    State: weight, logit_bias, margin, counts, beta, and how far a `DeferredReweighting` is, all as
-        tensors. A checkpoint of `nn.CrossEntropyLoss(weight=...)` loads too: counts and beta then
-        stay as they are. A state that does not fit raises and changes nothing here.
+    State: weight, logit_bias, margin, pos_weight, counts, beta, and how far a
+        `DeferredReweighting` is, all as tensors. A checkpoint of `nn.CrossEntropyLoss(weight=...)`
+        loads too: counts and beta then stay as they are. A state that does not fit raises and
+        changes nothing here.
     Raises: ValueError or TypeError for bad counts, beta or options, here and not in forward.
     Source: Cui et al., CVPR 2019 (arXiv 1901.05555).
 
@@ -63,6 +67,7 @@ class ClassBalancedLoss(torch.nn.Module):
     weight: Tensor
     logit_bias: Tensor | None
     margin: Tensor | None
+    pos_weight: Tensor | None
     counts: Tensor
     beta: Tensor
     spec: LossSpec
@@ -77,15 +82,18 @@ class ClassBalancedLoss(torch.nn.Module):
         empty: Empty = "error",
         logit_bias: Tensor | None = None,
         margin: Tensor | None = None,
+        pos_weight: Tensor | None = None,
         **options: Unpack[LossOptions],
     ) -> None:
         super().__init__()
-        self.options = options_of("ClassBalancedLoss", options)
         self.counts, self.beta = class_vector(counts), copied(reals(beta, "beta"))
+        self.options = options_of("ClassBalancedLoss", options)
+        if pos_weight is not None:
+            check_pos_weight(self.spec)
         self.empty = empty
         weight = class_balanced_weights(counts, beta, empty=empty)
         self._given: dict[str, Tensor] = {}  # for reset_parameters
-        for name, vector in (("logit_bias", logit_bias), ("margin", margin)):
+        for name, vector in zip(GIVEN, (logit_bias, margin, pos_weight), strict=True):
             if vector is not None:
                 vector = check_class_vector(name, vector, len(weight)).detach().clone()
                 if not vector.is_meta:
@@ -134,7 +142,7 @@ class ClassBalancedLoss(torch.nn.Module):
         buffers = self._buffers  # Module.__getattr__ would take half a microsecond for each
         inputs = check_inputs(
             input, target, buffers["weight"], sample_weight, normalizer, buffers["logit_bias"],
-            buffers["margin"], self.spec, return_stats,
+            buffers["margin"], buffers["pos_weight"], self.spec, return_stats,
         )  # fmt: skip
         return dispatch(input, inputs, self.spec, return_stats)
 
@@ -154,8 +162,7 @@ class ClassBalancedLoss(torch.nn.Module):
         >>> ClassBalancedLoss.from_labels([0, 0, 1, 2], beta=0.9).counts
         tensor([2., 1., 1.], dtype=torch.float64)
         """
-        ignored = options.get("ignore_index", Options().ignore_index)
-        return cls(class_counts(labels, num_classes, ignore_index=ignored), beta, **options)
+        return cls(class_counts(labels, num_classes, **_marks(options)), beta, **options)
 
     @classmethod
     def from_dataset(
@@ -166,8 +173,7 @@ class ClassBalancedLoss(torch.nn.Module):
         **options: Unpack[ModuleOptions],
     ) -> Self:
         """The loss for the counts of a dataset or of what a loader samples, see `class_counts`."""
-        ignored = options.get("ignore_index", Options().ignore_index)
-        return cls(class_counts(dataset, num_classes, ignore_index=ignored), beta, **options)
+        return cls(class_counts(dataset, num_classes, **_marks(options)), beta, **options)
 
     @property
     def options(self) -> Options:
@@ -178,8 +184,9 @@ class ClassBalancedLoss(torch.nn.Module):
     def options(self, options: Options) -> None:
         if not isinstance(options, Options):
             raise TypeError(f"options must be Options, got {type(options).__name__}")
-        self.spec = check_options(options)
-        self._options = options
+        spec = check_options(options)
+        check_background(spec, len(self.counts))
+        self.spec, self._options = spec, options
 
     def set_beta(self, beta: float | Vector) -> None:
         """Recompute the weights in place for a new beta, as far as they are re-weighted by now.
@@ -326,8 +333,17 @@ class ClassBalancedLoss(torch.nn.Module):
         """num_classes and beta, then whatever is not the default."""
         beta = f"beta={self.beta.item()}" if self.beta.dim() == 0 else "beta per class"
         changed = self.options.changed()
-        changed += [name for name in ("logit_bias", "margin") if getattr(self, name) is not None]
+        changed += [name for name in GIVEN if getattr(self, name) is not None]
         return ", ".join([f"num_classes={len(self.counts)}", beta, *changed])
+
+
+def _marks(options: ModuleOptions) -> dict[str, int | None]:
+    """The labels that are no class."""
+    defaults = Options()
+    return {
+        "ignore_index": options.get("ignore_index", defaults.ignore_index),
+        "background_index": options.get("background_index", defaults.background_index),
+    }
 
 
 def _weights(counts: Tensor, beta: Tensor, empty: Empty, share: float) -> Tensor:

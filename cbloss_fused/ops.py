@@ -24,13 +24,14 @@ from .options import REDUCTIONS, Formula
 
 _CALL = (
     "Tensor logits, Tensor target, Tensor? weight, Tensor? sample_weight, Tensor? normalizer, "
-    "Tensor? logit_bias, Tensor? margin, float[] formula, int? ignore_index, int reduction, "
-    "Tensor(a!) loss"
+    "Tensor? logit_bias, Tensor? margin, Tensor? pos_weight, float[] formula, int? ignore_index, "
+    "int? background_index, int reduction, Tensor(a!) loss"
 )
 _LOSS = f"({_CALL}, Tensor(b!)? grad, Tensor(c!)? saved) -> ()"
 _GRADIENT = (
     "(Tensor logits, Tensor target, Tensor? weight, Tensor? logit_bias, Tensor? margin, "
-    "Tensor saved, Tensor grad_loss, float[] formula, Tensor(a!) grad) -> ()"
+    "Tensor? pos_weight, Tensor saved, Tensor grad_loss, float[] formula, int? ignore_index, "
+    "int? background_index, Tensor(a!) grad) -> ()"
 )
 OVERLOADS = ("default", "triton", "cuda", "reference")  # default: what the device has
 library = torch.library.Library("cbloss_fused", "DEF")
@@ -71,8 +72,10 @@ def eager_loss(
     normalizer: Tensor | None,
     logit_bias: Tensor | None,
     margin: Tensor | None,
+    pos_weight: Tensor | None,
     formula: Sequence[float],
     ignore_index: int | None,
+    background_index: int | None,
     reduction: int,
     loss: Tensor,
     grad: Tensor | None,
@@ -81,14 +84,16 @@ def eager_loss(
     """The operator loss."""
     _warn_once(logits.device.type)
     f = Formula.of_numbers(formula)
-    inputs = Inputs(target, weight, sample_weight, normalizer, logit_bias, margin)
+    inputs = Inputs(
+        target, weight, sample_weight, normalizer, logit_bias, margin, pos_weight
+    )  # fmt: skip
     if logits.device.type == "cpu":  # here, where the message can name target's own index
         if not is_soft(target):
-            check_target(target, logits.shape[1], ignore_index)
-        check_values(logits, inputs, f)
+            check_target(target, logits.shape[1], ignore_index, background_index)
+        check_values(logits, inputs, f, ignore_index)
     inputs = inputs.by_row(logits)
-    name = REDUCTIONS[reduction]
-    L, gradient, s, r = reference.loss_and_grad(logits, inputs, f, ignore_index, name)
+    marks = ignore_index, background_index
+    L, gradient, s, r = reference.loss_and_grad(logits, inputs, f, *marks, REDUCTIONS[reduction])
     loss.copy_(L.reshape(loss.shape) if loss.dim() else L.sum())
     if grad is not None:
         grad.copy_(gradient)
@@ -108,18 +113,24 @@ def eager_gradient(
     weight: Tensor | None,
     logit_bias: Tensor | None,
     margin: Tensor | None,
+    pos_weight: Tensor | None,
     saved: Tensor,
     grad_loss: Tensor,
     formula: Sequence[float],
+    ignore_index: int | None,
+    background_index: int | None,
     grad: Tensor,
 ) -> None:
     """The operator gradient."""
-    inputs = Inputs(target, weight, logit_bias=logit_bias, margin=margin).by_row(logits)
+    inputs = Inputs(
+        target, weight, logit_bias=logit_bias, margin=margin, pos_weight=pos_weight
+    ).by_row(logits)
     rows = logits.shape[:1] + logits.shape[2:]
     incoming = grad_loss.reshape(rows) if grad_loss.dim() else grad_loss
     f = Formula.of_numbers(formula)
     s, r = saved[0], saved[1 if is_soft(target) and not f.sigmoid else 0]
-    grad.copy_(reference.gradient(logits, inputs, s.reshape(rows), r.reshape(rows), incoming, f))
+    scales = s.reshape(rows), r.reshape(rows), incoming
+    grad.copy_(reference.gradient(logits, inputs, *scales, f, ignore_index, background_index))
 
 
 for _name in _names:

@@ -40,6 +40,7 @@ class LossOptions(TypedDict, total=False):
     logit_scale: float
     class_weighting: ClassWeighting
     ignore_index: int | None
+    background_index: int | None
     reduction: Reduction
     inplace: bool
     recompute: bool | None
@@ -59,6 +60,7 @@ class Options(NamedTuple):
     logit_scale: float = 1.0
     class_weighting: ClassWeighting = "sample"
     ignore_index: int | None = -100
+    background_index: int | None = None
     reduction: Reduction = "mean"
     inplace: bool = False
     recompute: bool | None = None
@@ -107,6 +109,7 @@ RULES = {
     "logit_scale": Rule("positive and <= 1e30", lambda v: 0 < v <= 1e30),
     "class_weighting": _choice("sample", "class"),
     "ignore_index": _or_none(Rule("an int", _is_int, TypeError)),
+    "background_index": _or_none(Rule("an int", _is_int, TypeError)),
     "reduction": _choice(*REDUCTIONS),
     "inplace": Rule("True or False", lambda v: v in (True, False), TypeError),
     "recompute": _or_none(Rule("True or False", lambda v: v in (True, False), TypeError)),
@@ -152,6 +155,16 @@ def _check_together(options: Options) -> None:
     elif options.class_weighting == "class":
         raise ValueError(
             "class_weighting='class' weights each class's term: activation='softmax' has only one"
+        )
+    elif options.background_index is not None:
+        raise ValueError(
+            "background_index marks rows without a positive class: in activation='softmax' every "
+            f"row has one, got background_index={options.background_index}"
+        )
+    if options.background_index is not None and options.background_index == options.ignore_index:
+        raise ValueError(
+            f"background_index and ignore_index are both {options.ignore_index}: a row is either "
+            "background or ignored"
         )
 
 
@@ -217,6 +230,7 @@ class LossSpec(NamedTuple):
     formula: Formula
     numbers: tuple[float, ...]  # the formula, as the operators take it
     ignore_index: int | None
+    background_index: int | None
     reduction: int  # index of REDUCTIONS
     inplace: bool
     recompute: bool | None
@@ -232,12 +246,18 @@ def check_options(options: Options) -> LossSpec:
     """
     _check_each(options)
     _check_together(options)
-    formula, ignored = Formula.of(options), options.ignore_index
+    formula = Formula.of(options)
     return LossSpec(
-        formula, formula.numbers(), None if ignored is None else operator.index(ignored),
+        formula, formula.numbers(),
+        _index(options.ignore_index), _index(options.background_index),
         REDUCTIONS.index(options.reduction),
         bool(options.inplace), options.recompute, options.backend,
     )  # fmt: skip
+
+
+def _index(value: Any) -> int | None:
+    """Of any integer type, as Python's."""
+    return None if value is None else operator.index(value)
 
 
 def options_of(caller: str, options: LossOptions) -> Options:

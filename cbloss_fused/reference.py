@@ -20,7 +20,9 @@ from torch import Tensor
 from .arguments import Inputs, compute_dtype, is_soft, weights_classes
 from .options import Formula, Options
 from .row_weights import (
+    Targets,
     along_classes,
+    at_target,
     reduced,
     row_scales,
     row_weights,
@@ -39,23 +41,34 @@ def loss(
     *,
     logit_bias: Tensor | None = None,
     margin: Tensor | None = None,
+    pos_weight: Tensor | None = None,
     ignore_index: int | None = -100,
+    background_index: int | None = None,
     reduction: str = "mean",
     **options: Any,
 ) -> Tensor:
     """`eager_loss` of the options of `class_balanced_loss`, unchecked."""
-    inputs = Inputs(target, weight, sample_weight, normalizer, logit_bias, margin)
-    return eager_loss(logits, inputs, Formula.of(Options(**options)), ignore_index, reduction)
+    inputs = Inputs(target, weight, sample_weight, normalizer, logit_bias, margin, pos_weight)
+    f = Formula.of(Options(**options))
+    return eager_loss(logits, inputs, f, ignore_index, background_index, reduction)
 
 
 def eager_loss(
-    logits: Tensor, inputs: Inputs, f: Formula, ignore_index: int | None, reduction: str
+    logits: Tensor,
+    inputs: Inputs,
+    f: Formula,
+    ignore_index: int | None,
+    background_index: int | None,
+    reduction: str,
 ) -> Tensor:
     """The class-balanced loss as a differentiable eager expression."""
     z = logits.to(compute_dtype(logits.dtype))
-    y, keep, valid = targets_of(inputs.target, z.shape[1], ignore_index)
+    targets = targets_of(inputs.target, z.shape[1], ignore_index, background_index)
+    y, keep, valid, known = targets
     if keep is not None:  # selected away, never multiplied by 0
         z = torch.where(keep.unsqueeze(1), z, 0.0)
+    if known is not None:
+        z = torch.where(known, z, 0.0)
     z = _adjusted(z, y, inputs, f.logit_scale)
     r = row_weights(y, inputs, f, z.dtype)
     w = _class_weights(z, inputs, f)
@@ -64,7 +77,8 @@ def eager_loss(
         L = weighted(sample_weights(inputs, z.dtype), hard) + weighted(r, rest)
     else:
         if f.sigmoid:
-            L = _sigmoid_loss(z, _targets(z, y, f.label_smoothing), f, w)
+            L_j = _sigmoid_losses(z, _targets(z, y, f.label_smoothing), f, w, inputs.pos_weight)
+            L = (L_j if known is None else torch.where(known, L_j, 0.0)).sum(1)
         else:
             L = _softmax_loss(z, y.unsqueeze(1), f)
         L = weighted(r, L if valid is None else torch.where(valid, L, nan))
@@ -76,14 +90,20 @@ def _adjusted(z: Tensor, y: Tensor, inputs: Inputs, logit_scale: float) -> Tenso
     if inputs.logit_bias is not None:
         z = z + along_classes(inputs.logit_bias, z)
     if inputs.margin is not None:
-        z = z.scatter_add(1, y.unsqueeze(1), -inputs.margin.to(z.dtype)[y].unsqueeze(1))
+        margin = at_target(inputs.margin.to(z.dtype), y, 0.0)
+        z = z.scatter_add(1, y.clamp(max=z.shape[1] - 1).unsqueeze(1), -margin.unsqueeze(1))
     return z if logit_scale == 1 else z * logit_scale
 
 
 def _targets(z: Tensor, y: Tensor, eps: float) -> Tensor:
     """One target per class: (1-eps) t + eps/C, t soft as given or the one-hot of a class index."""
-    t = y.to(z.dtype) if is_soft(y) else torch.zeros_like(z).scatter(1, y.unsqueeze(1), 1.0)
-    return (1 - eps) * t + eps / z.shape[1] if eps else t
+    C = z.shape[1]
+    if is_soft(y):
+        t = y.to(z.dtype)
+    else:
+        one = (y < C).to(z.dtype)  # 0 in a background row
+        t = torch.zeros_like(z).scatter(1, y.clamp(max=C - 1).unsqueeze(1), one.unsqueeze(1))
+    return (1 - eps) * t + eps / C if eps else t
 
 
 def _class_weights(z: Tensor, inputs: Inputs, f: Formula) -> Tensor | None:
@@ -140,8 +160,10 @@ def _log_odds_against(z: Tensor, y: Tensor) -> Tensor:
     return (torch.logsumexp(others - M, 1, keepdim=True) - (z.gather(1, y) - M)).squeeze(1)
 
 
-def _sigmoid_loss(z: Tensor, t: Tensor, f: Formula, w: Tensor | None) -> Tensor:
-    """sum_j w_j [alpha t L(z_j, 1) + (1 - alpha) (1 - t) L(z_j, 0)].
+def _sigmoid_losses(
+    z: Tensor, t: Tensor, f: Formula, w: Tensor | None, pos_weight: Tensor | None
+) -> Tensor:
+    """w_j [v_j alpha t L(z_j, 1) + (1 - alpha) (1 - t) L(z_j, 0)] of every class, v the pos_weight.
 
     L(z, 1) = (1-p)^gamma (-log p), L(z, 0) = p^gamma (-log(1-p)), p = sigma(z); for t = 0 gamma is
     gamma_neg and p is max(p - clip, 0).
@@ -158,9 +180,11 @@ def _sigmoid_loss(z: Tensor, t: Tensor, f: Formula, w: Tensor | None) -> Tensor:
         L_0 = torch.where(inside, p**f.gamma_neg * -torch.log1p(-p), 0.0)
     else:
         L_0 = focal(-z, f.gamma_neg)
-    L = torch.where(t == 0, 0.0, f.alpha * t * focal(z, f.gamma))
-    L = L + torch.where(t == 1, 0.0, f.alpha_neg * (1 - t) * L_0)
-    return (L if w is None else w * L).sum(1)
+    L_1 = f.alpha * t * focal(z, f.gamma)
+    if pos_weight is not None:
+        L_1 = weighted(along_classes(pos_weight, z), L_1)
+    L = torch.where(t == 0, 0.0, L_1) + torch.where(t == 1, 0.0, f.alpha_neg * (1 - t) * L_0)
+    return L if w is None else w * L
 
 
 # The explicit formulas
@@ -243,54 +267,64 @@ def loss_and_grad(
     inputs: Inputs,
     f: Formula,
     ignore_index: int | None = -100,
+    background_index: int | None = None,
     reduction: str = "mean",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(row losses that reduction adds up, gradient of their sum, s, r) by the explicit formulas.
 
     s and r (rows) are `row_scales`'s: what `gradient` takes.
     """
-    y, s, r = row_scales(logits, inputs, f, ignore_index, reduction)
-    L, grad = _rows(logits, y, s, r, inputs, f)
+    targets, s, r = row_scales(logits, inputs, f, ignore_index, background_index, reduction)
+    L, grad = _rows(logits, targets, s, r, inputs, f, r < 0)
     return L, grad, s, r
 
 
 def gradient(
-    logits: Tensor, inputs: Inputs, s: Tensor, r: Tensor, grad_loss: Tensor, f: Formula
+    logits: Tensor,
+    inputs: Inputs,
+    s: Tensor,
+    r: Tensor,
+    grad_loss: Tensor,
+    f: Formula,
+    ignore_index: int | None,
+    background_index: int | None,
 ) -> Tensor:
     """The gradient once more, for an incoming grad_loss: 0-d, or one per row."""
-    ignored, y = r < 0, inputs.target
-    if not is_soft(y):
-        y = torch.where(ignored, 0, y)
+    ignored = r < 0
+    targets = targets_of(inputs.target, logits.shape[1], ignore_index, background_index)
     s, r = (torch.where(ignored, v, v * grad_loss) for v in (s, r))
-    return _rows(logits, y, s, r, inputs, f, ignored)[1]
+    return _rows(logits, targets, s, r, inputs, f, ignored)[1]
 
 
 def _rows(
     logits: Tensor,
-    y: Tensor,
+    targets: Targets,
     s: Tensor,
     r: Tensor,
     inputs: Inputs,
     f: Formula,
-    ignored: Tensor | None = None,
+    ignored: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Losses (N, ...) and gradient of every row."""
-    if ignored is None:
-        ignored = r < 0
+    y, known = targets.y, targets.known
     C, soft, eps = logits.shape[1], is_soft(y), f.label_smoothing
     z = logits.to(r.dtype)
     s, r = (torch.where(ignored, 0.0, v).unsqueeze(1) for v in (s, r))
-    if not soft:
-        y = y.clamp(0, C - 1)
+    if known is not None:
+        z = torch.where(known, z, 0.0)
     z, w = _adjusted(z, y, inputs, f.logit_scale), _class_weights(z, inputs, f)
     if f.sigmoid:
         t = _targets(z, y, eps)
         L_0, g_0 = sigmoid_element(z, f.gamma_neg, f.clip)
         L_1, g_1 = sigmoid_element(-z, f.gamma)
         t_0, t_1 = f.alpha_neg * (1 - t), f.alpha * t
+        if inputs.pos_weight is not None:
+            t_1 = along_classes(inputs.pos_weight, z) * t_1
         L, grad = weighted(t_0, L_0) + weighted(t_1, L_1), t_0 * g_0 - t_1 * g_1
         if w is not None:
             L, grad = weighted(w, L), w * grad
+        if known is not None:
+            L, grad = (torch.where(known, v, 0.0) for v in (L, grad))
         L, grad = weighted(r, L.sum(1, keepdim=True)), r * grad
     else:
         z = _limit(z)

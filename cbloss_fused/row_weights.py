@@ -6,23 +6,39 @@ Targets are (N, ...) of class indices, or like (N, C, ...) logits: the classes a
 from __future__ import annotations
 
 from math import nan
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .arguments import Inputs, check_target, compute_dtype, is_soft, tracing
+from .arguments import Inputs, check_target, compute_dtype, is_soft, known_labels, tracing
 from .options import Formula
 
 
+class Targets(NamedTuple):
+    """Targets that index nothing out of bounds, and what is not used of them; None: all is."""
+
+    y: Tensor  # class indices, C in a background row; or soft targets, 0 where not known
+    keep: Tensor | None = None  # rows not ignored
+    valid: Tensor | None = None  # rows in range
+    known: Tensor | None = None  # elements of soft targets not ignored
+
+
 def row_scales(
-    logits: Tensor, inputs: Inputs, f: Formula, ignore_index: int | None, reduction: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Targets in range, or soft ones as they are; s, r: one number per row, over the denominator.
+    logits: Tensor,
+    inputs: Inputs,
+    f: Formula,
+    ignore_index: int | None,
+    background_index: int | None,
+    reduction: str,
+) -> tuple[Targets, Tensor, Tensor]:
+    """The targets; s, r: one number per row, over the denominator.
 
     r is r_i, negative where the row is ignored; s too, but with softmax's soft targets, of which it
     is the sample weight alone.
     """
-    y, keep, valid = targets_of(inputs.target, logits.shape[1], ignore_index)
+    targets = targets_of(inputs.target, logits.shape[1], ignore_index, background_index)
+    y, keep, valid, _ = targets
     dtype = compute_dtype(logits.dtype)
     ones = logits.new_ones(logits.shape[:1] + logits.shape[2:], dtype=dtype)
     r = row_weights(y, inputs, f, dtype)
@@ -35,28 +51,35 @@ def row_scales(
         s, r = (torch.where(keep, v, -1.0) for v in (s, r))
     if valid is not None:
         s, r = (torch.where(valid, v, nan) for v in (s, r))
-    return y, s, r
+    return targets, s, r
 
 
 def targets_of(
-    target: Tensor, C: int, ignore_index: int | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Targets in range, rows not ignored (None: all), rows in range (None: all).
+    target: Tensor, C: int, ignore_index: int | None, background_index: int | None
+) -> Targets:
+    """What the formulas take of targets.
 
     A CPU target out of range raises here. Nothing may synchronise on other devices, and no value
     is known while torch.compile or torch.func traces: there such a row becomes NaN.
     """
     if is_soft(target):  # no row of these is ignored
-        return target, None, None
+        known = known_labels(target, ignore_index)
+        return Targets(target if known is None else torch.where(known, target, 0), known=known)
     y = target.long()  # first: -100 would wrap around in a uint8
     keep = None if ignore_index is None else y != ignore_index
     if keep is not None:
         y = torch.where(keep, y, 0)
+    valid = None
     if target.device.type == "cpu" and not tracing():
-        check_target(target, C, ignore_index)
-        return y, keep, None
-    valid = (y >= 0) & (y < C)
-    return y.clamp(0, C - 1), keep, valid
+        check_target(target, C, ignore_index, background_index)
+    else:
+        valid = (y >= 0) & (y < C)
+    if background_index is None:
+        return Targets(y if valid is None else y.clamp(0, C - 1), keep, valid)
+    background = y == background_index
+    if valid is not None:
+        valid |= background
+    return Targets(torch.where(background, C, y.clamp(0, C - 1)), keep, valid)
 
 
 def row_weights(y: Tensor, inputs: Inputs, f: Formula, dtype: torch.dtype) -> Tensor | None:
@@ -69,11 +92,17 @@ def row_weights(y: Tensor, inputs: Inputs, f: Formula, dtype: torch.dtype) -> Te
             labels, weights = t.sum(1), (t * along_classes(w, t)).sum(1)
             r = torch.where(labels != 0, weights / labels, 1.0)
         else:
-            r = w[y]
+            r = at_target(w, y, 1.0)
     s = sample_weights(inputs, dtype)
     if s is None or r is None:
         return s if r is None else r
     return r * s
+
+
+def at_target(vector: Tensor, y: Tensor, background: float) -> Tensor:
+    """The numbers of the classes y; background where y is none, C."""
+    C = len(vector)
+    return torch.where(y < C, vector[y.clamp(max=C - 1)], background)
 
 
 def sample_weights(inputs: Inputs, dtype: torch.dtype) -> Tensor | None:

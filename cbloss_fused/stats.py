@@ -59,7 +59,8 @@ def class_stats(
             sigmoid_element(z_y, f.gamma_neg, f.clip),
             sigmoid_element(-z_y, f.gamma),
         )
-        p, g_y = torch.sigmoid(z_y), r * (f.alpha_neg * (1 - t) * g_0 - f.alpha * t * g_1)
+        v = 1.0 if inputs.pos_weight is None else inputs.pos_weight[y]
+        p, g_y = torch.sigmoid(z_y), r * (f.alpha_neg * (1 - t) * g_0 - v * f.alpha * t * g_1)
     else:
         M, R = rest
         z_y = torch.minimum(z_y, M)  # M is finite where the largest logit is not
@@ -68,11 +69,13 @@ def class_stats(
         g_y = softmax_row(d, R, r, 0.0, C, M, f)[2]
     if f.per_class and inputs.weight is not None:
         g_y = g_y * inputs.weight[y]
-    into, ones = y.flatten(), torch.ones_like(p)
-    keep = None if spec.ignore_index is None else inputs.target != spec.ignore_index
+    into, keep = y.flatten(), torch.ones_like(y, dtype=torch.bool)
+    for index in (spec.ignore_index, spec.background_index):
+        if index is not None:
+            keep &= inputs.target != index
     sums = []
-    for value in (ones, losses.reshape(y.shape).double(), (f.logit_scale * g_y).abs(), p):
-        kept = value if keep is None else torch.where(keep, value, 0.0)
+    for value in (keep.double(), losses.reshape(y.shape).double(), (f.logit_scale * g_y).abs(), p):
+        kept = torch.where(keep, value, 0.0)
         sums.append(kept.new_zeros(C).index_add_(0, into, kept.flatten()))
     rows, loss, gradient, probability = sums
     return torch.stack((rows, loss, gradient, probability / rows))

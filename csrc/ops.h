@@ -41,6 +41,13 @@ inline Strides strides_of(const Tensor& t) {
   return {t.stride(0), t.stride(1), t.dim() == 3 ? t.stride(2) : 0};
 }
 
+// What an operator is given beside the logits.
+struct Inputs {
+  Tensor target;
+  OptionalTensor weight, sample_weight, normalizer, logit_bias, margin, pos_weight;
+  std::optional<int64_t> ignore_index, background_index;
+};
+
 inline void check_vector(const Tensor& t, ScalarType dtype, int64_t numel, const char* name) {
   require(t.scalar_type() == dtype && t.numel() == numel && t.is_contiguous(), name, " must be ",
           numel, " contiguous elements of the type that the loss is computed in");

@@ -204,11 +204,11 @@ CB_FN Element<T> negative(T z, const FormulaOf<Scalar>& f) {
   return sigmoid_element<G, SHORT>(z, G == Gamma::GENERAL ? f.gamma_neg : f.gamma);
 }
 
-// One element with any target t: alpha t L(z, 1) + (1 - alpha) (1 - t) L(z, 0).
+// One element with any target t: v alpha t L(z, 1) + (1 - alpha) (1 - t) L(z, 0), v = pos_weight.
 template <Gamma G, bool SHORT, class T, class Scalar>
-CB_FN Element<T> mixed(T z, T t, const FormulaOf<Scalar>& f) {
+CB_FN Element<T> mixed(T z, T t, T v, const FormulaOf<Scalar>& f) {
   const Element<T> one = sigmoid_element<G, SHORT>(-z, f.gamma), zero = negative<G, SHORT>(z, f);
-  const T t_1 = t * f.alpha, t_0 = (1 - t) * f.alpha_neg;
+  const T t_1 = v * (t * f.alpha), t_0 = (1 - t) * f.alpha_neg;
   return {weighted(t_1, one.L) + weighted(t_0, zero.L), t_0 * zero.g - t_1 * one.g};
 }
 
@@ -217,7 +217,7 @@ CB_FN Element<T> mixed(T z, T t, const FormulaOf<Scalar>& f) {
 template <Gamma G, bool SMOOTH, bool SHORT, class T, class Scalar>
 CB_FN Element<T> at_target(T z_y, Scalar C, const FormulaOf<Scalar>& f) {
   if constexpr (SMOOTH) {
-    return mixed<G, SHORT>(z_y, T{} + (1 - f.eps + f.eps / C), f);
+    return mixed<G, SHORT>(z_y, T{} + (1 - f.eps + f.eps / C), constant<T>(1), f);
   } else {
     const Element<T> one = sigmoid_element<G, SHORT>(-z_y, f.gamma);
     return {weighted(T{} + f.alpha, one.L), -f.alpha * one.g};
@@ -240,7 +240,7 @@ struct LossSum {
       return softplus.multiply(z) - t;
     } else {
       Element<V> e;
-      if constexpr (SMOOTH) e = mixed<G, SHORT>(z, zero + t, f);
+      if constexpr (SMOOTH) e = mixed<G, SHORT>(z, zero + t, constant<V>(1), f);
       else e = negative<G, SHORT>(z, f);
       if constexpr (SMOOTH) L += excluded() ? zero : e.L;
       else L += e.L;

@@ -119,7 +119,7 @@ def test_the_operator_refuses_what_would_leave_its_buffers(emulated):
     with pytest.raises(ValueError, match="within grad's storage"):
         torch.ops.cbloss_fused._scale(torch.ones(8), torch.tensor(2.0), 9)
     x, y = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
-    arguments = (x, *Inputs(y), Formula.of(Options()), None, 1)
+    arguments = (x, *Inputs(y), Formula.of(Options()), None, None, 1)
     for loss, wanted in ((torch.zeros(3), 2), (torch.zeros((), dtype=torch.float64), 1)):
         with pytest.raises(ValueError, match=f"loss must be {wanted} contiguous"):
             REGISTRY["cuda"].loss(*arguments, loss, None, None)

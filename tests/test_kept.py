@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.backends import INTERPRETED
+from support.backends import INTERPRETED, gradient_arguments
 from support.marks import DTYPES, FAMILIES
 
 from cbloss_fused import triton as kernels
@@ -78,12 +78,11 @@ def call_everything(
         loss = new_loss(logits, target, reduction)
         saved = new_saved(logits, family == "sigmoid").zero_()
         inputs = Inputs(target, weight)
-        arguments = logits, *inputs, numbers, None, reduction
+        arguments = logits, *inputs, numbers, None, None, reduction
         assert launcher.loss(*arguments, loss, torch.empty_like(logits), None)
         assert launcher.loss(*arguments, loss, None, saved)
-        assert launcher.gradient(
-            logits, target, weight, None, None, saved, loss, numbers, torch.empty_like(logits)
-        )
+        grad = torch.empty_like(logits)
+        assert launcher.gradient(*gradient_arguments(logits, inputs, saved, loss, numbers, grad))
 
 
 @pytest.mark.parametrize("family", FAMILIES)

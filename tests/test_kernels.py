@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.backends import DEVICE, loss_and_grad, nothing_synchronises, operator_arguments
+from support.backends import (
+    DEVICE,
+    gradient_arguments,
+    loss_and_grad,
+    nothing_synchronises,
+    operator_arguments,
+)
 from support.marks import FAMILIES, name_of
 from support.oracle import oracle
 from support.tolerances import assert_grad, assert_loss, same_bits
 
 from cbloss_fused import class_balanced_loss
+from cbloss_fused.arguments import Inputs
 from cbloss_fused.backends import REGISTRY
 from cbloss_fused.buffers import co_aligned, new_saved
 
@@ -223,7 +230,7 @@ def test_opcheck(gpu, family, shape):
     incoming = torch.ones_like(loss)
     torch.library.opcheck(
         gpu.record.gradient,
-        (logits, target, None, None, None, saved, incoming, formula, grad),
+        gradient_arguments(logits, Inputs(target), saved, incoming, formula, grad),
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.backends import MARKS, gradient_arguments
 from support.marks import FAMILIES, REDUCTIONS
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -63,10 +64,12 @@ def record(
         grad = co_aligned(logits)
         if recompute:
             saved = new_saved(logits, family == "sigmoid")
-            assert launcher.gradient(logits, target, weight, None, None, saved, loss, numbers, grad)
+            inputs = Inputs(target, weight)
+            arguments = gradient_arguments(logits, inputs, saved, loss, numbers, grad)
+            assert launcher.gradient(*arguments)
         else:
             inputs = Inputs(target, weight, sample_weight)
-            assert launcher.loss(logits, *inputs, numbers, -100, number, loss, grad, None)
+            assert launcher.loss(logits, *inputs, numbers, *MARKS, number, loss, grad, None)
     return found, recorded.calls
 
 

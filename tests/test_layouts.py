@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support.backends import DEVICE, loss_and_grad, operator_arguments
+from support.backends import DEVICE, gradient_arguments, loss_and_grad, operator_arguments
 from support.marks import DTYPES, FAMILIES, name_of
 from support.oracle import oracle
 from support.tolerances import assert_grad, assert_loss, same_bits
 
 from cbloss_fused import class_balanced_loss
+from cbloss_fused.arguments import Inputs
 from cbloss_fused.buffers import new_saved
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
@@ -163,9 +164,6 @@ def outside(buffer, view):
     return buffer[rest]
 
 
-NONE = (None, None, None)  # weight, logit_bias, margin
-
-
 @pytest.mark.parametrize("C", CLASSES, ids="C{}".format)
 @DTYPE
 @FAMILY
@@ -178,7 +176,13 @@ def test_nothing_outside_is_read_or_written(backend, family, dtype, C):
     saved = new_saved(logits, family == "sigmoid")
     backend.record.loss(*arguments, loss, grad, None)
     backend.record.loss(*arguments, got, None, saved)
-    backend.record.gradient(logits, target, *NONE, saved, torch.ones_like(loss), formula, again)
+    incoming = torch.ones_like(loss)
+
+    def recompute(x, y, saved, grad):
+        inputs = Inputs(y)
+        backend.record.gradient(*gradient_arguments(x, inputs, saved, incoming, formula, grad))
+
+    recompute(logits, target, saved, again)
     for offset in range(10):
         buffer, x = framed(logits, offset, offset % 4, nan)
         out, g = framed(torch.full_like(logits, nan), 9 - offset, offset % 3, sentinel)
@@ -192,7 +196,7 @@ def test_nothing_outside_is_read_or_written(backend, family, dtype, C):
 
         backend.record.loss(x, y, *arguments[2:], got, None, s)
         g.fill_(nan)
-        backend.record.gradient(x, y, *NONE, s, torch.ones_like(loss), formula, g)
+        recompute(x, y, s, g)
         assert backend.same(s, saved)
         assert backend.same(g, again)
         assert (outside(out, g) == sentinel).all()

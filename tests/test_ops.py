@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 import torch._dynamo.testing
-from support.backends import operator_arguments
+from support.backends import gradient_arguments, operator_arguments
 from support.marks import FAMILIES, name_of
 from support.oracle import oracle, sample
 from support.tolerances import assert_grad
 
 from cbloss_fused import ClassBalancedLoss, backends, class_balanced_loss
+from cbloss_fused.arguments import Inputs
 from cbloss_fused.backends import REGISTRY
 from cbloss_fused.buffers import new_saved
 
@@ -55,7 +56,7 @@ def test_opcheck(family, dtype, shape, reduction, vectors):
     incoming = torch.ones_like(loss)
     torch.library.opcheck(
         OPERATORS.gradient.default,
-        (logits, target, None, None, None, saved, incoming, formula, grad),
+        gradient_arguments(logits, Inputs(target), saved, incoming, formula, grad),
     )
 
 

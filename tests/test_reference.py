@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.marks import FAMILIES, GAMMAS, IGNORED, REDUCTIONS
-from support.oracle import option_sets, sample, soft_targets
+from support.oracle import mark, option_sets, sample, soft_targets
 from support.tolerances import assert_grad, assert_loss
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -39,12 +39,16 @@ def problems(draw):
     if options["reduction"] == "mean" and draw(st.booleans()):
         normalizer = torch.tensor(3.0)
     options["ignore_index"] = draw(st.sampled_from((None, -100, 0)))
-    target, margin = torch.randint(C, rows, generator=g), vector(C)
+    target, margin, pos_weight = torch.randint(C, rows, generator=g), vector(C), None
+    sigmoid = options["activation"] == "sigmoid"
     if draw(st.booleans()):
         target, margin, options["ignore_index"] = soft_targets(draw, logits, g), None, None
-        if options["activation"] == "softmax":
+        if not sigmoid:
             options["gamma"] = 0.0
-    inputs = Inputs(target, vector(C), vector(rows), normalizer, vector(C), margin)
+    if sigmoid:
+        mark(draw, options, target, C)
+        pos_weight = vector(C)
+    inputs = Inputs(target, vector(C), vector(rows), normalizer, vector(C), margin, pos_weight)
     return logits, inputs, options
 
 
@@ -53,12 +57,12 @@ def problems(draw):
 def test_explicit_gradient_is_autograd_of_the_loss(problem):
     logits, inputs, options = problem
     leaf = logits.clone().requires_grad_()
-    *rows, logit_bias, margin = inputs
-    want = reference.loss(leaf, *rows, logit_bias=logit_bias, margin=margin, **options)
-    (g,) = torch.autograd.grad(want.sum(), leaf)
-    ignore_index, reduction = (options.pop(key) for key in ("ignore_index", "reduction"))
+    marks = options.pop("ignore_index"), options.pop("background_index", None)
+    reduction = options.pop("reduction")
     f = Formula.of(Options(**options))
-    losses, grad, s, r = reference.loss_and_grad(logits, inputs, f, ignore_index, reduction)
+    want = reference.eager_loss(leaf, inputs, f, *marks, reduction)
+    (g,) = torch.autograd.grad(want.sum(), leaf)
+    losses, grad, s, r = reference.loss_and_grad(logits, inputs, f, *marks, reduction)
     loss = losses if reduction == "none" else losses.sum()
     assert_loss(loss, want.detach(), torch.float64, logits.shape[1])
     # t and p may cancel: what is left is relative to them.
@@ -68,10 +72,10 @@ def test_explicit_gradient_is_autograd_of_the_loss(problem):
     assert_grad(grad, g, torch.float64, slack=slack)
 
     incoming = torch.tensor(-2.5, dtype=torch.float64)
-    again = reference.gradient(logits, inputs, s, r, incoming, f)
+    again = reference.gradient(logits, inputs, s, r, incoming, f, *marks)
     assert_grad(again, -2.5 * g, torch.float64, slack=3 * slack)
     incoming = torch.linspace(-1, 2, r.numel(), dtype=torch.float64).reshape(r.shape)
-    again = reference.gradient(logits, inputs, s, r, incoming, f)
+    again = reference.gradient(logits, inputs, s, r, incoming, f, *marks)
     assert_grad(again, incoming.unsqueeze(1) * g, torch.float64, slack=3 * slack)
 
 

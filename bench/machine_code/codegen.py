@@ -19,6 +19,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from cbloss_fused import triton as kernels
+from cbloss_fused.arguments import Inputs
 from cbloss_fused.buffers import new_loss, new_saved
 from cbloss_fused.options import Activation, Formula, Options
 
@@ -102,18 +103,17 @@ def launches(
     loss = new_loss(logits, target, 1)
     w = loss.new_empty(shape[1]) if weight else None
     formula = Formula.of(Options(cast(Activation, activation), gamma, **options))
-    adjusting = (loss.new_empty(shape[1]),) * 2 if bias else (None, None)
+    vector = loss.new_empty(shape[1]) if bias else None
+    inputs = Inputs(target, w, logit_bias=vector, margin=vector)
     gradient: Tensor | None = torch.empty_like(logits) if grad else None
+    marks = -100, None
     with recorded() as found:
         if recompute:
             saved = new_saved(logits, formula.sigmoid)
-            kernels.load().gradient(
-                logits, target, None, *adjusting, saved, loss, formula, gradient
-            )
+            given = inputs._replace(weight=None).of_gradient()
+            kernels.load().gradient(logits, *given, saved, loss, formula, *marks, gradient)
         else:
-            kernels.load().loss(
-                logits, target, w, None, None, *adjusting, formula, -100, 1, loss, gradient, None
-            )
+            kernels.load().loss(logits, *inputs, formula, *marks, 1, loss, gradient, None)
     return found
 
 

@@ -15,7 +15,7 @@ from .heuristics import Device
 # The tensors of a call, by which launches name them; the last three are scratch.
 SLOTS = (
     *("logits", "target", "weight", "sample_weight", "normalizer", "logit_bias", "margin"),
-    "grad_loss",
+    *("pos_weight", "grad_loss"),
     *("loss", "grad", "saved", "scale", "losses", "parts"),
 )
 
@@ -41,7 +41,10 @@ class Call(NamedTuple):
     normalizer: bool = False
     logit_bias: bool = False
     margin: bool = False
+    pos_weight: bool = False
     ignore_index: int | None = None
+    background_index: int | None = None
+    unknown: float | None = None  # what soft targets are where nobody knows them
     reduction: int = MEAN
     per_row: bool = False  # one loss per row
     saved: bool = False
@@ -107,6 +110,11 @@ def outputs_of(call: Call, parts: int, rows: int) -> tuple[str | None, ...]:
 def adjusting(call: Call) -> tuple[str | None, str | None]:
     """logit_bias, margin"""
     return "logit_bias" if call.logit_bias else None, "margin" if call.margin else None
+
+
+def positives(call: Call) -> str | None:
+    """pos_weight"""
+    return "pos_weight" if call.pos_weight else None
 
 
 def adjusts(call: Call) -> bool:

@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 from triton.runtime import driver
 
-from ..arguments import Inputs, compute_dtype, is_soft
+from ..arguments import Inputs, class_by_class, compute_dtype, is_soft, unknown_label
 from ..options import Formula
 from .call import Call, Launch, Plan
 from .heuristics import Device
@@ -26,16 +26,16 @@ _kept: dict[tuple[Any, ...], Any] = {}
 
 def loss(logits: Tensor, *arguments: Any) -> bool:
     """The operator cbloss_fused::loss, see ops.py; False: too large for the kernels' indices."""
-    inputs, formula = Inputs(*arguments[:6]), Formula.of_numbers(arguments[6])
-    ignore_index, reduction, loss, grad, saved = arguments[7:]
+    inputs, formula = Inputs(*arguments[:7]), Formula.of_numbers(arguments[7])
+    ignore_index, background_index, reduction, loss, grad, saved = arguments[8:]
     rows, C = logits.numel() // logits.shape[1], logits.shape[1]
     if rows == 0:
         loss.zero_()
         return True
-    for vector, numel in zip(inputs[1:], (C, rows, 1, C, C), strict=True):
+    for vector, numel in zip(inputs[1:], (C, rows, 1, C, C, C), strict=True):
         if vector is not None:
             _check(vector, loss.dtype, numel)
-    target, soft, access = _target(logits, inputs.target, inputs.weight, formula, grad)
+    target, soft, access = _target(logits, inputs, formula, grad)
     call = Call(
         logits.shape,
         logits.dtype,
@@ -52,7 +52,10 @@ def loss(logits: Tensor, *arguments: Any) -> bool:
         normalizer=inputs.normalizer is not None,
         logit_bias=inputs.logit_bias is not None,
         margin=inputs.margin is not None,
+        pos_weight=inputs.pos_weight is not None,
         ignore_index=ignore_index if soft is None else None,
+        background_index=background_index,
+        unknown=unknown_label(inputs.target.dtype, ignore_index) if formula.sigmoid else None,
         reduction=reduction,
         per_row=loss.dim() > 0,
         saved=saved is not None,
@@ -71,9 +74,12 @@ def gradient(
     weight: Tensor | None,
     logit_bias: Tensor | None,
     margin: Tensor | None,
+    pos_weight: Tensor | None,
     saved: Tensor,
     grad_loss: Tensor,
     numbers: Sequence[float],
+    ignore_index: int | None,
+    background_index: int | None,
     grad: Tensor,
 ) -> bool:
     """The operator cbloss_fused::gradient, see ops.py; False: as above."""
@@ -83,10 +89,11 @@ def gradient(
     compute = compute_dtype(logits.dtype)
     _check(saved, compute, (1 if formula.sigmoid else 3) * rows)
     _check(grad_loss, compute, rows if grad_loss.dim() else 1)
-    for vector in (weight, logit_bias, margin):
+    inputs = Inputs(target, weight, logit_bias=logit_bias, margin=margin, pos_weight=pos_weight)
+    for vector in inputs[1:]:
         if vector is not None:
             _check(vector, compute, logits.shape[1])
-    target, soft, access = _target(logits, target, weight, formula, grad)
+    target, soft, access = _target(logits, inputs, formula, grad)
     call = Call(
         logits.shape,
         logits.dtype,
@@ -104,22 +111,27 @@ def gradient(
         weight=weight is not None,
         logit_bias=logit_bias is not None,
         margin=margin is not None,
+        pos_weight=pos_weight is not None,
+        background_index=background_index,
+        unknown=unknown_label(inputs.target.dtype, ignore_index) if formula.sigmoid else None,
     )
     planned = plan(call)
     if planned is None:
         return False
-    inputs = Inputs(target, weight, logit_bias=logit_bias, margin=margin)
-    run(planned, (logits, *inputs, grad_loss, None, grad, saved, None, None, None, None), logits)
+    tensors = (logits, target, *inputs[1:], grad_loss, None, grad, saved, None, None, None, None)
+    run(planned, tensors, logits)
     return True
 
 
 def _target(
-    logits: Tensor, target: Tensor, weight: Tensor | None, formula: Formula, grad: Tensor | None
+    logits: Tensor, inputs: Inputs, formula: Formula, grad: Tensor | None
 ) -> tuple[Tensor, tuple[torch.dtype, tuple[int, ...]] | None, int]:
     """The target as kernels read it, Call.soft and Call.access."""
+    target, vectors = inputs.target, (inputs.weight, inputs.pos_weight)
     if not is_soft(target):
         _check(target, torch.int64, logits.numel() // logits.shape[1])
-        return target, None, _access([logits, grad], weight) if formula.per_class else 1
+        by_class = class_by_class(formula, inputs)
+        return target, None, _access([logits, grad], vectors) if by_class else 1
     if target.shape != logits.shape:
         raise ValueError(
             f"the operator needs soft targets of the logits' shape {tuple(logits.shape)}, got "
@@ -127,13 +139,13 @@ def _target(
         )
     if target.dtype is torch.bool:
         target = target.view(torch.uint8)
-    return target, (target.dtype, target.stride()), _access([logits, grad, target], weight)
+    return target, (target.dtype, target.stride()), _access([logits, grad, target], vectors)
 
 
 def scale_gradient(grad: Tensor, grad_loss: Tensor, numel: int) -> None:
     """Multiply numel elements of memory from grad on by grad_loss, where that is not 1."""
     planned = scaling(numel, grad.dtype, grad_loss.dtype, device_of(grad), grad.device.index)
-    run(planned, (*(None,) * 7, grad_loss, None, grad, *(None,) * 5), grad)
+    run(planned, (*(None,) * 8, grad_loss, None, grad, *(None,) * 5), grad)
 
 
 def _check(vector: Tensor, dtype: torch.dtype, numel: int) -> None:
@@ -155,9 +167,12 @@ def _aligned(logits: Tensor, grad: Tensor) -> bool:
     return apart % 16 == 0
 
 
-def _access(tensors: list[Tensor | None], weight: Tensor | None) -> int:
-    """Elements, at most 8, that whole vectors of every row of these, and of weight, have."""
-    odd = 8 if weight is None else 8 | weight.data_ptr() // weight.element_size()
+def _access(tensors: list[Tensor | None], vectors: tuple[Tensor | None, ...]) -> int:
+    """Elements, at most 8, that whole vectors of every row of these, and of (C,) vectors, have."""
+    odd = 8
+    for vector in vectors:
+        if vector is not None:
+            odd |= vector.data_ptr() // vector.element_size()
     for tensor in tensors:
         if tensor is not None:
             odd |= tensor.shape[1] | tensor.data_ptr() // tensor.element_size()

@@ -7,13 +7,13 @@ import triton.language as tl
 # used for every call of its types and constants. That is why arguments are single numbers and
 # pointers: of a tuple, Triton 3.6 and 3.7 specialise on every value, and take floats as float32.
 POINTERS = (
-    "logits target weight sample_weight normalizer logit_bias margin grad_loss loss grad saved "
-    "scale losses parts"
+    "logits target weight sample_weight normalizer logit_bias margin pos_weight grad_loss loss "
+    "grad saved scale losses parts"
 )
 SCALARS = (
     "rows C K x_n x_c x_k t_n t_c t_k g_n g_c g_k "
     "gamma gamma_neg alpha alpha_neg clip eps zeta logit_scale "
-    "denominator ignored splits span count numel"
+    "denominator ignored background unknown splits span count numel"
 )
 kernel = triton.jit(do_not_specialize=[*POINTERS.split(), *SCALARS.split()])
 i32, i64, f64 = tl.int32, tl.int64, tl.float64  # of a kernel's numbers

@@ -27,6 +27,7 @@ from .call import (
     compute_type,
     has_alpha,
     outputs_of,
+    positives,
     sigmoid_scalars,
     sizes_of,
     softmax_scalars,
@@ -119,14 +120,18 @@ def _row_layout(call: Call) -> RowLayout:
 
 
 def _sources(call: Call, r: RowScales | None) -> tuple[str | None, ...]:
-    """logits, target, grad, scale, normalizer, logit_bias, margin; r is None in the backward."""
+    """logits, target, grad, scale, normalizer, logit_bias, margin and, for sigmoid, pos_weight.
+
+    r is None in the backward.
+    """
     scale: str | None = "saved"
     normalizer = None
     if r is not None:
         scale = None if r.prologue is None else "scale"
         normalizer = "normalizer" if call.normalizer else None
     grad = None if call.g_strides is None else "grad"
-    return "logits", "target", grad, scale, normalizer, *adjusting(call)
+    given = ("logits", "target", grad, scale, normalizer, *adjusting(call))
+    return (*given, positives(call)) if call.formula.sigmoid else given
 
 
 def _tiles(call: Call, r: RowScales | None) -> Launch:
@@ -151,9 +156,11 @@ def _tiles(call: Call, r: RowScales | None) -> Launch:
     T = compute_type(call)
     if call.formula.sigmoid:
         kernel = tile_kernels.sigmoid_tiles
-        scalars: tuple[float, ...] = (*sizes, *sigmoid_scalars(call), denominator)
+        background = call.background_index
+        scalars: tuple[float, ...] = (*sizes, *sigmoid_scalars(call), denominator, background or 0)
         constants: tuple[Any, ...] = (rows, classes, T, class_index_code(call.formula), *layout)
         constants += (smooth, *options, has_alpha(call.formula), adjusts(call))
+        constants += (background is not None,)
     else:
         kernel = tile_kernels.softmax_tiles
         scalars = (*sizes, *softmax_scalars(call), denominator)
@@ -182,9 +189,10 @@ def _sigmoid_rows(call: Call, r: RowScales | None) -> Launch:
             call.vector,
             has_alpha(call.formula),
             adjusts(call),
+            call.background_index is not None,
         ),
     )
-    scalars = (*sizes, *sigmoid_scalars(call), denominator, layout.span)
+    scalars = (*sizes, *sigmoid_scalars(call), denominator, call.background_index or 0, layout.span)
     grid = (rows, layout.splits)
     return Launch(sigmoid_kernels.sigmoid_rows, grid, pointers, scalars, constants, layout.warps)
 
@@ -204,12 +212,13 @@ def _softmax_rows(call: Call, r: RowScales) -> tuple[list[Launch], int]:
         return [Launch(kernel, (rows,), pointers, scalars, constants, layout.warps)], 0
     split = (layout.splits, layout.span)
     prologue = r.prologue or (("target", None, None, None), (rows, C, 0), (False, False, SHARE))
+    ignored, (IGNORE, TOTAL, BLOCK, *_) = prologue[1][2], prologue[2]
     parts = Launch(
         softmax_kernels.softmax_parts,
         (rows * layout.splits,),
         ("logits", *adjusting(call), *prologue[0], "parts"),
-        (rows, C, K, x_n, x_k, prologue[1][2], call.formula.logit_scale, *split),
-        (layout.V, VEC, K > 1, smooth, adjusted, r.prologue is not None, *prologue[2]),
+        (rows, C, K, x_n, x_k, ignored, call.formula.logit_scale, *split),
+        (layout.V, VEC, K > 1, smooth, adjusted, r.prologue is not None, IGNORE, TOTAL, BLOCK),
         layout.warps,
     )
     join = Launch(

@@ -16,6 +16,7 @@ PARTIALS = tl.constexpr(32)  # of the denominator: what one warp adds up without
 def prologue_part(
     part, target, weight, sample_weight, scale, rows, C, ignored,
     IGNORE: tl.constexpr, TOTAL: tl.constexpr, BLOCK: tl.constexpr,
+    background=0, BACKGROUND: tl.constexpr = False,
 ):  # fmt: skip
     """One of at most PARTIALS shares of the rows: r_i, -1 where ignored, behind PARTIALS partial
     denominators, sums of r_i (TOTAL) or numbers of rows."""
@@ -35,7 +36,10 @@ def prologue_part(
             keep = there & (y != ignored)
         r = tl.where(keep, 1.0, 0.0).to(T)
         if weight is not None:
-            r *= tl.load(weight + tl.minimum(tl.maximum(y, 0), C - 1), keep, 0.0)
+            labelled = keep
+            if BACKGROUND:
+                labelled = keep & (y != background)
+            r *= tl.load(weight + tl.minimum(tl.maximum(y, 0), C - 1), labelled, 1.0)
         if sample_weight is not None:
             r *= tl.load(sample_weight + i, keep, 0.0)
         if TOTAL:
@@ -49,13 +53,13 @@ def prologue_part(
 
 @kernel
 def prologue(
-    target, weight, sample_weight, scale, rows: i32, C: i32, ignored: i64,
-    IGNORE: tl.constexpr, TOTAL: tl.constexpr, BLOCK: tl.constexpr,
+    target, weight, sample_weight, scale, rows: i32, C: i32, ignored: i64, background: i64,
+    IGNORE: tl.constexpr, TOTAL: tl.constexpr, BLOCK: tl.constexpr, BACKGROUND: tl.constexpr,
 ):  # fmt: skip
     """One number per row, and one part of the denominator per program, PARTIALS in all."""
     prologue_part(
         tl.program_id(0), target, weight, sample_weight, scale, rows, C, ignored,
-        IGNORE, TOTAL, BLOCK,
+        IGNORE, TOTAL, BLOCK, background, BACKGROUND,
     )  # fmt: skip
 
 

@@ -37,8 +37,9 @@ def row_scales(call: Call, rows: int) -> RowScales:
         "sample_weight" if call.sample_weight else None,
         "scale",
     )
-    scalars = (rows, call.shape[1], call.ignore_index if ignore else 0)
-    constants = (ignore, call.reduction == WEIGHTED_MEAN, SHARE)
+    scalars = (rows, call.shape[1], call.ignore_index if ignore else 0, call.background_index or 0)
+    background = call.background_index is not None
+    constants = (ignore, call.reduction == WEIGHTED_MEAN, SHARE, background)
     return RowScales((pointers, scalars, constants), denominator, fold)
 
 
@@ -50,5 +51,5 @@ def _soft_row_scales(call: Call, rows: int) -> RowScales:
         mean = call.reduction in (MEAN, WEIGHTED_MEAN)
         return RowScales(None, float(rows) if mean else 1.0, False, labels)
     pointers = (None, None, "parts" if labels else "sample_weight", "scale")
-    scalars, constants = (rows, call.shape[1], 0), (False, True, SHARE)
+    scalars, constants = (rows, call.shape[1], 0, 0), (False, True, SHARE, False)
     return RowScales((pointers, scalars, constants), 1.0, True, labels)

@@ -48,9 +48,9 @@ def divided(r, denominator):
 @triton.jit
 def row_inputs(
     target, scale, normalizer, grad_loss, row, there, C, denominator,
-    FOLD: tl.constexpr, VECTOR: tl.constexpr,
+    FOLD: tl.constexpr, VECTOR: tl.constexpr, background=0, BACKGROUND: tl.constexpr = False,
 ):  # fmt: skip
-    """(y, r, keep, read) of a row or a vector of rows.
+    """(y, r, keep, read) of a row or a vector of rows; y = C in a background row.
 
     r is r_i / denominator, or what the forward saved times grad_loss; 0 where the row is ignored
     (not keep), NaN where the target is out of range: read says that neither is so. What is not read
@@ -58,6 +58,9 @@ def row_inputs(
     """
     y = tl.load(target + row, there, 0)
     valid = (y >= 0) & (y < C)
+    if BACKGROUND:
+        valid |= y == background
+        y = tl.where(y == background, C, y)
     if grad_loss is not None:
         r = tl.load(scale + row, there, 0.0)
         keep = (r >= 0) | (r != r)

@@ -134,28 +134,36 @@ def negative(z, f, G: tl.constexpr, SHORT: tl.constexpr):
 
 
 @triton.jit
-def mixed(z, t, f, G: tl.constexpr, SHORT: tl.constexpr):
-    """(L, g) of an element with any target t: alpha t L(z, 1) + (1 - alpha) (1 - t) L(z, 0)."""
+def mixed(z, t, v, f, G: tl.constexpr, SHORT: tl.constexpr):
+    """(L, g) of an element with any target t: v alpha t L(z, 1) + (1 - alpha) (1 - t) L(z, 0).
+
+    v: pos_weight, or None.
+    """
     t_0 = 1.0 - t
+    t_1 = t
+    if v is not None:
+        t_1 = v * t
     if G >= GENERAL:
         L_0, g_0 = negative(z, f, G, SHORT)
         L_1, g_1 = sigmoid_element(-z, f[0], G, SHORT)
-        t_1 = f[2] * t
+        t_1 *= f[2]
         t_0 *= f[3]
         return weighted(t_1, L_1) + weighted(t_0, L_0), t_0 * g_0 - t_1 * g_1
     s, c, root, tail = logistic(z, SHORT, True)
-    if G == ZERO:
+    if G == ZERO and v is None:  # t_0 + t_1 = 1
         share = tl.where(z > 0, t_0, t)
         L = tail + tl.where(share == 0, 0.0, share * tl.abs(z))  # not 0 * inf
         return L, t_0 * s - t * c
     sp_0 = tail + tl.maximum(z, 0.0)
     sp_1 = tail + tl.maximum(-z, 0.0)
+    if G == ZERO:
+        return weighted(t_1, sp_1) + weighted(t_0, sp_0), t_0 * s - t_1 * c
     f_0 = focus(root, s, sp_1, f[0], G)
     f_1 = focus(tl.sqrt(c), c, sp_0, f[0], G)
     # As in sigmoid_element, with one exponential for both.
     g_0 = f_0 * tl.fma(f[0] * c, tl.minimum(sp_0, 50.0), s)
     g_1 = f_1 * tl.fma(f[0] * s, tl.minimum(sp_1, 50.0), c)
-    return weighted(t, f_1 * sp_1) + weighted(t_0, f_0 * sp_0), t_0 * g_0 - t * g_1
+    return weighted(t_1, f_1 * sp_1) + weighted(t_0, f_0 * sp_0), t_0 * g_0 - t_1 * g_1
 
 
 @triton.jit
@@ -168,7 +176,7 @@ def other_element(z, f, G: tl.constexpr, SHORT: tl.constexpr, SMOOTH: tl.constex
         s, _, _, tail = logistic(z, SHORT, False)
         return tail + tl.maximum((1.0 - t) * z, -t * z), s - t
     else:
-        return mixed(z, t, f, G, SHORT)
+        return mixed(z, t, None, f, G, SHORT)
 
 
 @triton.jit
@@ -182,7 +190,23 @@ def at_target(z_y, f, G: tl.constexpr, SHORT: tl.constexpr, SMOOTH: tl.constexpr
         s, _, _, tail = logistic(-z_y, SHORT, False)
         return tail + tl.maximum((t - 1.0) * z_y, t * z_y), t - s
     else:
-        return mixed(z_y, 1.0 - (f[5] - f[6]), f, G, SHORT)
+        return mixed(z_y, 1.0 - (f[5] - f[6]), None, f, G, SHORT)
+
+
+@triton.jit
+def target_element(
+    z_y, y, labelled, pos_weight, f,
+    G: tl.constexpr, SHORT: tl.constexpr, SMOOTH: tl.constexpr, BACKGROUND: tl.constexpr,
+):  # fmt: skip
+    """at_target times pos_weight, which has no smoothing here; L = 0 in a background row."""
+    L, g = at_target(z_y, f, G, SHORT, SMOOTH)
+    if pos_weight is not None:
+        v = tl.load(pos_weight + y, labelled, 1.0)
+        L = weighted(v, L)
+        g *= v
+    if BACKGROUND:
+        L = tl.where(labelled, L, 0.0)
+    return L, g
 
 
 @triton.jit
@@ -245,13 +269,14 @@ def vectors(
 
 @kernel
 def sigmoid_rows(
-    logits, target, grad, scale, normalizer, logit_bias, margin, grad_loss, losses, saved,
-    rows: i32, C: i32, K: i32, x_n: i64, x_k: i64, g_n: i64, g_k: i64,
+    logits, target, grad, scale, normalizer, logit_bias, margin, pos_weight, grad_loss, losses,
+    saved, rows: i32, C: i32, K: i32, x_n: i64, x_k: i64, g_n: i64, g_k: i64,
     gamma: f64, gamma_neg: f64, alpha: f64, alpha_neg: f64, clip: f64, eps: f64,
-    logit_scale: f64, denominator: f64, span: i32,
+    logit_scale: f64, denominator: f64, background: i64, span: i32,
     V: tl.constexpr, VEC: tl.constexpr, LANES: tl.constexpr, T: tl.constexpr, G: tl.constexpr,
     SINGLE: tl.constexpr, INNER: tl.constexpr, ALIGNED: tl.constexpr, SMOOTH: tl.constexpr,
     FOLD: tl.constexpr, VECTOR: tl.constexpr, ALPHA: tl.constexpr, ADJUST: tl.constexpr,
+    BACKGROUND: tl.constexpr,
 ):  # fmt: skip
     """A row, or span vectors of it, a program: one read of the logits, one write of the gradient.
 
@@ -264,8 +289,12 @@ def sigmoid_rows(
     A = (logit_bias, margin, logit_scale_of(logit_scale, T, ADJUST))
     denominator = scalar(denominator, T)
     y, r, keep, read = row_inputs(
-        target, scale, normalizer, grad_loss, row, row < rows, C, denominator, FOLD, VECTOR
-    )
+        target, scale, normalizer, grad_loss, row, row < rows, C, denominator, FOLD, VECTOR,
+        background, BACKGROUND,
+    )  # fmt: skip
+    labelled = read
+    if BACKGROUND:
+        labelled = read & (y < C)
     x = row_pointer(logits, row, K, x_n, x_k, INNER)
     g = x
     if grad is not None:
@@ -276,11 +305,13 @@ def sigmoid_rows(
 
     column, there, others = edges(head, whole, at_y, C, y, read, split == 0, VEC)
     z_edge = load_edges(x, column, others, A, T, ADJUST)
-    z_y = target_logit(x + y, y, read, A, T, ADJUST)
+    z_y = target_logit(x + y, y, labelled, A, T, ADJUST)
     L_edge, g_edge = other_element(z_edge, f, G, SHORT, SMOOTH)
     if SMOOTH:
         L_edge = tl.where(others, L_edge, 0.0)
-    L_y, g_y = at_target(z_y, f, G, SHORT, SMOOTH)
+    L_y, g_y = target_element(
+        z_y, y, labelled, pos_weight, f, G, SHORT, SMOOTH, BACKGROUND
+    )  # fmt: skip
     slope = r * A[2]
     share = scalar(1.0, T) if SMOOTH else scalar(f[3], T)
     slope_others = slope * share

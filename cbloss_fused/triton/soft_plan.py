@@ -20,6 +20,7 @@ from .call import (
     gamma_code,
     has_alpha,
     outputs_of,
+    positives,
     sigmoid_scalars,
     sizes_of,
     softmax_scalars,
@@ -32,8 +33,9 @@ UNIT_K: int = tile_kernels.UNIT_K.value
 
 
 def by_class(call: Call) -> bool:
-    """Soft targets, or class indices whose classes have weights of their own."""
-    return call.soft is not None or call.formula.per_class
+    """Whether each class of a row has a target or a factor of its own, as in arguments.py."""
+    f = call.formula
+    return call.soft is not None or f.per_class or (call.pos_weight and f.label_smoothing != 0)
 
 
 class SoftMemory(NamedTuple):
@@ -85,11 +87,12 @@ def soft_launch(call: Call, r: RowScales) -> Launch:
     if f.sigmoid:
         code = gamma_code(f, has_alpha(f))
         tile = _sigmoid_tile(call, memory, code)
-        pointers = (*inputs, bias, margin, *outputs)
-        scalars = (*sizes, *sigmoid_scalars(call), r.denominator)
+        pointers = (*inputs, bias, margin, positives(call), *outputs)
+        background, unknown = call.background_index, call.unknown
+        scalars = (*sizes, *sigmoid_scalars(call), r.denominator, background or 0, unknown or 0.0)
         constants = (tile.rows, tile.classes, *lies)
         constants += (code, has_alpha(f), adjusts(call), call.soft is None)
-        constants += options
+        constants += (background is not None, unknown is not None, *options)
         kernel = soft_kernels.sigmoid_soft
     else:
         pointers = (*inputs, bias, *outputs)
@@ -111,11 +114,12 @@ def label_weights_launch(call: Call) -> Launch:
     memory = _soft_memory(call)
     tile = _sigmoid_tile(call, memory, 0)
     sample_weight = "sample_weight" if call.sample_weight else None
+    sizes = tile.rows, tile.classes, compute_type(call)
     return Launch(
         soft_kernels.label_weights,
         (triton.cdiv(N * K, tile.rows),),
         ("target", "weight", sample_weight, "parts"),
-        (N * K, C, K, *memory.strides[1]),
-        (tile.rows, tile.classes, compute_type(call), memory.unit, memory.access),
+        (N * K, C, K, *memory.strides[1], call.unknown or 0.0),
+        (*sizes, memory.unit, memory.access, call.unknown is not None),
         tile.warps,
     )

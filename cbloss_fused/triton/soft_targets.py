@@ -85,9 +85,9 @@ def mean_weight(labels, weights):
 @kernel
 def label_weights(
     target, weight, sample_weight, parts,
-    rows: i32, C: i32, K: i32, t_n: i64, t_c: i64, t_k: i64,
+    rows: i32, C: i32, K: i32, t_n: i64, t_c: i64, t_k: i64, unknown: f64,
     ROWS: tl.constexpr, BLOCK_C: tl.constexpr, T: tl.constexpr, UNIT: tl.constexpr,
-    VEC: tl.constexpr,
+    VEC: tl.constexpr, PARTIAL: tl.constexpr,
 ):  # fmt: skip
     """r_i of soft targets, for a row kernel that needs it first or a prologue that adds them up."""
     n, k, row, there = row_starts(rows, K, ROWS)
@@ -98,6 +98,10 @@ def label_weights(
         c = first + tl.arange(0, BLOCK_C)
         inside = within(c, C, there, VEC)
         t_j, tw_j = load_targets(t, c, inside, t_c, weight, C, T, UNIT, VEC)
+        if PARTIAL:
+            known = t_j != scalar(unknown, T)
+            t_j = tl.where(known, t_j, 0.0)
+            tw_j = tl.where(known, tw_j, 0.0)
         labels += t_j
         weights += tw_j
     r = mean_weight(tl.sum(labels, 1), tl.sum(weights, 1))
@@ -133,13 +137,14 @@ def store_losses(losses, row, there, loss, PER_ROW: tl.constexpr):
 @kernel
 def sigmoid_soft(
     logits, target, weight, sample_weight, normalizer, grad, scale, parts, logit_bias, margin,
-    grad_loss, losses, saved,
+    pos_weight, grad_loss, losses, saved,
     rows: i32, C: i32, K: i32, x_n: i64, x_c: i64, x_k: i64, t_n: i64, t_c: i64, t_k: i64,
     g_n: i64, g_c: i64, g_k: i64, gamma: f64, gamma_neg: f64, alpha: f64, alpha_neg: f64,
-    clip: f64, eps: f64, logit_scale: f64, denominator: f64,
+    clip: f64, eps: f64, logit_scale: f64, denominator: f64, background: i64, unknown: f64,
     ROWS: tl.constexpr, BLOCK_C: tl.constexpr, T: tl.constexpr, UNIT: tl.constexpr,
     VEC: tl.constexpr, G: tl.constexpr, ALPHA: tl.constexpr, ADJUST: tl.constexpr,
-    INDEX: tl.constexpr, FOLD: tl.constexpr, VECTOR: tl.constexpr, PER_ROW: tl.constexpr,
+    INDEX: tl.constexpr, BACKGROUND: tl.constexpr, PARTIAL: tl.constexpr, FOLD: tl.constexpr,
+    VECTOR: tl.constexpr, PER_ROW: tl.constexpr,
 ):  # fmt: skip
     """One read of logits and targets, one write of the gradient; weight: of the classes' terms."""
     n, k_inner, row, there = row_starts(rows, K, ROWS)
@@ -154,7 +159,7 @@ def sigmoid_soft(
     if INDEX:
         y, r, keep, read = row_inputs(
             target, saved if grad_loss is not None else scale, normalizer, grad_loss, row, there,
-            C, scalar(denominator, T), FOLD, VECTOR,
+            C, scalar(denominator, T), FOLD, VECTOR, background, BACKGROUND,
         )  # fmt: skip
     else:
         t = target + n * t_n + k_inner * t_k
@@ -179,19 +184,27 @@ def sigmoid_soft(
             t_j = tl.where(at_y, 1.0, 0.0).to(T)
             if ADJUST:
                 if margin is not None:
-                    off = A[2] * tl.load(margin + y, read, 0.0)
+                    off = A[2] * tl.load(margin + y, read & (y < C), 0.0)
                     z -= tl.where(at_y, off[:, None], 0.0)
         else:
             t_j = tl.load(elements(t, c, t_c, UNIT, VEC), inside, 0.0).to(T)
+        known = inside
+        if PARTIAL:
+            known = inside & (t_j != scalar(unknown, T))
         t_j = (1.0 - f[5]) * t_j + f[6]
-        L_j, g_j = mixed(z, t_j, f, G, SHORT)
+        v = None
+        if pos_weight is not None:
+            v = per_class(pos_weight, c, C, UNIT, VEC)
+        L_j, g_j = mixed(z, t_j, v, f, G, SHORT)
         if weight is not None:
             w = per_class(weight, c, C, UNIT, VEC)
             L_j = weighted(w, L_j)
             g_j *= w
-        L += tl.where(inside, L_j, 0.0)
+        L += tl.where(known, L_j, 0.0)
         if grad is not None:
             values = tl.where(keep[:, None], slope[:, None] * g_j, 0.0)
+            if PARTIAL:
+                values = tl.where(known, values, 0.0)
             at = elements(g, c, g_c, UNIT, VEC)
             tl.store(at, values.to(grad.dtype.element_ty), within(c, C, there, VEC))
     if losses is not None:

@@ -8,7 +8,7 @@ import triton.language as tl
 
 from .numerics import INF, clamp_finite, exp, f64, i32, i64, kernel, scalar, weighted
 from .rows import adjusted, logit_scale_of, row_inputs, target_logit
-from .sigmoid import at_target, other_element, sigmoid_formula
+from .sigmoid import other_element, sigmoid_formula, target_element
 from .softmax import (
     below,
     more_max_and_sum,
@@ -170,29 +170,35 @@ def softmax_tiles(
 
 @kernel
 def sigmoid_tiles(
-    logits, target, grad, scale, normalizer, logit_bias, margin, grad_loss, losses, saved,
-    rows: i32, C: i32, K: i32, x_n: i64, x_c: i32, x_k: i64, g_n: i64, g_c: i32, g_k: i64,
+    logits, target, grad, scale, normalizer, logit_bias, margin, pos_weight, grad_loss, losses,
+    saved, rows: i32, C: i32, K: i32, x_n: i64, x_c: i32, x_k: i64, g_n: i64, g_c: i32, g_k: i64,
     gamma: f64, gamma_neg: f64, alpha: f64, alpha_neg: f64, clip: f64, eps: f64,
-    logit_scale: f64, denominator: f64,
+    logit_scale: f64, denominator: f64, background: i64,
     ROWS: tl.constexpr, BLOCK_C: tl.constexpr, T: tl.constexpr, G: tl.constexpr,
     X_UNIT: tl.constexpr, G_UNIT: tl.constexpr, INNER: tl.constexpr,
     SMOOTH: tl.constexpr, FOLD: tl.constexpr, VECTOR: tl.constexpr, PER_ROW: tl.constexpr,
-    ALPHA: tl.constexpr, ADJUST: tl.constexpr,
+    ALPHA: tl.constexpr, ADJUST: tl.constexpr, BACKGROUND: tl.constexpr,
 ):  # fmt: skip
     """ROWS rows per program, BLOCK_C classes at a time: one read, one write."""
     n, k, row, there = tile_inputs(rows, K, ROWS, INNER)
     SHORT: tl.constexpr = logits.dtype.element_ty.primitive_bitwidth == 16
     f = sigmoid_formula(gamma, gamma_neg, alpha, alpha_neg, clip, eps, C, ALPHA, T)
     y, r, keep, read = row_inputs(
-        target, scale, normalizer, grad_loss, row, there, C, scalar(denominator, T), FOLD, VECTOR
-    )
+        target, scale, normalizer, grad_loss, row, there, C, scalar(denominator, T), FOLD, VECTOR,
+        background, BACKGROUND,
+    )  # fmt: skip
+    labelled = read
+    if BACKGROUND:
+        labelled = read & (y < C)
     x = tile_pointer(logits, n, k, x_n, x_k, X_UNIT)
     g = x
     if grad is not None:
         g = tile_pointer(grad, n, k, g_n, g_k, G_UNIT)
     A = (logit_bias, margin, logit_scale_of(logit_scale, T, ADJUST))
-    z_y = target_logit(x + class_offset(y, x_c, X_UNIT), y, read, A, T, ADJUST)
-    L_y, g_y = at_target(z_y, f, G, SHORT, SMOOTH)
+    z_y = target_logit(x + class_offset(y, x_c, X_UNIT), y, labelled, A, T, ADJUST)
+    L_y, g_y = target_element(
+        z_y, y, labelled, pos_weight, f, G, SHORT, SMOOTH, BACKGROUND
+    )  # fmt: skip
     slope = r * A[2]
     share = scalar(1.0, T) if SMOOTH else scalar(f[3], T)
     slope_others = slope * share

@@ -23,9 +23,13 @@ struct Call {
   Strides logits_stride, grad_stride;
   int64_t C, K;
   const int64_t* target;  // class indices; null with soft targets
-  const void* soft;       // soft targets, of type soft_type; null with class indices
+  bool has_background;    // rows with this target have no class: common.h
+  int64_t background;
+  const void* soft;  // soft targets, of type soft_type; null with class indices
   Strides soft_stride;
   DType soft_type;
+  bool partial;  // soft targets equal to this are unknown labels
+  double unknown;
   BadTarget* bad;      // where all modes but GRAD note an out-of-range soft target
   const void* weight;  // T[C]: of classes (per_class, softmax) or of sigmoid's labels; may be null
   void* scale;         // T[rows]: r_i / denominator; negative where the row is ignored
@@ -35,7 +39,7 @@ struct Call {
   void *M, *R, *r;
   const void* grad_loss;  // for GRAD: T[1], or T[rows] if grad_loss_per_row
   bool grad_loss_per_row;
-  const void *logit_bias, *margin;  // T[C], or null
+  const void *logit_bias, *margin, *pos_weight;  // T[C], or null
   Formula formula;
 };
 

@@ -12,6 +12,13 @@ inline int64_t row_offset(const Strides& s, int64_t K, int64_t i) {
   return K == 1 ? i * s.n : i / K * s.n + i % K * s.k;
 }
 
+// The class of a row, C where it has none. With soft targets 0.
+inline int64_t class_of(const Call& a, int64_t i) {
+  if (!a.target) return 0;
+  const int64_t y = a.target[i];
+  return a.has_background && y == a.background ? a.C : y;
+}
+
 // The row scale, r_i / denominator, times the incoming gradient where the call has one. Negative:
 // the row is ignored.
 template <class T>
@@ -65,6 +72,12 @@ void limit_row(const S* x, int64_t stride, int64_t C, Out* z, int64_t z_stride) 
     const T v = load_one(x + j * stride);
     store_one(z + j * z_stride, v != v || infinite > 1 ? T(NAN) : v == INF<T> ? T(0) : -INF<T>);
   }
+}
+
+// An element's loss and gradient times a weight.
+template <class V>
+CB_FN void scale(Element<V>& e, V weight) {
+  e.L = weighted(weight, e.L), e.g *= weight;
 }
 
 // The lanes from n on and the lane of the target, y (none if it is not a lane).

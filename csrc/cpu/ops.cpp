@@ -2,6 +2,9 @@
 // in ops.py.
 #include "../ops.h"
 
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -75,24 +78,25 @@ struct RowWeights {
 
 // scale[i] = r_i, negative where the row is ignored; checks every value that it reads.
 template <class T>
-RowWeights row_weights(const int64_t* target, const T* weight, const T* sample_weight,
-                       std::optional<int64_t> ignore_index, int64_t n, int64_t C, T* scale) {
+RowWeights row_weights(const Call& a, const T* weight, const T* sample_weight,
+                       std::optional<int64_t> ignore_index, int64_t n, T* scale) {
   std::vector<RowWeights> parts((n + BLOCK - 1) / BLOCK);
-  const bool may_ignore = ignore_index.has_value();
+  const bool may_ignore = a.target && ignore_index.has_value();
   const int64_t ignored = ignore_index.value_or(0);
   for_blocks(n, [&](int64_t b, int64_t begin, int64_t end) {
     RowWeights p;
     for (int64_t i = begin; i < end; ++i) {
-      const int64_t y = target ? target[i] : 0;  // null: soft targets, whose weight comes later
+      const int64_t y = a.target ? a.target[i] : 0;  // null: soft targets' weight comes later
       if (may_ignore && y == ignored) {
         scale[i] = -1;
         continue;
       }
-      if (uint64_t(y) >= uint64_t(C)) {
+      const bool background = a.has_background && y == a.background;
+      if (!background && uint64_t(y) >= uint64_t(a.C)) {
         if (p.bad_targets++ == 0) p.bad_target = i;
         continue;
       }
-      T r = weight ? weight[y] : T(1);
+      T r = weight && !background ? weight[y] : T(1);
       if (sample_weight) {
         const T s = sample_weight[i];
         if (!(s >= 0 && s < INFINITY) && p.bad_sample < 0) p.bad_sample = i;
@@ -120,10 +124,6 @@ void check_all(const T* vector, int64_t C, const char* name, const Good& good, c
   const T* bad = std::find_if_not(vector, vector + C, good);
   require(false, name, "[", bad - vector, "] = ", *bad, ": must be ", what);
 }
-template <class T>
-void check_weight(const T* weight, int64_t C) {
-  check_all(weight, C, "weight", [](T w) { return w >= 0 && w < INFINITY; }, "finite and >= 0");
-}
 
 // The data of a vector of the type that the loss is computed in; null if there is no vector.
 template <class T>
@@ -136,6 +136,14 @@ template <class T>
 const T* finite(const OptionalTensor& t, int64_t numel, const char* name) {
   const T* vector = data<T>(t, numel, name);
   if (vector) check_all(vector, numel, name, [](T v) { return v - v == 0; }, "finite");
+  return vector;
+}
+
+template <class T>
+const T* weights(const OptionalTensor& t, int64_t numel, const char* name) {
+  const T* vector = data<T>(t, numel, name);
+  const auto good = [](T w) { return w >= 0 && w < INFINITY; };
+  if (vector) check_all(vector, numel, name, good, "finite and >= 0");
   return vector;
 }
 
@@ -173,16 +181,8 @@ void run_rows(RowKernel kernel, const Call& a, int64_t rows) {
   else torch::stable::parallel_for(0, tiles, 1, run);
 }
 
-// The inputs of a loss beside the logits, in the type T that it is computed in.
 template <class T>
-struct Inputs {
-  const Tensor& target;
-  const OptionalTensor &weight, &sample_weight, &normalizer;
-  std::optional<int64_t> ignore_index;
-  Reduction reduction;
-
-  static constexpr ScalarType DTYPE = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
-};
+constexpr ScalarType COMPUTED = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
 
 // The sum of one number per row, in a fixed order.
 template <class T>
@@ -198,32 +198,33 @@ double epilogue(const T* row_loss, int64_t rows) {
   return total;
 }
 
+// " or ignore_index=-100", where there is such an index.
+std::string or_index(const char* name, std::optional<int64_t> index) {
+  return index ? std::string(" or ") + name + "_index=" + std::to_string(*index) : "";
+}
+
 // Computes one number per row, scale[i] = r_i / denominator, negative where the row is ignored: the
 // kernels know nothing of sample weights, ignore_index and reduction. Raises for the first value
 // that is out of range.
 template <class T>
-void prologue(const Inputs<T>& in, const Shape& shape, DType dtype, Call& a, T* scale) {
-  const T* w = data<T>(in.weight, shape.C, "weight");
+void prologue(const Inputs& in, Reduction reduction, const Shape& shape, DType dtype, Call& a,
+              T* scale) {
+  const T* w = weights<T>(in.weight, shape.C, "weight");
   const T* s = data<T>(in.sample_weight, shape.rows, "sample_weight");
   data<T>(in.normalizer, 1, "normalizer");
-  if (w) check_weight(w, shape.C);
   const bool of_rows = !a.soft && !a.formula.per_class;
-  RowWeights p = row_weights<T>(a.target, of_rows ? w : nullptr, s, in.ignore_index, shape.rows,
-                                shape.C, scale);
-  const int64_t* y = a.target;
-  if (p.bad_target >= 0) {
-    const std::string ignored =
-        in.ignore_index ? " or ignore_index=" + std::to_string(*in.ignore_index) : "";
+  RowWeights p = row_weights<T>(a, of_rows ? w : nullptr, s, in.ignore_index, shape.rows, scale);
+  if (p.bad_target >= 0)
     require<std::out_of_range>(false, "target", position(in.target, p.bad_target), " = ",
-                               y[p.bad_target], " is out of range: expected 0 <= target < ",
-                               shape.C, ignored, " (", p.bad_targets, " of ", shape.rows,
-                               " are wrong)");
-  }
+                               a.target[p.bad_target], " is out of range: expected 0 <= target < ",
+                               shape.C, or_index("ignore", in.ignore_index),
+                               or_index("background", in.background_index), " (", p.bad_targets,
+                               " of ", shape.rows, " are wrong)");
   if (p.bad_sample >= 0)
     require(false, "sample_weight", position(*in.sample_weight, p.bad_sample), " = ",
             s[p.bad_sample], ": must be finite and >= 0");
   if (!of_rows) a.weight = w;  // which the row kernel applies
-  if (a.soft && w && in.reduction == Reduction::WEIGHTED_MEAN) {
+  if (a.soft && w && reduction == Reduction::WEIGHTED_MEAN) {
     Call labels = a;
     const std::unique_ptr<T[]> r(a.formula.sigmoid ? nullptr : new T[shape.rows]);
     labels.r = a.formula.sigmoid ? scale : r.get();  // softmax applies the weights class by class
@@ -231,30 +232,45 @@ void prologue(const Inputs<T>& in, const Shape& shape, DType dtype, Call& a, T* 
     p.total = epilogue(static_cast<const T*>(labels.r), shape.rows);
     if (a.formula.sigmoid) a.weight = nullptr;
   }
-  const double divisor = denominator<T>(in.reduction, in.normalizer, p);
+  const double divisor = denominator<T>(reduction, in.normalizer, p);
   if (divisor != 1 && divisor > 0)  // nothing to average: 0 stays 0
     for_blocks(shape.rows, [&](int64_t, int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) scale[i] = T(scale[i] / divisor);
     });
 }
 
+// A number as a tensor of that type would hold it.
+double rounded(double v, DType type) {
+  switch (type) {
+    case DType::Float32: return float(v);
+    case DType::BFloat16: return float(c10::BFloat16(float(v)));
+    case DType::Float16: return float(c10::Half(float(v)));
+    default: return v;
+  }
+}
+
 // What a loss and a recomputed gradient have in common.
 template <class T>
-Call call_of(const Tensor& logits, const Tensor& target, const OptionalTensor& logit_bias,
-             const OptionalTensor& margin, const Shape& shape, const Formula& formula) {
+Call call_of(const Tensor& logits, const Inputs& in, const Shape& shape, const Formula& formula) {
+  const Tensor& target = in.target;
   Call a{};
   a.logits = logits.const_data_ptr(), a.logits_stride = strides_of(logits);
   a.C = shape.C, a.K = shape.K;
   if (target.scalar_type() == ScalarType::Long) {
     check_vector(target, ScalarType::Long, shape.rows, "target");
     a.target = static_cast<const int64_t*>(target.const_data_ptr());
+    a.has_background = in.background_index.has_value();
+    a.background = in.background_index.value_or(0);
   } else {
     check_shape(target, logits, "target");
     a.soft = target.const_data_ptr(), a.soft_stride = strides_of(target);
     a.soft_type = target.scalar_type() == ScalarType::Bool ? DType::Bool : dtype_of(target);
+    a.unknown = in.ignore_index ? rounded(double(*in.ignore_index), a.soft_type) : -INFINITY;
+    a.partial = formula.sigmoid && a.soft_type != DType::Bool && a.unknown > -INFINITY;
   }
-  a.logit_bias = finite<T>(logit_bias, shape.C, "logit_bias");
-  a.margin = finite<T>(margin, shape.C, "margin");
+  a.logit_bias = finite<T>(in.logit_bias, shape.C, "logit_bias");
+  a.margin = finite<T>(in.margin, shape.C, "margin");
+  a.pos_weight = weights<T>(in.pos_weight, shape.C, "pos_weight");
   a.formula = formula;
   return a;
 }
@@ -282,15 +298,15 @@ struct Outputs {
 
 // Prologue, row kernel, epilogue.
 template <class T>
-void run_loss(const Tensor& logits, const Inputs<T>& in, const Shape& shape, Call a,
-              const Outputs& out) {
+void run_loss(const Tensor& logits, const Inputs& in, Reduction reduction, const Shape& shape,
+              Call a, const Outputs& out) {
   const bool vector = out.loss.dim() > 0, sigmoid = a.formula.sigmoid;
-  check_vector(out.loss, in.DTYPE, vector ? shape.rows : 1, "loss");
+  check_vector(out.loss, COMPUTED<T>, vector ? shape.rows : 1, "loss");
   if (out.grad) set_grad(a, *out.grad, logits);
   const std::unique_ptr<T[]> own(new T[shape.rows * (out.stats ? saved_rows(sigmoid) : 1)]);
   T* scale = own.get();
   if (out.saved) {
-    check_vector(*out.saved, in.DTYPE, saved_rows(sigmoid) * shape.rows, "saved");
+    check_vector(*out.saved, COMPUTED<T>, saved_rows(sigmoid) * shape.rows, "saved");
     scale = static_cast<T*>(out.saved->mutable_data_ptr());
   }
   if (out.stats)
@@ -299,7 +315,7 @@ void run_loss(const Tensor& logits, const Inputs<T>& in, const Shape& shape, Cal
             "stats must be 4 * C contiguous elements of float64");
   if (out.saved || out.stats) set_saved(a, scale, shape.rows * sizeof(T));
   else a.scale = scale;
-  prologue(in, shape, dtype_of(logits), a, scale);
+  prologue(in, reduction, shape, dtype_of(logits), a, scale);
   T* loss = static_cast<T*>(out.loss.mutable_data_ptr());
   T* row_loss = vector ? loss : own.get();  // over the row scale, which a kernel reads first
   a.loss = row_loss;
@@ -309,7 +325,8 @@ void run_loss(const Tensor& logits, const Inputs<T>& in, const Shape& shape, Cal
     run_rows(find_kernel(dtype_of(logits), mode, a), a, shape.rows);
     if (bad.at < 0) return;
     require(false, "target", position(in.target, bad.at), " = ", shortest(T(bad.value)),
-            ": must be ", sigmoid ? "in [0, 1]" : "finite and >= 0");
+            ": must be ", sigmoid ? "in [0, 1]" : "finite and >= 0",
+            a.partial ? or_index("ignore", in.ignore_index) : "");
   };
   if (a.soft && a.soft_type != DType::Bool && a.grad == a.logits) run(Mode::CHECK);
   run(out.grad ? Mode::LOSS_AND_GRAD : Mode::LOSS);
@@ -319,18 +336,13 @@ void run_loss(const Tensor& logits, const Inputs<T>& in, const Shape& shape, Cal
                 static_cast<double*>(out.stats->mutable_data_ptr()));
 }
 
-void fill(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
-          const OptionalTensor& sample_weight, const OptionalTensor& normalizer,
-          const OptionalTensor& logit_bias, const OptionalTensor& margin,
-          const std::vector<double>& numbers, std::optional<int64_t> ignore_index,
+void fill(const Tensor& logits, const Inputs& in, const std::vector<double>& numbers,
           int64_t reduction, const Outputs& out) {
   const Shape shape(logits);
   const auto run = [&](auto t) {
     using T = decltype(t);
-    const Inputs<T> in{target,     weight,       sample_weight,
-                       normalizer, ignore_index, reduction_of(reduction)};
-    const Call a = call_of<T>(logits, target, logit_bias, margin, shape, Formula::of(numbers));
-    run_loss(logits, in, shape, a, out);
+    const Call a = call_of<T>(logits, in, shape, Formula::of(numbers));
+    run_loss<T>(logits, in, reduction_of(reduction), shape, a, out);
   };
   if (dtype_of(logits) == DType::Float64) run(double());
   else run(float());
@@ -338,30 +350,37 @@ void fill(const Tensor& logits, const Tensor& target, const OptionalTensor& weig
 
 void loss(Tensor logits, Tensor target, OptionalTensor weight, OptionalTensor sample_weight,
           OptionalTensor normalizer, OptionalTensor logit_bias, OptionalTensor margin,
-          std::vector<double> numbers, std::optional<int64_t> ignore_index, int64_t reduction,
-          Tensor loss, OptionalTensor grad, OptionalTensor saved) {
-  fill(logits, target, weight, sample_weight, normalizer, logit_bias, margin, numbers, ignore_index,
-       reduction, {loss, grad, saved, std::nullopt});
+          OptionalTensor pos_weight, std::vector<double> numbers,
+          std::optional<int64_t> ignore_index, std::optional<int64_t> background_index,
+          int64_t reduction, Tensor loss, OptionalTensor grad, OptionalTensor saved) {
+  const Inputs in{target, weight,     sample_weight, normalizer,      logit_bias,
+                  margin, pos_weight, ignore_index,  background_index};
+  fill(logits, in, numbers, reduction, {loss, grad, saved, std::nullopt});
 }
 
 void loss_and_stats(Tensor logits, Tensor target, OptionalTensor weight,
                     OptionalTensor sample_weight, OptionalTensor normalizer,
-                    OptionalTensor logit_bias, OptionalTensor margin, std::vector<double> numbers,
-                    std::optional<int64_t> ignore_index, int64_t reduction, Tensor loss,
+                    OptionalTensor logit_bias, OptionalTensor margin, OptionalTensor pos_weight,
+                    std::vector<double> numbers, std::optional<int64_t> ignore_index,
+                    std::optional<int64_t> background_index, int64_t reduction, Tensor loss,
                     Tensor grad, Tensor stats) {
   require(target.scalar_type() == ScalarType::Long, "statistics need class indices");
-  fill(logits, target, weight, sample_weight, normalizer, logit_bias, margin, numbers, ignore_index,
-       reduction, {loss, grad, std::nullopt, stats});
+  const Inputs in{target, weight,     sample_weight, normalizer,      logit_bias,
+                  margin, pos_weight, ignore_index,  background_index};
+  fill(logits, in, numbers, reduction, {loss, grad, std::nullopt, stats});
 }
 
 void gradient(Tensor logits, Tensor target, OptionalTensor weight, OptionalTensor logit_bias,
-              OptionalTensor margin, Tensor saved, Tensor grad_loss, std::vector<double> numbers,
-              Tensor grad) {
+              OptionalTensor margin, OptionalTensor pos_weight, Tensor saved, Tensor grad_loss,
+              std::vector<double> numbers, std::optional<int64_t> ignore_index,
+              std::optional<int64_t> background_index, Tensor grad) {
+  const Inputs in{target,       weight,          {}, {}, logit_bias, margin, pos_weight,
+                  ignore_index, background_index};
   const Shape shape(logits);
   const Formula formula = Formula::of(numbers);
   const bool f64 = dtype_of(logits) == DType::Float64;
-  Call a = f64 ? call_of<double>(logits, target, logit_bias, margin, shape, formula)
-               : call_of<float>(logits, target, logit_bias, margin, shape, formula);
+  Call a = f64 ? call_of<double>(logits, in, shape, formula)
+               : call_of<float>(logits, in, shape, formula);
   set_grad(a, grad, logits);
   const auto dtype = f64 ? ScalarType::Double : ScalarType::Float;
   check_vector(saved, dtype, saved_rows(formula.sigmoid) * shape.rows, "saved");

@@ -1,8 +1,8 @@
 // Kernels over vectors of classes: one row at a time, its classes side by side in memory.
 
 // Calls body(j, z, n, blank) for all vectors of a row, where z is -inf in the blank lanes: the
-// target's and those past the end. Calls flush() at least every CHUNK vectors. The order of the
-// calls depends on C and y alone.
+// target's (y = C: there is none) and those past the end. Calls flush() at least every CHUNK
+// vectors. The order of the calls depends on C and y alone.
 template <class S, class Body, class Flush>
 CB_FN void for_negatives(const S* x, int64_t C, int64_t y, const Body& body, const Flush& flush) {
   using V = typename Lanes<S>::V;
@@ -105,12 +105,12 @@ class AdjustedRow {
   const T* operator()(const S* x, int64_t y) {
     copy_row(x, z.get(), C);
     adjustment.apply(z.get(), C);
-    z[y] -= adjustment.scaled_margin(y);
+    if (y < C) z[y] -= adjustment.scaled_margin(y);
     return z.get();
   }
 };
 
-// Calls run(i, x, y, r, g, scratch) for every row that is not ignored; y is 0 with soft targets.
+// Calls run(i, x, y, r, g, scratch) for every row that is not ignored, y as in class_of.
 // Adjusted rows of half types are run as float rows, whose gradient is converted afterwards.
 template <class S, Mode MODE, class Run>
 void for_rows(const Call& a, int64_t begin, int64_t end, const Run& run) {
@@ -127,7 +127,7 @@ void for_rows(const Call& a, int64_t begin, int64_t end, const Run& run) {
       if constexpr (MODE != Mode::LOSS) zero_row(g, a.C);
       continue;
     }
-    const int64_t y = a.target ? a.target[i] : 0;
+    const int64_t y = class_of(a, i);
     const T r = scale(i);
     if (!adjusted.any()) {
       run(i, x, y, r, g, scratch.get());
@@ -218,7 +218,11 @@ CB_ROW void sigmoid_one_row(const Call& a, int64_t i, const S* x, int64_t y, T r
   const T t = f.eps / T(C);  // the smoothed target of the other classes
   const T others = SMOOTH ? T(1) : f.alpha_neg;
   const T slope = r * f.logit_scale, slope_others = slope * others;
-  const Element<V> at_y = at_target<G, SMOOTH, IS_HALF<S>>(V{} + load_one(x + y), T(C), f);
+  Element<V> at_y{};
+  if (y < C) {
+    at_y = at_target<G, SMOOTH, IS_HALF<S>>(V{} + load_one(x + y), T(C), f);
+    if (a.pos_weight) scale(at_y, V{} + static_cast<const T*>(a.pos_weight)[y]);
+  }
   DoubleLanes<V> total;
   LossSum<G, SMOOTH, IS_HALF<S>, V> sum_L;
   for_negatives(
@@ -231,7 +235,7 @@ CB_ROW void sigmoid_one_row(const Call& a, int64_t i, const S* x, int64_t y, T r
   if constexpr (MODE != Mode::GRAD)
     static_cast<T*>(a.loss)[i] =
         T(weighted(double(r), weighted(double(others), total.sum()) + lane(at_y.L, 0)));
-  if constexpr (MODE != Mode::LOSS) store_one(g + y, slope * T(lane(at_y.g, 0)));
+  if (MODE != Mode::LOSS && y < C) store_one(g + y, slope * T(lane(at_y.g, 0)));
 }
 
 template <class S, Mode MODE, Gamma G, bool SMOOTH>

@@ -23,7 +23,8 @@ void copy_as(const Q* q, int64_t stride, int64_t C, T* out) {
 }
 
 // The targets of a row: in place, or in a copy that stays in cache if the kernels cannot read their
-// type or stride. With class indices, as class weights may have: 1 at the target, else 0.
+// type or stride. With class indices, as class weights may have: 1 at the target, else 0; the copy
+// has one element more, for rows without a class.
 template <class T>
 class Targets {
   const Call& a;
@@ -36,7 +37,7 @@ class Targets {
   }
 
  public:
-  explicit Targets(const Call& a) : a(a), copy(as_they_lie() ? nullptr : new T[a.C]()) {}
+  explicit Targets(const Call& a) : a(a), copy(as_they_lie() ? nullptr : new T[a.C + 1]()) {}
   const T* operator()(int64_t i, int64_t y) {
     if (!a.soft) {
       copy[last] = 0, copy[y] = 1, last = y;
@@ -55,7 +56,7 @@ class Targets {
 template <class V>
 struct TargetCheck {
   decltype(bits(V{})) largest{};
-  CB_FN void see(V t) { largest = max(bits(t), largest); }
+  CB_FN void see(V t) { largest = max(bits(t), largest); }  // 0 for an unknown label
   CB_FN bool fails(const Call& a) const {
     return any(largest > bits(constant<V>(a.formula.sigmoid ? 1 : FLT_MAX)));
   }
@@ -68,11 +69,28 @@ __attribute__((noinline, cold)) void find_bad_target(const Call& a, int64_t i) {
     t += row_offset(a.soft_stride, a.K, i);
     for (int64_t c = 0; c < a.C; ++c) {
       const T t_c = load_as<T>(t + c * a.soft_stride.c);
+      if (a.partial && t_c == T(a.unknown)) continue;
       if (!(t_c >= 0 && t_c <= (a.formula.sigmoid ? T(1) : LARGEST<T>)))
         return note_bad_target(*a.bad, (i / a.K * a.C + c) * a.K + i % a.K, t_c);
     }
   });
 }
+
+// Labels that nobody knows, where a call may have any.
+template <class V>
+struct Unknown {
+  using T = decltype(lane(V{}, 0));
+  const bool any;
+  const V value;
+  explicit Unknown(const Call& a) : any(a.partial), value(V{} + T(a.unknown)) {}
+  CB_FN V known(V given) const { return any ? (given == value ? V{} : given) : given; }
+  // The target 0 of a logit of -inf, smoothed or not, has loss 0 and gradient 0.
+  CB_FN void blank(V& given, V& t, V& z) const {
+    if (!any) return;
+    const auto here = given == value;
+    given = here ? V{} : given, t = here ? V{} : t, z = here ? V{} - INF<T> : z;
+  }
+};
 
 // The mean weight of a row's labels; 1 where it has none.
 template <class T>
@@ -80,14 +98,15 @@ T mean_weight(double weights, double labels) {
   return labels != 0 ? T(weights / labels) : T(1);
 }
 template <class T>
-T label_weight(const T* t, const T* weight, int64_t C) {
+T label_weight(const Call& a, const T* t, const T* weight) {
   using V = typename Lanes<T>::V;
+  const Unknown<V> unknown(a);
   V labels{}, weights{};
   DoubleLanes<V> all_labels, all_weights;
   for_vectors<Lanes<T>::N>(
-      C,
+      a.C,
       [&](int64_t j, int64_t n) __attribute__((always_inline)) {
-        const V t_j = load_up_to(t + j, n);
+        const V t_j = unknown.known(load_up_to(t + j, n));
         labels += t_j, weights += t_j * load_up_to(weight + j, n);
       },
       [&]() __attribute__((always_inline)) {
@@ -171,25 +190,37 @@ CB_ROW double softmax_soft_row(const Call& a, int64_t i, const S* x, const T* t,
   return double(lane(row.loss, 0));
 }
 
-// LossSum for any targets and, unless weights is null, class weights, loaded by weight(weights).
+// What multiplies the terms of each class, from a Call; null: nothing.
+template <class T>
+struct ClassFactors {
+  const T *weight, *pos_weight;
+  explicit ClassFactors(const Call& a)
+      : weight(a.formula.per_class ? static_cast<const T*>(a.weight) : nullptr),
+        pos_weight(static_cast<const T*>(a.pos_weight)) {}
+};
+
+// LossSum for any targets and with class factors, which load(pointer) loads.
 template <Gamma G, bool SHORT, class V>
 struct SoftSum : LossSum<G, true, SHORT, V> {
-  template <class T, class Weight>
-  CB_FN V add(V z, V t, const FormulaOf<T>& f, const T* weights, const Weight& weight) {
-    if constexpr (G == Gamma::ZERO) return this->softplus.add(z, t);
+  template <class T, class Load>
+  CB_FN V add(V z, V t, const FormulaOf<T>& f, const ClassFactors<T>& factors, const Load& load) {
+    const bool positives = any(t != V{});  // none in most vectors of a multi-hot row
+    if (G == Gamma::ZERO && !(factors.pos_weight && positives)) return this->softplus.add(z, t);
     Element<V> e;
-    if (any(t != V{})) {
-      e = mixed<G, SHORT>(z, t, f);
-    } else {  // as in most vectors of a multi-hot row: without the positive side
+    if (positives) {
+      e = mixed<G, SHORT>(z, t, factors.pos_weight ? load(factors.pos_weight) : constant<V>(1), f);
+    } else {
       e = negative<G, SHORT>(z, f);
-      e.L = weighted(V{} + f.alpha_neg, e.L), e.g = f.alpha_neg * e.g;
+      scale(e, V{} + f.alpha_neg);
     }
-    if (weights) {
-      const V w = weight(weights);
-      e.L = weighted(w, e.L), e.g = w * e.g;
-    }
+    if (factors.weight) scale(e, load(factors.weight));
     this->L += e.L;
     return e.g;
+  }
+  CB_FN V take() {
+    const V total = G == Gamma::ZERO ? this->softplus.value() + this->L : this->L;
+    *this = SoftSum{};
+    return total;
   }
 };
 
@@ -198,7 +229,8 @@ CB_ROW double sigmoid_soft_row(const Call& a, int64_t i, const S* x, const T* t,
   using V = typename Lanes<S>::V;
   constexpr int64_t N = Lanes<S>::N;
   const FormulaOf<T> f = formula_of<T>(a.formula);
-  const T* weight = a.formula.per_class ? static_cast<const T*>(a.weight) : nullptr;
+  const ClassFactors<T> factors(a);
+  const Unknown<V> unknown(a);
   const T keep = 1 - f.eps, uniform = f.eps / T(a.C), slope = r * f.logit_scale;
   DoubleLanes<V> total;
   SoftSum<G, IS_HALF<S>, V> sum_L;
@@ -206,11 +238,12 @@ CB_ROW double sigmoid_soft_row(const Call& a, int64_t i, const S* x, const T* t,
   for_vectors<N>(
       a.C,
       [&](int64_t j, int64_t n) __attribute__((always_inline)) {
-        const V z = padded(load_up_to(x + j, n), n, -INF<T>);  // its loss is 0 where t is 0
-        const V given = load_up_to(t + j, n), t_j = padded(keep * given + uniform, n, T(0));
+        V z = padded(load_up_to(x + j, n), n, -INF<T>);  // its loss is 0 where t is 0
+        V given = load_up_to(t + j, n), t_j = padded(keep * given + uniform, n, T(0));
+        unknown.blank(given, t_j, z);
         if constexpr (MODE != Mode::GRAD) check.see(given);
         const V g_j =
-            sum_L.add(z, t_j, f, weight, [&](const T* w) { return load_up_to(w + j, n); });
+            sum_L.add(z, t_j, f, factors, [&](const T* w) { return load_up_to(w + j, n); });
         if constexpr (MODE != Mode::LOSS) store_n(g + j, slope * g_j, n);
       },
       [&]() __attribute__((always_inline)) { total.add(sum_L.take()); });
@@ -243,7 +276,7 @@ void sigmoid_soft_rows(const Call& a, int64_t begin, int64_t end) {
   const T* weight_of_labels = a.formula.per_class ? nullptr : static_cast<const T*>(a.weight);
   const auto run = [&](int64_t i, auto* x, const T* t, T r, auto* g, T*) {
     if (weight_of_labels) {
-      r *= label_weight(t, weight_of_labels, a.C);
+      r *= label_weight(a, t, weight_of_labels);
       static_cast<T*>(a.scale)[i] = r;  // for a backward that recomputes the gradient
     }
     return sigmoid_soft_row<MODE, G>(a, i, x, t, r, g);
@@ -257,10 +290,12 @@ void check_rows(const Call& a, int64_t begin, int64_t end) {
   using T = typename Lanes<S>::T;
   Targets<T> targets(a);
   for (int64_t i = begin; i < end; ++i) {
+    using V = typename Lanes<T>::V;
     const T* t = targets(i, 0);
-    TargetCheck<typename Lanes<T>::V> check;
+    const Unknown<V> unknown(a);
+    TargetCheck<V> check;
     for_vectors<Lanes<T>::N>(
-        a.C, [&](int64_t j, int64_t n) { check.see(load_up_to(t + j, n)); }, [] {});
+        a.C, [&](int64_t j, int64_t n) { check.see(unknown.known(load_up_to(t + j, n))); }, [] {});
     if (check.fails(a)) find_bad_target<T>(a, i);
   }
 }
@@ -274,5 +309,5 @@ void label_weight_rows(const Call& a, int64_t begin, int64_t end) {
   const T* scale = static_cast<const T*>(a.scale);
   for (int64_t i = begin; i < end; ++i)
     static_cast<T*>(a.r)[i] =
-        scale[i] * label_weight(targets(i, 0), static_cast<const T*>(a.weight), a.C);
+        scale[i] * label_weight(a, targets(i, 0), static_cast<const T*>(a.weight));
 }

@@ -19,9 +19,14 @@ struct SoftTile : Tile<S> {
   // The mean weights of the rows' labels; 1 for a row without labels.
   CB_ROW V label_weight(const V* t) const {
     const T* weight = static_cast<const T*>(a.weight);
+    const Unknown<V> unknown(a);
     V labels{}, weights{}, part_labels{}, part_weights{};
     for_classes(
-        a.C, [&](int64_t c) { part_labels += t[c], part_weights += t[c] * weight[c]; },
+        a.C,
+        [&](int64_t c) {
+          const V t_c = unknown.known(t[c]);
+          part_labels += t_c, part_weights += t_c * weight[c];
+        },
         [&] {
           labels += part_labels, weights += part_weights;
           part_labels = part_weights = V{};
@@ -86,7 +91,8 @@ CB_FN V sigmoid_soft_tile(const SoftTile<S>& tile, V* z, const V* t) {
   using T = typename Lanes<S>::T;
   const int64_t C = tile.a.C;
   const FormulaOf<T> f = formula_of<T>(tile.a.formula);
-  const T* weight = tile.a.formula.per_class ? static_cast<const T*>(tile.a.weight) : nullptr;
+  const ClassFactors<T> factors(tile.a);
+  const Unknown<V> unknown(tile.a);
   const T keep = 1 - f.eps, uniform = f.eps / T(C);
   const V slope = tile.r * f.logit_scale;
   V total{};
@@ -95,9 +101,10 @@ CB_FN V sigmoid_soft_tile(const SoftTile<S>& tile, V* z, const V* t) {
   for_classes(
       C,
       [&](int64_t c) __attribute__((always_inline)) {
-        if constexpr (MODE != Mode::GRAD) check.see(t[c]);
-        const V g = sum_L.add(z[c], keep * t[c] + uniform, f, weight,
-                              [&](const T* w) { return V{} + w[c]; });
+        V z_c = z[c], given = t[c], t_c = keep * given + uniform;
+        unknown.blank(given, t_c, z_c);
+        if constexpr (MODE != Mode::GRAD) check.see(given);
+        const V g = sum_L.add(z_c, t_c, f, factors, [&](const T* w) { return V{} + w[c]; });
         if constexpr (MODE != Mode::LOSS) z[c] = slope * g;
       },
       [&]() __attribute__((always_inline)) { total += sum_L.take(); });
@@ -174,8 +181,10 @@ void for_target_tiles(const Call& a, int64_t begin, int64_t end, const Run& run)
 template <class S>
 void check_tiles(const Call& a, int64_t begin, int64_t end) {
   for_target_tiles<S>(a, begin, end, [&](const auto& tile, const auto* t) {
-    TargetCheck<typename Lanes<S>::V> check;
-    for (int64_t c = 0; c < a.C; ++c) check.see(t[c]);
+    using V = typename Lanes<S>::V;
+    const Unknown<V> unknown(a);
+    TargetCheck<V> check;
+    for (int64_t c = 0; c < a.C; ++c) check.see(unknown.known(t[c]));
     tile.note_bad_targets(check);
   });
 }

@@ -18,6 +18,9 @@ void by_class(const Call& a, int64_t rows, std::optional<int64_t> ignore_index, 
     return T(static_cast<const S*>(data)[n * s.n + (i - n * a.K) * s.k + a.target[i] * s.c]);
   };
   const auto of = [](const void* vector, int64_t i) { return static_cast<const T*>(vector)[i]; };
+  const auto has_class = [&](int64_t y) {
+    return !(ignore_index && y == *ignore_index) && !(a.has_background && y == a.background);
+  };
   const int64_t C = a.C;
   std::fill_n(stats, 4 * C, 0.0);
   // Two elements per row, each in its own cache line: the loads of a block overlap.
@@ -26,12 +29,12 @@ void by_class(const Call& a, int64_t rows, std::optional<int64_t> ignore_index, 
   for (int64_t begin = 0; begin < rows; begin += BLOCK) {
     const int64_t end = std::min(rows, begin + BLOCK);
     for (int64_t i = begin; i < end; ++i) {
-      if (ignore_index && a.target[i] == *ignore_index) continue;
+      if (!has_class(a.target[i])) continue;
       x[i - begin] = at(a.logits, a.logits_stride, i), g[i - begin] = at(a.grad, a.grad_stride, i);
     }
     for (int64_t i = begin; i < end; ++i) {
       const int64_t y = a.target[i];
-      if (ignore_index && y == *ignore_index) continue;
+      if (!has_class(y)) continue;
       T z = x[i - begin], p;
       if (a.logit_bias) z += of(a.logit_bias, y);
       if (a.margin) z -= of(a.margin, y);

@@ -18,13 +18,15 @@ struct Tile {
     const RowScale<T> scale(a);
     if constexpr (N == 1) {
       ignored = scale.ignored(i), r = scale(i);
-      if (a.target) y = a.target[i];
+      y = class_of(a, i);
     } else {
       for (int64_t l = 0; l < n; ++l) {
         ignored[l] = scale.ignored(i + l) ? -1 : 0;
         r[l] = scale(i + l);
         if (a.target) y[l] = int32_t(a.target[i + l]);
       }
+      if (a.has_background)
+        for (int64_t l = 0; l < n; ++l) y[l] = int32_t(class_of(a, i + l));
     }
   }
   Index index(int64_t c) const { return Index{} + std::conditional_t<N == 1, int64_t, int32_t>(c); }
@@ -50,6 +52,15 @@ struct Tile {
   }
   void load_logits(V* z, S* gathered) const {
     read(static_cast<const S*>(a.logits), a.logits_stride, z, gathered);
+  }
+  // The rows' numbers of their own classes, from a vector of the classes; 0 where they have none.
+  V of_classes(const void* vector) const {
+    V v{};
+    for (int64_t l = 0; l < n; ++l) {
+      const int64_t y_l = lane_index(y, l);
+      if (y_l >= 0 && y_l < a.C) set_lane(v, l, static_cast<const T*>(vector)[y_l]);
+    }
+    return v;
   }
   void adjust(const Adjustment<T>& adjustment, V* z) const {
     if (!adjustment.any) return;
@@ -184,7 +195,9 @@ void sigmoid_tiles(const Call& a, int64_t begin, int64_t end) {
           if constexpr (MODE != Mode::LOSS) z[c] = slope_others * g_c;
         },
         [&]() __attribute__((always_inline)) { total += sum_L.take(); });
-    const Element<V> at_y = at_target<G, SMOOTH, IS_HALF<S>>(z_y, T(C), f);
+    Element<V> at_y = at_target<G, SMOOTH, IS_HALF<S>>(z_y, T(C), f);
+    if (a.pos_weight) scale(at_y, tile.of_classes(a.pos_weight));
+    if (a.has_background) at_y.L = tile.is_y(C) ? V{} : at_y.L;
     const V g_y = slope * at_y.g;
     const V row_loss = weighted(tile.r, weighted(V{} + others, total) + at_y.L);
     if constexpr (MODE != Mode::GRAD) tile.put(a.loss, tile.ignored ? V{} : row_loss);

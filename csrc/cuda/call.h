@@ -16,8 +16,10 @@ struct Call {
   Strides logits_stride, grad_stride;
   int64_t rows, C, K;
   Formula formula;
-  const void *logit_bias, *margin;  // T[C], or null
+  const void *logit_bias, *margin, *pos_weight;  // T[C], or null
   const int64_t* target;
+  bool has_background;  // rows with this target have no class
+  int64_t background;
   void* saved;  // T[rows] or, for softmax, T[3 rows]: row scale, M, R; or null
   // Of a loss; null in a backward that recomputes the gradient.
   const void *weight, *sample_weight, *normalizer;  // T[C], T[rows], T[1]; or null

@@ -29,6 +29,8 @@ TypedCall<S> typed(const Call& c) {
   a.rows = int(c.rows), a.C = int(c.C), a.K = int(c.K);
   a.f = formula_of<T>(c.formula);
   a.bias = static_cast<const T*>(c.logit_bias), a.margin = static_cast<const T*>(c.margin);
+  a.pos_weight = static_cast<const T*>(c.pos_weight);
+  a.has_background = c.has_background, a.background = c.background;
   a.target = c.target, a.saved = static_cast<T*>(c.saved);
   a.weight = static_cast<const T*>(c.weight);
   a.sample_weight = static_cast<const T*>(c.sample_weight);
@@ -191,10 +193,10 @@ cudaError_t launch_sigmoid(const TypedCall<S>& a, const Layout& layout, bool per
                            layout.splits, device);
 }
 
-// What only GENERAL code has here: adjusted logits, alpha, gamma with label smoothing.
+// What only GENERAL code has here: adjusted logits, alpha, pos_weight, gamma with label smoothing.
 bool only_general(const Call& c) {
   const Formula& f = c.formula;
-  return c.adjusted() || has_alpha(f) || (f.eps != 0 && f.gamma != 0);
+  return c.adjusted() || has_alpha(f) || c.pos_weight || (f.eps != 0 && f.gamma != 0);
 }
 
 template <Gamma G>

@@ -93,11 +93,14 @@ void* buffer(const OptionalTensor& t, const Tensor& logits, int64_t numel, const
   return t->mutable_data_ptr();
 }
 
-cbloss::Call call_of(const Tensor& logits, const Tensor& target, const OptionalTensor& logit_bias,
-                     const OptionalTensor& margin, const Shape& shape, const Formula& formula) {
+cbloss::Call call_of(const Tensor& logits, const Inputs& in, const Shape& shape,
+                     const Formula& formula) {
+  const Tensor& target = in.target;
   check_vector(target, ScalarType::Long, shape.rows, "target");
   require(!formula.per_class,
           "the CUDA kernels do not support class_weighting='class', Triton's do");
+  require(!in.pos_weight || formula.eps == 0,
+          "the CUDA kernels do not support pos_weight with label_smoothing, Triton's do");
   constexpr int64_t MOST = INT32_MAX - 4096;  // so that an index past the end does not overflow
   require(shape.rows <= MOST && shape.C <= MOST, "the CUDA kernels take at most ", MOST,
           " rows and classes, got ", shape.rows, " and ", shape.C);
@@ -107,8 +110,11 @@ cbloss::Call call_of(const Tensor& logits, const Tensor& target, const OptionalT
   if (shape.C == 1) call.logits_stride.c = 1;
   call.rows = shape.rows, call.C = shape.C, call.K = shape.K;
   call.formula = formula;
-  call.logit_bias = input(logit_bias, logits, shape.C, "logit_bias");
-  call.margin = input(margin, logits, shape.C, "margin");
+  call.logit_bias = input(in.logit_bias, logits, shape.C, "logit_bias");
+  call.margin = input(in.margin, logits, shape.C, "margin");
+  call.pos_weight = input(in.pos_weight, logits, shape.C, "pos_weight");
+  call.has_background = in.background_index.has_value();
+  call.background = in.background_index.value_or(0);
   call.target = static_cast<const int64_t*>(target.const_data_ptr());
   return call;
 }
@@ -121,11 +127,14 @@ void set_grad(cbloss::Call& call, const Tensor& grad, const Tensor& logits) {
 
 void loss(Tensor logits, Tensor target, OptionalTensor weight, OptionalTensor sample_weight,
           OptionalTensor normalizer, OptionalTensor logit_bias, OptionalTensor margin,
-          std::vector<double> numbers, std::optional<int64_t> ignore_index, int64_t reduction,
-          Tensor loss, OptionalTensor grad, OptionalTensor saved) {
+          OptionalTensor pos_weight, std::vector<double> numbers,
+          std::optional<int64_t> ignore_index, std::optional<int64_t> background_index,
+          int64_t reduction, Tensor loss, OptionalTensor grad, OptionalTensor saved) {
+  const Inputs in{target, weight,     sample_weight, normalizer,      logit_bias,
+                  margin, pos_weight, ignore_index,  background_index};
   const Shape shape(logits);
   const Formula formula = Formula::of(numbers);
-  cbloss::Call call = call_of(logits, target, logit_bias, margin, shape, formula);
+  cbloss::Call call = call_of(logits, in, shape, formula);
   call.weight = input(weight, logits, shape.C, "weight");
   call.sample_weight = input(sample_weight, logits, shape.rows, "sample_weight");
   call.normalizer = input(normalizer, logits, 1, "normalizer");
@@ -149,11 +158,14 @@ void loss(Tensor logits, Tensor target, OptionalTensor weight, OptionalTensor sa
 }
 
 void gradient(Tensor logits, Tensor target, OptionalTensor /*weight*/, OptionalTensor logit_bias,
-              OptionalTensor margin, Tensor saved, Tensor grad_loss, std::vector<double> numbers,
-              Tensor grad) {
+              OptionalTensor margin, OptionalTensor pos_weight, Tensor saved, Tensor grad_loss,
+              std::vector<double> numbers, std::optional<int64_t> ignore_index,
+              std::optional<int64_t> background_index, Tensor grad) {
+  const Inputs in{target,          {}, {}, {}, logit_bias, margin, pos_weight, ignore_index,
+                  background_index};
   const Shape shape(logits);
   const Formula formula = Formula::of(numbers);
-  cbloss::Call call = call_of(logits, target, logit_bias, margin, shape, formula);
+  cbloss::Call call = call_of(logits, in, shape, formula);
   set_grad(call, grad, logits);
   call.saved = buffer(saved, logits, saved_rows(formula.sigmoid) * shape.rows, "saved");
   call.grad_loss_per_row = grad_loss.dim() > 0;

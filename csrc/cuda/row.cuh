@@ -28,8 +28,10 @@ struct TypedCall {
   Strides x, g;
   int rows, C, K;
   FormulaOf<T> f;
-  const T *bias, *margin;
+  const T *bias, *margin, *pos_weight;
   const int64_t* target;
+  bool has_background;
+  int64_t background;
   T* saved;
   const T *weight, *sample_weight, *grad_loss;
   bool ignore, grad_loss_per_row;
@@ -84,30 +86,32 @@ CB_FN T target_logit(const TypedCall<S>& a, T x_y, int y) {
   return GENERAL && a.margin ? z - a.f.logit_scale * a.margin[y] : z;
 }
 
-// A row's target. A row that is ignored (not keep) or has an out-of-range target (not valid) is not
-// read: its logits are taken as -inf and its target's as 0, which gives loss 0 and gradient 0
-// whatever is in memory. row_scale makes them NaN where the target is out of range.
+// A row's target, C in a background row: no column is that. A row that is ignored (not keep) or has
+// an out-of-range target (not valid) is not read: its logits are taken as -inf and its target's as
+// 0, which gives loss 0 and gradient 0 whatever is in memory. row_scale makes them NaN where the
+// target is out of range.
 template <class T>
 struct Row {
   int y;
   bool keep, valid, read;
 };
-template <class S, class T = Compute<S>>
+template <bool BACKGROUND = false, class S, class T = Compute<S>>
 CB_FN Row<T> target_of(const TypedCall<S>& a, int i, bool backward) {
   const int64_t y = a.target[i];
-  const bool valid = y >= 0 && y < a.C;
   const bool keep = backward ? !(a.saved[i] < 0) : !(a.ignore && y == a.ignored);
+  if (BACKGROUND && a.has_background && y == a.background) return {a.C, keep, true, keep};
+  const bool valid = y >= 0 && y < a.C;
   return {valid ? int(y) : 0, keep, valid, keep && valid};
 }
 // The row scale, r_i / denominator; in a backward what the forward saved, times grad_loss. 0 where
 // the row is ignored, NaN where its target is out of range.
-template <class S, class T = Compute<S>>
+template <bool BACKGROUND = false, class S, class T = Compute<S>>
 CB_FN T row_scale(const TypedCall<S>& a, int i, const Row<T>& row, bool backward) {
   T r;
   if (backward) {
     r = a.saved[i] * a.grad_loss[a.grad_loss_per_row ? i : 0];
   } else {
-    r = a.weight && row.valid ? a.weight[row.y] : T(1);
+    r = a.weight && row.valid && !(BACKGROUND && row.y == a.C) ? a.weight[row.y] : T(1);
     if (a.sample_weight) r *= a.sample_weight[i];
     T denominator = a.denominator;
     if (a.denominators) {

@@ -12,6 +12,16 @@ CB_FN FormulaOf<T> used(FormulaOf<T> f) {
   return f;
 }
 
+// The element of the target, from its logit.
+template <Gamma G, bool SMOOTH, class S, class T = Compute<S>>
+CB_FN Element<T> target_element(const TypedCall<S>& a, FormulaOf<T> f, const Row<T>& row,
+                                const S* x_y) {
+  constexpr bool GENERAL = G == Gamma::GENERAL;
+  const T z_y = row.read ? target_logit<GENERAL>(a, T(*x_y), row.y) : T(0);
+  if (GENERAL && !SMOOTH && a.pos_weight) f.alpha *= a.pos_weight[row.y];
+  return at_target<G, SMOOTH, IS_HALF<S>>(z_y, T(a.C), f);
+}
+
 // A row, or `span` vectors of it, by THREADS threads: one read of the logits, one write of the
 // gradient.
 template <class S, Gamma G, bool SMOOTH, int THREADS, int ITEMS, bool ALIGNED>
@@ -23,8 +33,8 @@ __global__ void __launch_bounds__(4 * WARP) sigmoid_rows(TypedCall<S> a) {
   const Place<THREADS> place(a.rows);
   if (place.none) return;
   const int i = place.i;
-  const Row<T> row = a.grad_loss ? target_of(a, i, true) : target_of(a, i, false);
-  const T r = a.grad_loss ? row_scale(a, i, row, true) : row_scale(a, i, row, false);
+  const Row<T> row = a.grad_loss ? target_of<true>(a, i, true) : target_of<true>(a, i, false);
+  const T r = a.grad_loss ? row_scale<true>(a, i, row, true) : row_scale<true>(a, i, row, false);
   const S* x = row_of(a.logits, a.x, a.K, i);
   S* g = row_of(a.grad, a.g, a.K, i);
   Columns<S, THREADS> at(x, a.C, row.y, thread);
@@ -37,16 +47,12 @@ __global__ void __launch_bounds__(4 * WARP) sigmoid_rows(TypedCall<S> a) {
   const T others = SMOOTH ? T(1) : f.alpha_neg;
   const T slope = r * f.logit_scale, slope_others = slope * others;
 
-  const auto target_element = [&] {
-    const T z_y = row.read ? target_logit<GENERAL>(a, T(x[row.y]), row.y) : T(0);
-    return at_target<G, SMOOTH, SHORT>(z_y, T(a.C), f);
-  };
   T L = 0, L_target = 0;  // of the other classes; of the target, apart because of alpha
   T& L_y = GENERAL ? L_target : L;
   if (edges && at.edge >= 0) {
     T g_edge;
     if (at.edge == row.y) {
-      const Element<T> at_y = target_element();
+      const Element<T> at_y = target_element<G, SMOOTH>(a, f, row, x + row.y);
       L_y += at_y.L, g_edge = slope * at_y.g;
     } else {
       LossSum<G, SMOOTH, SHORT, T> sum;
@@ -63,7 +69,7 @@ __global__ void __launch_bounds__(4 * WARP) sigmoid_rows(TypedCall<S> a) {
     Element<T> at_y{};
     const bool y_here = at.y_vector >= first && at.y_vector < ::min(end, first + ITEMS * THREADS);
     if (y_here) {
-      at_y = target_element();
+      at_y = target_element<G, SMOOTH>(a, f, row, x + row.y);
       L_y += at_y.L;
       at.blank_y(z, first);
     }

@@ -95,7 +95,8 @@ struct ThreadRow {
       g = row_of(a.grad, a.g, a.K, i), g_c = a.g.c;
     }
   }
-  CB_FN S logit(int c) const { return x[c * x_c]; }
+  CB_FN const S* at(int c) const { return x + c * x_c; }
+  CB_FN S logit(int c) const { return *at(c); }
   CB_FN S& slope(int c) const { return g[c * g_c]; }
 };
 
@@ -192,14 +193,14 @@ template <class S, Gamma G, bool SMOOTH, bool SHARED>
 __global__ void __launch_bounds__(TILE) sigmoid_tiles(TypedCall<S> a, bool per_row) {
   using T = Compute<S>;
   run_tile<SHARED>(a, per_row, [&](int i, const ThreadRow<S, SHARED>& data) {
-    const Row<T> row = target_of(a, i, a.grad_loss);
-    const T r = row_scale(a, i, row, a.grad_loss);
+    const Row<T> row = target_of<true>(a, i, a.grad_loss);
+    const T r = row_scale<true>(a, i, row, a.grad_loss);
     constexpr bool GENERAL = G == Gamma::GENERAL;
     const FormulaOf<T> f = used<G>(a.f);
     const T t = SMOOTH ? f.eps / a.C : T(0), others = SMOOTH ? T(1) : f.alpha_neg;
     const T slope = r * f.logit_scale, slope_others = slope * others;
-    const T z_y = row.read ? target_logit<GENERAL>(a, T(data.logit(row.y)), row.y) : T(0);
-    const Element<T> at_y = at_target<G, SMOOTH, IS_HALF<S>>(z_y, T(a.C), f);
+    Element<T> at_y{};
+    if (row.y < a.C) at_y = target_element<G, SMOOTH>(a, f, row, data.at(row.y));
     T L = 0;
     for (int first = 0; first < a.C; first += CLASSES) {
       const Classes<S, GENERAL> c(a, data, row, first);

@@ -119,9 +119,9 @@ class Call(NamedTuple):
 
     x: Tensor  # (N, C): rows are (n, k)
     target: Tensor
-    vectors: list[Tensor | None]  # weight, sample_weight, normalizer, logit_bias, margin
+    vectors: list[Tensor | None]  # the others of arguments.py's Inputs
     numbers: Formula
-    ignore: int | None
+    marks: tuple[int | None, int | None]  # ignore_index, background_index
     reduction: int
     K: int
 
@@ -158,6 +158,7 @@ def drawn_call(case: Case, draw: random.Random) -> Call:
         normalizer,
         None,
         None,
+        weight.flip(0) if case.sigmoid and case.eps == 0 and draw.random() < 0.3 else None,
     ]
     if numbers.logit_scale != 1:
         for at in (3, 4):
@@ -165,7 +166,10 @@ def drawn_call(case: Case, draw: random.Random) -> Call:
             vectors[at] = vector if draw.random() < 0.7 else None
     if draw.random() < 0.2:
         x[1, draw.randrange(case.C)] = draw.choice((float("nan"), -float("inf")))
-    return Call(x, y, vectors, numbers, ignore, reduction, K)
+    background = draw.choice((case.C, -1, 2**32 + 1)) if case.sigmoid else None
+    if background is not None and draw.random() < 0.5:
+        y[draw.choice((0, 1, N - 1))] = background
+    return Call(x, y, vectors, numbers, (ignore, background), reduction, K)
 
 
 def run(case: Case, library: ctypes.CDLL) -> None:
@@ -183,7 +187,7 @@ def run(case: Case, library: ctypes.CDLL) -> None:
     x, numbers, (N, C), K = call.x, call.numbers, call.x.shape, call.K
     reduced = REDUCTIONS[call.reduction]
     exact = Inputs(call.target, *(None if v is None else v.double() for v in call.vectors))
-    losses, slope, *_ = reference.loss_and_grad(x.double(), exact, numbers, call.ignore, reduced)
+    losses, slope, *_ = reference.loss_and_grad(x.double(), exact, numbers, *call.marks, reduced)
     want = losses if reduced == "none" else losses.sum()
     loss_rtol, grad_rtol = TOLERANCE[case.dtype]
     # With smoothing eps p and eps / C may cancel, with a z-loss lse may be nearly 0 because logits
@@ -205,7 +209,7 @@ def run(case: Case, library: ctypes.CDLL) -> None:
     def forward(source: Tensor, grad: Tensor | None, saved: Tensor | None) -> None:
         loss.fill_(float("nan"))
         operator(
-            inner(source), target, *vectors, numbers, call.ignore, call.reduction, loss, grad, saved
+            inner(source), target, *vectors, numbers, *call.marks, call.reduction, loss, grad, saved
         )  # fmt: skip
 
     forward(grad if in_place else logits, inner(grad), None)
@@ -217,7 +221,8 @@ def run(case: Case, library: ctypes.CDLL) -> None:
     incoming = memory.copy(torch.full(want.shape, 2.0, dtype=nan.dtype))
     source = memory.copy(x)
     grad = source if in_place else memory.copy(torch.full_like(x, float("nan")))
-    again(inner(source), target, None, *vectors[3:], saved, incoming, numbers, inner(grad))
+    given = Inputs(target, *vectors)._replace(weight=None).of_gradient()
+    again(inner(source), *given, saved, incoming, numbers, *call.marks, inner(grad))
     check(case, "recomputed", grad, 2 * slope, grad_rtol, 2 * largest)
     assert torch.equal(logits.nan_to_num(), x.nan_to_num()), f"{case}: the logits were changed"
     memory.free()

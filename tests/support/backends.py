@@ -25,6 +25,7 @@ from cbloss_fused.options import Activation, BackendName, Formula, Options, Redu
 from .marks import IGNORED, REDUCTIONS
 
 INTERPRETED = triton.interpreted()
+MARKS = IGNORED, None  # ignore_index and background_index of operators that tests call
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 
 
@@ -159,13 +160,20 @@ def operator_arguments(
     gamma: float = 0.5,
     label_smoothing: float = 0.0,
     reduction: Reduction = "mean",
-    vectors: tuple[Tensor | None, ...] = (None, None, None),
+    vectors: tuple[Tensor | None, ...] = (),
 ) -> tuple[tuple[object, ...], Tensor, tuple[object, ...]]:
     """Arguments of the operator loss before its buffers, a loss buffer, the formula's numbers."""
     numbers = Formula.of(Options(family, gamma, label_smoothing=label_smoothing))
     number = REDUCTIONS.index(reduction)
-    arguments = (logits, *Inputs(target, *vectors), numbers, IGNORED, number)
+    arguments = (logits, *Inputs(target, *vectors), numbers, *MARKS, number)
     return arguments, new_loss(logits, target, number), numbers
+
+
+def gradient_arguments(
+    logits: Tensor, inputs: Inputs, saved: Tensor, incoming: Tensor, numbers: object, grad: Tensor
+) -> tuple[object, ...]:
+    """Arguments of the operator gradient."""
+    return logits, *inputs.of_gradient(), saved, incoming, numbers, *MARKS, grad
 
 
 @contextlib.contextmanager

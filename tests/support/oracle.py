@@ -26,6 +26,7 @@ def oracle(
     normalizer: Tensor | None = None,
     logit_bias: Tensor | None = None,
     margin: Tensor | None = None,
+    pos_weight: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """The eager formula, differentiated by autograd, in float64 of the same numbers."""
@@ -37,7 +38,7 @@ def oracle(
     leaf = logits.double().detach().clone().requires_grad_()
     loss = reference.loss(
         leaf, target, exact(weight), exact(sample_weight), exact(normalizer),
-        logit_bias=exact(logit_bias), margin=exact(margin), **options,
+        logit_bias=exact(logit_bias), margin=exact(margin), pos_weight=exact(pos_weight), **options,
     )  # fmt: skip
     if grad_output is None:
         grad_output = torch.ones_like(loss)
@@ -81,6 +82,18 @@ def option_sets(draw: st.DrawFn) -> dict[str, Any]:
         "alpha": draw(st.none() | st.floats(0, 1)),
         "clip": draw(st.sampled_from((0.0, 0.05, 0.3))),
     }
+
+
+def mark(draw: st.DrawFn, options: dict[str, Any], target: Tensor, C: int) -> None:
+    """Puts background rows, or unknown labels, among the targets of the sigmoid family."""
+    chosen = torch.rand(target.shape, generator=torch.Generator(DEVICE).manual_seed(C)) < 0.3
+    if target.is_floating_point():
+        options["ignore_index"] = draw(st.sampled_from((None, IGNORED, -1)))
+        target[chosen] = options["ignore_index"] or 0.0
+    elif target.dtype is not torch.bool:
+        options["background_index"] = draw(st.sampled_from((None, C, -7)))
+        if options["background_index"] is not None:
+            target[chosen] = options["background_index"]
 
 
 def soft_targets(draw: st.DrawFn, logits: Tensor, generator: torch.Generator) -> Tensor:
