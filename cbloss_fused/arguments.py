@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .options import MEAN, REDUCTIONS, Formula, LossSpec
 
@@ -125,10 +126,14 @@ def check_inputs(
         normalizer = _normalizer(normalizer, spec.reduction, device, dtype)
     if return_stats:
         _check_stats(soft, spec)
-    if torch._C._are_functorch_transforms_active() and spec.backend != "reference":
-        raise NotImplementedError(
-            "torch.func transforms need a differentiable formula: pass backend='reference'"
-        )
+    if spec.backend != "reference":
+        if torch._C._are_functorch_transforms_active():
+            raise NotImplementedError(
+                "torch.func transforms need a differentiable formula: pass backend='reference'"
+            )
+        if forward_ad._current_level >= 0:
+            vectors = logit_bias, margin, pos_weight
+            _refuse_tangents(input, target, weight, sample_weight, normalizer, *vectors)
     if spec.inplace:
         _check_inplace(input, target)
     return Inputs(target, weight, sample_weight, normalizer, logit_bias, margin, pos_weight)
@@ -150,6 +155,15 @@ def check_pos_weight(spec: LossSpec) -> None:
             "pos_weight multiplies the terms of positive classes: activation='softmax' has no such "
             "terms"
         )
+
+
+def _refuse_tangents(*tensors: Tensor | None) -> None:
+    """Raise for a forward-mode derivative, which would be lost."""
+    for tensor in tensors:
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                "forward-mode derivatives need a differentiable formula: pass backend='reference'"
+            )
 
 
 def _classes_and_rows(input: Tensor) -> tuple[int, tuple[int, ...]]:
@@ -214,9 +228,14 @@ def _wrong_layout(name: str, tensor: Tensor) -> TypeError:
 
 
 def _wrong_shape(input: Tensor, target: Tensor, expected: tuple[int, ...]) -> ValueError:
+    hint = ""
+    if target.shape == input.shape:  # integers
+        hint = "; for a number per class pass target.float()"
+    elif target.shape == (*expected, 1) or target.shape == (*expected[:1], 1, *expected[1:]):
+        hint = f"; pass target.reshape{tuple(expected)}"
     return ValueError(
         f"target must have shape {tuple(expected)} for an input of shape {tuple(input.shape)} and "
-        f"{target.dtype} targets, got {tuple(target.shape)}"
+        f"{target.dtype} targets, got {tuple(target.shape)}{hint}"
     )
 
 
@@ -261,10 +280,16 @@ def _normalizer(
         if normalizer.dtype in INTEGERS:
             normalizer = normalizer.to(dtype)
         return _vector("normalizer", normalizer, (), device, dtype)
-    if not hasattr(normalizer, "__float__"):
-        raise TypeError(f"normalizer must be a number or a 0-d tensor, got {normalizer!r}")
-    if not 0 < normalizer < inf:
+    try:
+        good = 0 < normalizer < inf  # torch.compile has symbolic numbers, without hasattr
+    except TypeError:
+        raise TypeError(
+            f"normalizer must be a number or a 0-d tensor, got {normalizer!r}"
+        ) from None
+    if not good:
         raise ValueError(f"normalizer must be positive and finite, got {normalizer}")
+    if torch.compiler.is_compiling():  # which compiles full() anew for every number
+        return torch.ones((), dtype=dtype, device=device) * normalizer
     return torch.full((), normalizer, dtype=dtype, device=device)
 
 
@@ -357,8 +382,8 @@ def check_values(
     for name in ("logit_bias", "margin"):
         _check_all(name, getattr(inputs, name), torch.isfinite, "finite")
     normalizer = inputs.normalizer
-    if normalizer is not None and not 0 < float(normalizer) < inf:
-        raise ValueError(f"normalizer must be positive and finite, got {float(normalizer)}")
+    if normalizer is not None and not 0 <= float(normalizer) < inf:
+        raise ValueError(f"normalizer must be finite and >= 0, got {float(normalizer)}")
     if inputs.target.dtype.is_floating_point:  # looked at in the type that is computed in
         target = inputs.target.to(compute_dtype(logits.dtype))
         if formula.sigmoid:

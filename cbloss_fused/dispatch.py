@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from . import reference
 from .arguments import Inputs, check_values, class_by_class, is_soft, tracing
@@ -15,7 +16,7 @@ from .autograd import (
     stored_gradient,
     stored_gradient_and_stats,
 )
-from .backends import choose
+from .backends import Backend, choose
 from .options import REDUCTIONS, LossSpec
 from .stats import ClassStats
 
@@ -38,23 +39,36 @@ def dispatch(
         if soft:
             inputs = inputs._replace(target=inputs.target.reshape(input.shape))
     differentiated = input.requires_grad and torch.is_grad_enabled()
-    if return_stats:
+    try:
+        if return_stats:
+            loss, stats = _with_stats(input, inputs, spec, backend, differentiated)
+            return loss, ClassStats.of(stats)
         if not differentiated:
-            loss, stats = loss_and_stats_alone(input, inputs, spec, backend)
+            loss = loss_alone(input, inputs, spec, backend)
         elif _recomputes(spec, input.dtype):
-            loss, stats = recomputed_gradient_and_stats(input, inputs, spec, backend)
+            loss = recomputed_gradient(input, inputs, spec, backend)
         else:
-            loss, stats = stored_gradient_and_stats(input, inputs, spec, backend)
-        return loss, ClassStats.of(stats)
-    if not differentiated:
-        loss = loss_alone(input, inputs, spec, backend)
-    elif _recomputes(spec, input.dtype):
-        loss = recomputed_gradient(input, inputs, spec, backend)
-    else:
-        return stored_gradient(input, inputs, spec, backend)
+            return stored_gradient(input, inputs, spec, backend)
+    except RuntimeError as error:
+        if not is_compiling() and torch._C._is_tracing():  # it cannot record the gradient
+            raise NotImplementedError(
+                "torch.jit.trace needs a differentiable formula, or logits that require no grad: "
+                "pass backend='reference'"
+            ) from error
+        raise
     if soft and not spec.reduction:  # one loss per row; class indices have that shape already
         loss = loss.reshape(shape[:0] if len(shape) == 1 else shape[:1] + shape[2:])
     return loss
+
+
+def _with_stats(
+    input: Tensor, inputs: Inputs, spec: LossSpec, backend: Backend, differentiated: bool
+) -> tuple[Tensor, Tensor]:
+    if not differentiated:
+        return loss_and_stats_alone(input, inputs, spec, backend)
+    if _recomputes(spec, input.dtype):
+        return recomputed_gradient_and_stats(input, inputs, spec, backend)
+    return stored_gradient_and_stats(input, inputs, spec, backend)
 
 
 def _recomputes(spec: LossSpec, dtype: torch.dtype) -> bool:

@@ -9,6 +9,7 @@ from typing_extensions import Unpack
 
 from . import arguments
 from .dispatch import dispatch
+from .dtensor import is_dtensor, loss_of_dtensor
 from .options import LossOptions, lists_options, spec_of
 from .stats import ClassStats
 
@@ -133,7 +134,8 @@ def class_balanced_loss(
         reduction: "none", "sum", "mean" (over the rows that are not ignored, as in the paper) or
             "weighted_mean" (divided by Σ r, what F.cross_entropy calls "mean").
         normalizer: positive number or 0-d tensor of any real type in place of the mean's
-            denominator, to share one across ranks or accumulation steps.
+            denominator, to share one across ranks or accumulation steps; a tensor that is 0 means
+            that there is nothing to average.
         inplace: write the gradient over input, which must not be a leaf or a view of one: no N×C
             memory at all. An earlier layer that saved input raises in its backward; code that
             reads input afterwards sees the gradient, and no error can be raised.
@@ -145,6 +147,10 @@ def class_balanced_loss(
 
         return_stats: return (loss, `ClassStats`) from the same pass: which classes drive training.
             Class indices alone; not with "none", inplace or "reference".
+
+    input may be a DTensor that is replicated or has its rows sharded over ranks; the other tensors
+    are then a rank's own rows, plain or placed as input is. A mean is that of all rows, the loss a
+    partial sum, or sharded as the rows are for "none".
 
     Returns:
         A scalar, or the shape of target for "none"; float64 for float64 logits, else float32. 0
@@ -159,7 +165,8 @@ def class_balanced_loss(
             that have no meaning together, as clip with "softmax"; a tensor other than input
             requires grad.
         TypeError: a dtype or type that does not fit.
-        NotImplementedError: torch.func transforms of a fused kernel.
+        NotImplementedError: torch.func transforms, forward-mode derivatives or torch.jit.trace of a
+            fused kernel; a DTensor with sharded classes.
         RuntimeError: a second derivative of a fused kernel (in backward).
 
     Source: Cui et al., Class-Balanced Loss Based on Effective Number of Samples, CVPR 2019
@@ -177,10 +184,10 @@ def class_balanced_loss(
     tensor(2.6000, grad_fn=<StoredGradientBackward>)
     """
     spec = spec_of("class_balanced_loss", options)
-    inputs = arguments.check_inputs(
-        input, target, weight, sample_weight, normalizer, logit_bias, margin, pos_weight, spec,
-        return_stats,
-    )  # fmt: skip
+    given = target, weight, sample_weight, normalizer, logit_bias, margin, pos_weight
+    if type(input) is not Tensor and is_dtensor(input):
+        return loss_of_dtensor(input, given, spec, return_stats)
+    inputs = arguments.check_inputs(input, *given, spec, return_stats)
     return dispatch(input, inputs, spec, return_stats)
 
 

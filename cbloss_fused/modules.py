@@ -15,6 +15,7 @@ from .arguments import check_background, check_class_vector, check_inputs, check
 from .arrays import Array, Vector, class_vector, copied, reals
 from .counts import class_counts
 from .dispatch import dispatch
+from .dtensor import is_dtensor, loss_of_dtensor
 from .options import LossOptions, LossSpec, Options, check_options, lists_options, options_of
 from .stats import ClassStats
 from .weights import Empty, beta_from_prototypes, class_balanced_weights
@@ -140,10 +141,13 @@ class ClassBalancedLoss(torch.nn.Module):
     ) -> Tensor | tuple[Tensor, ClassStats]:
         """The loss, or (loss, ClassStats); what changes from batch to batch comes here."""
         buffers = self._buffers  # Module.__getattr__ would take half a microsecond for each
-        inputs = check_inputs(
-            input, target, buffers["weight"], sample_weight, normalizer, buffers["logit_bias"],
-            buffers["margin"], buffers["pos_weight"], self.spec, return_stats,
+        given = (
+            target, buffers["weight"], sample_weight, normalizer, buffers["logit_bias"],
+            buffers["margin"], buffers["pos_weight"],
         )  # fmt: skip
+        if type(input) is not Tensor and is_dtensor(input):
+            return loss_of_dtensor(input, given, self.spec, return_stats)
+        inputs = check_inputs(input, *given, self.spec, return_stats)
         return dispatch(input, inputs, self.spec, return_stats)
 
     if TYPE_CHECKING:

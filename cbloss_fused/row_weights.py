@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .arguments import Inputs, check_target, compute_dtype, is_soft, known_labels, tracing
-from .options import Formula
+from .options import REDUCTIONS, Formula, LossSpec
 
 
 class Targets(NamedTuple):
@@ -46,7 +46,7 @@ def row_scales(
     s, r = (ones if v is None else v for v in (s, r))
     if reduction not in ("none", "sum"):
         divisor = _denominator(r, keep, reduction, inputs.normalizer)
-        s, r = (torch.where(divisor != 0, v / divisor, v) for v in (s, r))
+        s, r = (torch.where(divisor != 0, v / divisor, 0.0) for v in (s, r))
     if keep is not None:
         s, r = (torch.where(keep, v, -1.0) for v in (s, r))
     if valid is not None:
@@ -125,6 +125,16 @@ def _denominator(
     return r.new_tensor(r.numel()) if keep is None else keep.sum().to(r.dtype)
 
 
+def denominator_of(logits: Tensor, inputs: Inputs, spec: LossSpec) -> Tensor:
+    """What the mean of these rows divides by, 0-d; logits: (N, C, ...)."""
+    dtype, target, name = compute_dtype(logits.dtype), inputs.target, REDUCTIONS[spec.reduction]
+    marks = spec.ignore_index, spec.background_index
+    y, keep, _, _ = targets_of(target, logits.shape[1], *marks)
+    rows = logits.shape[:1] + logits.shape[2:] if is_soft(target) else target.shape
+    r = row_weights(y, inputs, spec.formula, dtype)
+    return _denominator(logits.new_ones(rows, dtype=dtype) if r is None else r, keep, name, None)
+
+
 def reduced(
     L: Tensor,
     r: Tensor | None,
@@ -139,7 +149,8 @@ def reduced(
     if reduction == "sum":
         return L.sum()
     divisor = _denominator(torch.ones_like(L) if r is None else r, keep, reduction, normalizer)
-    return L.sum() / torch.where(divisor != 0, divisor, 1.0)  # nothing to average: 0
+    mean = L.sum() / torch.where(divisor != 0, divisor, 1.0)
+    return torch.where(divisor != 0, mean, 0.0)  # nothing to average: 0
 
 
 def along_classes(vector: Tensor, z: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from support.marks import DTYPES, FAMILIES, name_of
 from support.oracle import oracle, sample
 from support.tolerances import assert_grad, same_bits
 from torch._subclasses import FakeTensorMode
-from torch.autograd import gradcheck
+from torch.autograd import forward_ad, gradcheck
 
 from cbloss_fused import class_balanced_loss
 
@@ -336,3 +336,42 @@ def test_what_a_backward_returns_is_the_callers_own(backend, recompute, incoming
     first.zero_()
     (second,) = torch.autograd.grad(loss, leaf)
     assert torch.equal(second, want)
+
+
+# Of input and of what is a constant here
+DUALS = ("input", "weight", "sample_weight", "logit_bias", "margin", "pos_weight", "target")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own
+@pytest.mark.parametrize("name", DUALS)
+@pytest.mark.parametrize("needs_grad", (False, True), ids=("", "needs_grad"))
+def test_a_tangent_is_never_lost(backend, name, needs_grad):
+    logits, target, *_ = sample(10, torch.float32)
+    given = {"input": logits.clone(), "target": target, "activation": "sigmoid"}
+    if name == "target":
+        given["target"] = torch.full(logits.shape, 0.5)
+    elif name != "input":
+        given[name] = torch.ones(len(target) if name == "sample_weight" else 10)
+    if needs_grad:
+        given["input"].requires_grad_()
+    with forward_ad.dual_level():
+        tensor = given[name]
+        given[name] = forward_ad.make_dual(tensor, torch.ones_like(tensor))
+        with pytest.raises(NotImplementedError, match="backend='reference'"):
+            class_balanced_loss(**given, backend=backend.argument)
+        loss = class_balanced_loss(**given, backend="reference")
+        assert forward_ad.unpack_dual(loss).tangent is not None
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's: that torch.jit is deprecated
+def test_torch_jit_trace_says_what_to_do(backend):
+    logits, target, *_ = sample(10, torch.float32)
+    leaf = logits.clone().requires_grad_()
+
+    def step(x, y, which=backend.argument):
+        return class_balanced_loss(x, y, backend=which)
+
+    with pytest.raises(NotImplementedError, match="backend='reference'"):
+        torch.jit.trace(step, (leaf, target))
+    traced = torch.jit.trace(lambda x, y: step(x, y, "reference"), (leaf, target))
+    torch.testing.assert_close(traced(leaf, target), step(leaf, target))

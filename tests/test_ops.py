@@ -76,7 +76,13 @@ COMPILED: dict[str, tuple[tuple[int, ...], torch.dtype, dict[str, Any]]] = {
     "image": ((6, 5, 3, 4), torch.float32, {}),
     "image-none": ((6, 5, 3, 4), torch.float32, {"reduction": "none", "activation": "sigmoid"}),
     "reference": ((6, 10), torch.float32, {"backend": "reference", "gamma": 2.0}),
-}
+    "background": (
+        (6, 3), torch.float32, {"activation": "sigmoid", "background_index": 2**40, "alpha": 0.25},
+    ),
+    "pos-weight": (
+        (6, 3), torch.float32, {"activation": "sigmoid", "pos_weight": torch.arange(3.0)},
+    ),
+}  # fmt: skip
 
 
 def batch(shape, dtype, n):
@@ -120,6 +126,47 @@ def test_compile(name, compiler):
         torch.testing.assert_close(results[1][0], results[0][0])
         torch.testing.assert_close(results[1][1], results[0][1], rtol=rtol, atol=1e-5)
     assert counter.frame_count <= 2
+
+
+@TORCH_WARNS
+@pytest.mark.parametrize("numbers", ((1.0, 2.0, 3.5, 4.25), (1, 2, 3, 5)), ids=("float", "int"))
+def test_compile_with_a_normalizer_that_changes(numbers):
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def step(x, y, normalizer):
+        return class_balanced_loss(x * 1.5, y, normalizer=normalizer)
+
+    compiled = torch.compile(step, fullgraph=True, backend=counter)
+    logits, target = batch((6, 10), torch.float32, 6)
+    for number in numbers:
+        results = []
+        for function in (step, compiled):
+            leaf = logits.clone().requires_grad_()
+            loss = function(leaf, target, number)
+            loss.backward()
+            results.append((loss.detach(), leaf.grad))
+        torch.testing.assert_close(*results)
+    assert counter.frame_count <= 2
+
+
+@TORCH_WARNS
+def test_compile_with_numbers_of_the_graph():
+    """A count of positives, sizes of what is dynamic."""
+    torch._dynamo.reset()
+
+    def step(x, y):
+        C = x.shape[1]
+        t = torch.where(y == 0, C, y)
+        count = ((t < C) & (t != 1)).sum().clamp(min=1)
+        options = {"background_index": C, "ignore_index": 1, "activation": "sigmoid"}
+        by_count = class_balanced_loss(x, t, normalizer=count, **options)
+        return by_count + class_balanced_loss(x, y, normalizer=2 * x.shape[0])
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
+    for n, C in ((6, 10), (9, 7), (33, 12)):
+        logits, target = batch((n, C), torch.float32, n)
+        torch.testing.assert_close(compiled(logits, target), step(logits, target))
 
 
 @TORCH_WARNS

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support.backends import BACKENDS, DEVICE, INTERPRETED, loss_and_grad
+from support.backends import BACKENDS, DEVICE, INTERPRETED, Backend, loss_and_grad
 from support.marks import DTYPES, FAMILIES, GAMMAS, IGNORED, REDUCTIONS, name_of
 from support.oracle import mark, option_sets, oracle, sample, soft_targets
 from support.tolerances import assert_grad, assert_loss
@@ -168,6 +168,28 @@ def test_normalizer_replaces_the_denominator(backend, family, form):
     want = oracle(logits, target, weight, activation=family, reduction="sum")
     assert_loss(loss, want[0] / 7, logits.dtype)
     assert_grad(grad, want[1] / 7, logits.dtype)
+
+
+@pytest.mark.parametrize("soft", (False, True), ids=("index", "soft"))
+@pytest.mark.parametrize("C", (10, 300), ids="C{}".format)
+@FAMILY
+def test_a_normalizer_of_zero_has_nothing_to_average(backend, family, C, soft):
+    """An int, as a count of positives is."""
+    logits, target, weight, _ = sample(C, torch.float32)
+    if soft:
+        target = torch.full(logits.shape, 0.25)
+    for recompute in (False, True):
+        loss, grad = loss_and_grad(
+            backend, logits, target, weight, activation=family, normalizer=torch.tensor(0),
+            recompute=recompute,
+        )  # fmt: skip
+        assert loss == 0
+        assert (grad == 0).all()
+    eager = loss_and_grad(
+        Backend("reference"), logits, target, weight, activation=family, normalizer=torch.tensor(0)
+    )
+    assert eager[0] == 0
+    assert (eager[1] == 0).all()
 
 
 @pytest.mark.parametrize("ignore_index", (None, -1, 3, 10**9), ids=str)

@@ -42,7 +42,7 @@ def divisor(scale, normalizer, denominator, FOLD: tl.constexpr):
 
 @triton.jit
 def divided(r, denominator):
-    return tl.where(denominator != 0, r / denominator, r)  # nothing to average: 0 stays 0
+    return tl.where(denominator != 0, r / denominator, 0.0)  # 0: nothing to average
 
 
 @triton.jit

@@ -153,7 +153,7 @@ double denominator(Reduction reduction, const OptionalTensor& normalizer, const 
   if (reduction != Reduction::MEAN) return 1;
   if (!normalizer) return p.kept;
   const double value = *static_cast<const T*>(normalizer->const_data_ptr());
-  require(value > 0 && value < INFINITY, "normalizer must be positive and finite, got ", value);
+  require(value >= 0 && value < INFINITY, "normalizer must be finite and >= 0, got ", value);
   return value;
 }
 
@@ -233,9 +233,10 @@ void prologue(const Inputs& in, Reduction reduction, const Shape& shape, DType d
     if (a.formula.sigmoid) a.weight = nullptr;
   }
   const double divisor = denominator<T>(reduction, in.normalizer, p);
-  if (divisor != 1 && divisor > 0)  // nothing to average: 0 stays 0
+  if (divisor != 1)
     for_blocks(shape.rows, [&](int64_t, int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) scale[i] = T(scale[i] / divisor);
+      for (int64_t i = begin; i < end; ++i)  // divisor 0: nothing to average
+        scale[i] = divisor != 0 || scale[i] < 0 ? T(scale[i] / divisor) : T(0);
     });
 }
 

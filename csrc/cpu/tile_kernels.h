@@ -23,7 +23,7 @@ struct Tile {
       for (int64_t l = 0; l < n; ++l) {
         ignored[l] = scale.ignored(i + l) ? -1 : 0;
         r[l] = scale(i + l);
-        if (a.target) y[l] = int32_t(a.target[i + l]);
+        if (a.target && !a.has_background) y[l] = int32_t(a.target[i + l]);
       }
       if (a.has_background)
         for (int64_t l = 0; l < n; ++l) y[l] = int32_t(class_of(a, i + l));

@@ -118,7 +118,7 @@ CB_FN T row_scale(const TypedCall<S>& a, int i, const Row<T>& row, bool backward
       denominator = 0;
       for (int p = 0; p < a.parts; ++p) denominator += a.denominators[p];
     }
-    if (denominator != 0) r = divide(r, denominator);  // nothing to average: 0 stays 0
+    r = denominator != 0 ? divide(r, denominator) : T(0);  // 0: nothing to average
   }
   return !row.keep ? 0 : row.valid ? r : T(NAN);
 }

@@ -1,0 +1,118 @@
+"""DTensor logits, replicated or with their rows sharded: each rank computes its own rows' losses.
+
+A replicated DTensor is computed by every rank as a plain tensor is. Where rows are sharded the only
+communication is that of a mean's denominator, one number.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .arguments import Inputs, check_inputs
+from .dispatch import dispatch
+from .options import MEAN, REDUCTIONS, LossSpec
+from .row_weights import denominator_of
+from .stats import ClassStats
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """Nothing is imported for it: who has a DTensor has its module."""
+    if type(tensor) is Tensor:
+        return False
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def loss_of_dtensor(
+    input: Any, given: tuple[Any, ...], spec: LossSpec, return_stats: bool
+) -> Tensor | tuple[Tensor, ClassStats]:
+    """`class_balanced_loss` of a DTensor; given: the other arguments of `check_inputs`.
+
+    Raises:
+        NotImplementedError: classes sharded over ranks, or another placement.
+        ValueError: inplace=True, or another argument that is sharded otherwise than input.
+    """
+    from torch.distributed.tensor import DTensor, Replicate, Shard  # input's own module
+    from torch.distributed.tensor.placement_types import Partial
+
+    if spec.inplace:
+        raise ValueError("inplace=True needs plain logits, got a DTensor")
+    mesh, placements = input.device_mesh, tuple(input.placements)
+    of_rows = _row_sharded(input)
+    everywhere = (Replicate(),) * mesh.ndim
+    target, weight, sample_weight, normalizer, logit_bias, margin, pos_weight = (
+        _own(name, tensor, placements if name in ("target", "sample_weight") else everywhere)
+        for name, tensor in zip(Inputs._fields, given, strict=True)
+    )
+    logits = input.to_local()
+    inputs = check_inputs(
+        logits, target, weight, sample_weight, normalizer, logit_bias, margin, pos_weight, spec,
+        return_stats,
+    )  # fmt: skip
+    if of_rows and spec.reduction and REDUCTIONS[spec.reduction] != "sum":
+        if inputs.normalizer is None:
+            inputs = inputs._replace(normalizer=_denominator(logits, inputs, spec, mesh, of_rows))
+        spec = spec._replace(reduction=MEAN)
+    result = dispatch(logits, inputs, spec, return_stats)
+    loss, stats = result if isinstance(result, tuple) else (result, None)
+    kept: list[Any]
+    if spec.reduction:
+        kept = [Partial("sum") if dim in of_rows else Replicate() for dim in range(mesh.ndim)]
+        loss = DTensor.from_local(loss, mesh, kept, run_check=False)
+    else:
+        shape = torch.Size([n for dim, n in enumerate(input.shape) if dim != 1])
+        kept = [Shard(p.dim - (p.dim > 1)) if p.is_shard() else p for p in placements]
+        strides = torch.empty(shape, device="meta").stride()
+        loss = DTensor.from_local(loss, mesh, kept, run_check=False, shape=shape, stride=strides)
+    return loss if stats is None else (loss, _summed(stats, mesh, of_rows))
+
+
+def _row_sharded(input: Any) -> list[int]:
+    """The dimensions of the mesh over which rows are sharded."""
+    found = []
+    for dim, placement in enumerate(input.placements):
+        if type(placement).__name__ == "Shard" and input.dim() > 1 and placement.dim != 1:
+            found.append(dim)
+        elif not placement.is_replicate():
+            raise NotImplementedError(
+                "input must be a DTensor that is replicated or has its rows sharded, got "
+                f"{placement} of shape {tuple(input.shape)}: input.redistribute(placements=...)"
+            )
+    return found
+
+
+def _own(name: str, tensor: Any, placements: tuple[Any, ...]) -> Any:
+    """A rank's own part."""
+    if not is_dtensor(tensor):
+        return tensor
+    if tuple(tensor.placements) != placements:
+        raise ValueError(f"{name} must be placed as {placements}, got {tuple(tensor.placements)}")
+    return tensor.to_local()
+
+
+def _denominator(
+    logits: Tensor, inputs: Inputs, spec: LossSpec, mesh: Any, of_rows: list[int]
+) -> Tensor:
+    """The mean's, of all ranks' rows."""
+    total = denominator_of(logits, inputs, spec)
+    _add_up(total, mesh, of_rows)
+    return total
+
+
+def _summed(stats: ClassStats, mesh: Any, of_rows: list[int]) -> ClassStats:
+    """Those of all ranks' rows."""
+    rows, loss, gradient, probability = stats
+    sums = torch.stack([loss, gradient, torch.where(rows > 0, probability * rows, 0.0)])
+    _add_up(rows, mesh, of_rows)
+    _add_up(sums, mesh, of_rows)
+    return ClassStats(rows, sums[0], sums[1], sums[2] / rows)
+
+
+def _add_up(tensor: Tensor, mesh: Any, dims: list[int]) -> None:
+    """In place, over dimensions of the mesh."""
+    for dim in dims:
+        torch.distributed.all_reduce(tensor, group=mesh.get_group(dim))

@@ -1,0 +1,123 @@
+"""DTensor logits over two processes: those of plain tensors, whoever holds which rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.backends import DEVICE, INTERPRETED
+from support.marks import REDUCTIONS
+from torch.multiprocessing.spawn import spawn
+
+from cbloss_fused import ClassBalancedLoss, class_balanced_loss
+from cbloss_fused.options import LossOptions
+
+RANKS, N, C = 2, 7, 5  # 4 rows and 3
+
+
+@pytest.mark.skipif(DEVICE != "cpu" or INTERPRETED, reason="processes of the CPU")
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_two_ranks(tmp_path: Path) -> None:
+    spawn(on_a_rank, (str(tmp_path / "store"),), RANKS)
+
+
+def on_a_rank(rank: int, store: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS
+    )
+    placed_losses()
+    statistics_of_all_rows()
+    refused()
+    torch.distributed.destroy_process_group()
+
+
+def data() -> tuple[Any, ...]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(N, C, generator=generator, dtype=torch.float64)
+    y = torch.randint(C, (N,), generator=generator)
+    y[2] = -100
+    return x, y, torch.rand(C, generator=generator), torch.rand(N, generator=generator)
+
+
+def mesh() -> Any:
+    return torch.distributed.device_mesh.init_device_mesh("cpu", (RANKS,))
+
+
+def placed_losses() -> None:
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    x, y, w, s = data()
+    on = mesh()
+    for placement in (Shard(0), Replicate()):
+        logits: Any = distribute_tensor(x, on, [placement]).requires_grad_()
+        target, sample = (distribute_tensor(t, on, [placement]) for t in (y, s))
+        for reduction in REDUCTIONS:
+            leaf = x.clone().requires_grad_()
+            theirs = {"none": "none", "sum": "sum", "mean": "sum", "weighted_mean": "mean"}
+            want = F.cross_entropy(leaf, y, w.double(), reduction=theirs[reduction])
+            if reduction == "mean":
+                want = want / (y != -100).sum()
+            want.sum().backward()
+            for own in (target, target.to_local()):  # as a DTensor, or this rank's rows
+                logits.grad = None
+                options: LossOptions = {"reduction": reduction}
+                loss = class_balanced_loss(logits, own, w, **options)
+                assert isinstance(loss, DTensor)
+                torch.testing.assert_close(loss.full_tensor(), want.detach())
+                loss.sum().backward()
+                assert logits.grad.placements == logits.placements
+                torch.testing.assert_close(logits.grad.full_tensor(), leaf.grad)
+        given: dict[str, Any] = {
+            "activation": "sigmoid",
+            "gamma": 0.5,
+            "recompute": True,
+            "label_smoothing": 0.1,
+        }
+        want = class_balanced_loss(x, y, w, sample_weight=s, **given)
+        placed = cast(
+            DTensor, class_balanced_loss(logits, target, w, sample_weight=sample, **given)
+        )
+        torch.testing.assert_close(placed.full_tensor(), want)
+
+
+def statistics_of_all_rows() -> None:
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    x, y, _, _ = data()
+    y[y == 1] = 0  # a class without rows
+    on = mesh()
+    module = ClassBalancedLoss([9, 4, 3, 2, 1], 0.9)
+    logits, target = (distribute_tensor(t, on, [Shard(0)]) for t in (x, y))
+    loss: Any
+    loss, stats = module(logits, target, return_stats=True)
+    want, want_stats = module(x, y, return_stats=True)
+    torch.testing.assert_close(loss.full_tensor(), want)
+    for a, b in zip(stats, want_stats, strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True)
+    nothing = torch.full_like(y, -100)
+    leaf: Any = logits.detach().requires_grad_()
+    loss = module(leaf, distribute_tensor(nothing, on, [Shard(0)]))
+    loss.backward()
+    assert loss.full_tensor() == 0
+    assert (leaf.grad.full_tensor() == 0).all()
+
+
+def refused() -> None:
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    x, y, w, _ = data()
+    on = mesh()
+    classes = distribute_tensor(x, on, [Shard(1)])
+    with pytest.raises(NotImplementedError, match="replicated or has its rows sharded"):
+        class_balanced_loss(classes, y, w)
+    rows = distribute_tensor(x, on, [Shard(0)])
+    with pytest.raises(ValueError, match="target must be placed as"):
+        class_balanced_loss(rows, distribute_tensor(y, on, [Replicate()]), w)
+    with pytest.raises(ValueError, match="needs plain logits"):
+        class_balanced_loss(rows, distribute_tensor(y, on, [Shard(0)]), w, inplace=True)
+    with pytest.raises(ValueError, match="target must have shape"):
+        class_balanced_loss(rows, y, w)  # all rows, not this rank's
