@@ -162,8 +162,7 @@ def _run(
     grad: Tensor | None, left: Tensor | None, operator: Any = None,
 ) -> None:  # fmt: skip
     """left: what the operator leaves beside them, saved or statistics."""
-    numbers = spec.numbers, spec.ignore_index, spec.background_index, spec.reduction
-    (operator or backend.loss)(logits, *inputs, *numbers, loss, grad, left)
+    (operator or backend.loss)(logits, *inputs, *spec[1:5], loss, grad, left)
 
 
 def _run_with_stats(

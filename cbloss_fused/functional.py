@@ -184,10 +184,13 @@ def class_balanced_loss(
     tensor(2.6000, grad_fn=<StoredGradientBackward>)
     """
     spec = spec_of("class_balanced_loss", options)
-    given = target, weight, sample_weight, normalizer, logit_bias, margin, pos_weight
     if type(input) is not Tensor and is_dtensor(input):
+        given = target, weight, sample_weight, normalizer, logit_bias, margin, pos_weight
         return loss_of_dtensor(input, given, spec, return_stats)
-    inputs = arguments.check_inputs(input, *given, spec, return_stats)
+    inputs = arguments.check_inputs(
+        input, target, weight, sample_weight, normalizer, logit_bias, margin, pos_weight, spec,
+        return_stats,
+    )  # fmt: skip
     return dispatch(input, inputs, spec, return_stats)
 
 

@@ -141,13 +141,14 @@ class ClassBalancedLoss(torch.nn.Module):
     ) -> Tensor | tuple[Tensor, ClassStats]:
         """The loss, or (loss, ClassStats); what changes from batch to batch comes here."""
         buffers = self._buffers  # Module.__getattr__ would take half a microsecond for each
-        given = (
-            target, buffers["weight"], sample_weight, normalizer, buffers["logit_bias"],
-            buffers["margin"], buffers["pos_weight"],
-        )  # fmt: skip
+        weight, bias, margin, pos_weight = [buffers[name] for name in VECTORS]
         if type(input) is not Tensor and is_dtensor(input):
+            given = target, weight, sample_weight, normalizer, bias, margin, pos_weight
             return loss_of_dtensor(input, given, self.spec, return_stats)
-        inputs = check_inputs(input, *given, self.spec, return_stats)
+        inputs = check_inputs(
+            input, target, weight, sample_weight, normalizer, bias, margin, pos_weight, self.spec,
+            return_stats,
+        )  # fmt: skip
         return dispatch(input, inputs, self.spec, return_stats)
 
     if TYPE_CHECKING:

@@ -228,7 +228,7 @@ class LossSpec(NamedTuple):
     """Checked options, as autograd and the operators take them."""
 
     formula: Formula
-    numbers: tuple[float, ...]  # the formula, as the operators take it
+    numbers: tuple[float, ...]  # the formula, as the operators take it, with the next three
     ignore_index: int | None
     background_index: int | None
     reduction: int  # index of REDUCTIONS
