@@ -42,10 +42,9 @@ def class_counts(
         (C,) int64, on the device of the labels if they are a tensor.
     Raises:
         ValueError: a label outside [0, C) that is not ignored; no labels, or one beyond 1e8, when
-            num_classes is None; labels of shape (N, C) that are one-hot or, for all that can be
-            seen, multi-hot: a 0 or 1 for each of 3 or more classes.
-        TypeError: labels, num_classes or an index that are not integers, or no labels found: an
-            item of three entries, for example, may have any of them as its label.
+            num_classes is None; labels (N, C) that are one-hot or, by all that shows, multi-hot.
+        TypeError: labels, num_classes or an index that are not integers, or no labels found: of
+            three entries of an item, for example, each may be the label.
 
     >>> class_counts([0, 2, 2, 1, 2], num_classes=4)
     tensor([1, 1, 3, 0])

@@ -258,6 +258,12 @@ def test_masks_of_two_classes_are_counted():
     assert class_counts(TensorDataset(torch.zeros(5), mask), 2).tolist() == [14, 6]
 
 
+def test_masked_labels():
+    labels = np.ma.array([0, 1, 1, 7], mask=[False, False, False, True])
+    assert class_counts(labels.compressed()).tolist() == [1, 2]
+    assert class_counts(np.ma.array([0, 1, 1])).tolist() == [1, 2]
+
+
 def test_labels_that_only_begin_like_one_hot_ones():
     assert class_counts(torch.tensor([[1, 0], [0, 1], [1, 1]])).tolist() == [2, 4]
     assert class_counts(torch.tensor([[1], [1]])).tolist() == [0, 2]
@@ -290,6 +296,13 @@ ERRORS: list[Any] = [
     (class_counts, ([1.0],), TypeError, r"labels must be integers .*got torch.float32"),
     (class_counts, (torch.tensor([True]),), TypeError, r"got torch.bool"),
     (class_counts, ({0: 1},), TypeError, r"cannot count the labels of a dict"),
+    (
+        class_counts,
+        (np.ma.array([1], mask=True),),
+        TypeError,
+        r"masked array: .*compressed",
+    ),
+    (class_counts, (torch.ones(2, device="meta").long(),), TypeError, r"labels .*a meta tensor"),
     (class_counts, ({0, 1},), TypeError, r"cannot count the labels of a set: expected integer"),
     (class_counts, (torch.eye(3),), TypeError, r"float32; .*multi-hot labels are labels.sum\(0\)"),
     (class_counts, (Stream(),), TypeError, r"of a Stream: expected"),

@@ -1,7 +1,9 @@
 """Counts, effective numbers and weights against mpmath, the paper's formula and their limits."""
 
+import math
 from collections import Counter
 from functools import partial
+from typing import Any
 
 import mpmath
 import numpy as np
@@ -18,6 +20,7 @@ from cbloss_fused import (
     class_counts,
     effective_number,
     init_head_bias_,
+    logit_adjustment,
 )
 
 CIFAR = [5000, 3237, 2096, 1357, 878, 568, 368, 238, 154, 100]  # long-tailed, factor 50
@@ -83,8 +86,10 @@ def test_counts_of_any_kind(make):
 
 
 def test_device_follows_counts():
-    with torch.device("meta"):  # the default device, for sequences
-        assert class_balanced_weights(CIFAR).is_meta and class_counts([0, 1]).is_meta
+    with torch.device("meta"):  # where no numbers can be kept
+        assert class_counts([0, 1, 1]).tolist() == [1, 2]
+        assert logit_adjustment([1, 1]).tolist() == pytest.approx([-math.log(2)] * 2)
+        assert class_balanced_weights([1, 3], 1.0).tolist() == [1.5, 0.5]
     if torch.cuda.is_available():
         for f in (partial(effective_number, beta=0.9), class_balanced_weights, class_counts):
             assert f(torch.tensor([3, 2], device="cuda")).is_cuda
@@ -152,6 +157,7 @@ def test_empty_zero_and_one():
     assert torch.equal(one, class_balanced_weights([1, 10, 1, 1000]))
 
 
+@pytest.mark.filterwarnings("ignore:these look like frequencies")
 @pytest.mark.parametrize("counts", [[1e-300, 2e-300], [5e-324, 5e-324], [1e-30, 1.0]])
 def test_tiny_counts_give_finite_weights(counts):
     for beta in (0.5, 1):
@@ -205,6 +211,45 @@ def test_counts_by_class():
         class_balanced_weights(Series([1, 2], ["cat", "dog"]))
 
 
+def test_tensors_are_classes_by_value():
+    """They hash by identity: a Counter has each label as a key of its own."""
+    labels = torch.tensor([0] * 90 + [1] * 10)
+    keys: Any = Counter(labels)
+    assert ClassBalancedLoss(keys, 0.9).counts.tolist() == [90, 10]
+    assert effective_number(keys, 1).tolist() == [90, 10]
+    keys = {np.int64(2): 3, torch.tensor(0): torch.tensor(1), 2: 3}
+    assert effective_number(keys, 1).tolist() == [1, 0, 3]
+    with pytest.raises(ValueError, match="indexed by"):
+        effective_number({torch.tensor(0.5): 1}, 1)  # type: ignore[dict-item]
+
+
+@pytest.mark.filterwarnings("error")
+def test_frequencies_in_the_place_of_counts_are_warned_of():
+    frequencies = [0.9, 0.09, 0.01]
+    wrong: list[tuple[Any, Any]] = [
+        (frequencies, 0.999),
+        (torch.tensor(frequencies), 0.5),
+        ([0.5, 0.5], [1, 0.9]),
+        ({0: 1 / 3, 1: 2 / 3}, 0.9),
+    ]
+    for n, beta in wrong:
+        with pytest.warns(UserWarning, match="look like frequencies: counts are expected") as found:
+            class_balanced_weights(n, beta)
+        assert [warning.filename for warning in found] == [__file__]
+    with pytest.warns(UserWarning, match="look like frequencies"):
+        class_balanced_weights([0.5, 0, 0.5], 0.9, empty="one")
+    right: list[tuple[Any, Any]] = [
+        (frequencies, 0),  # where counts do no more than frequencies
+        (frequencies, 1),
+        ([1], 0.9),
+        ([1, 1, 1], 0.9),
+        ([1.5, 0.5], 0.9),
+        ([0.5, 0.25], 0.9),
+    ]
+    for n, beta in right:
+        class_balanced_weights(n, beta)
+
+
 class Series(list[int]):
     """What of pandas.Series is looked at."""
 
@@ -234,6 +279,13 @@ ERRORS = [
     (effective_number, ({"a": 1}, 0), ValueError, r"counts is indexed by \['a'\]: expected class"),
     (effective_number, ({-1: 1}, 0), ValueError, r"counts is indexed by \[-1\]: expected class"),
     (effective_number, (np.array([1j]), 0), TypeError, r"got torch.complex128"),
+    (
+        effective_number,
+        (np.ma.array([5], mask=True), 0),
+        TypeError,
+        r"masked array: .*filled",
+    ),
+    (weights, (torch.ones(2, device="meta"),), TypeError, r"counts must be .*got a meta tensor"),
     (beta_from_prototypes, (0.5,), ValueError, r"N = 0.5: expected a finite N >= 1$"),
     (beta_from_prototypes, ([1, torch.inf],), ValueError, r"N\[1\] = inf"),
     (weights, ([2, 0],), ValueError, r"1 of 2 classes have no samples \(1\): .*empty="),
