@@ -417,7 +417,7 @@ def _is_weight(v: Tensor) -> Tensor:
 def _check_all(
     name: str, vector: Tensor | None, good: Callable[[Tensor], Tensor], what: str
 ) -> None:
-    if vector is None:
+    if vector is None or vector.is_meta:
         return
     bad = ~good(vector)
     if bad.any():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
@@ -35,32 +36,32 @@ def reals(values: float | Vector, name: str) -> Tensor:
     return t.double()
 
 
-def class_vector(values: Vector, name: str = "counts") -> Tensor:
+def class_vector(values: Vector, name: str = "counts", least: int = 0) -> Tensor:
     """A number per class as float64 on the CPU, in memory of its own.
 
-    Of a mapping class -> number, absent classes have 0; what pandas indexes by class is put in the
-    order of its index.
+    Of a mapping class -> number, absent classes have 0, up to at least so many classes; what pandas
+    indexes by class is put in the order of its index.
     """
     if isinstance(values, Mapping):
-        numbers = _by_class(list(values), list(values.values()), name)
+        numbers = _by_class(list(values), list(values.values()), name, least)
     elif hasattr(values, "index") and not callable(values.index):  # a pandas.Series
         series: Any = values
-        numbers = _by_class(list(series.index), list(series), name)
+        numbers = _by_class(list(series.index), list(series), name, least)
     else:
         return copied(reals(values, name))
     return reals(numbers, name)
 
 
-def _by_class(classes: list[Any], values: list[Any], name: str) -> list[Any]:
-    if any(not hasattr(c, "__index__") or c < 0 for c in classes) or len(set(classes)) < len(
-        classes
-    ):
-        raise ValueError(
-            f"{name} is indexed by {classes[:5]}: expected class indices, each once and >= 0"
-        )
-    numbers = [0] * (max(map(int, classes), default=-1) + 1)
+def _by_class(keys: list[Any], values: list[Any], name: str, least: int) -> list[Any]:
+    try:
+        classes = list(map(operator.index, keys))
+    except TypeError:
+        classes = [-1]
+    if min(classes, default=0) < 0:
+        raise ValueError(f"{name} is indexed by {keys[:5]}: expected class indices >= 0")
+    numbers = [0] * max(least, max(classes, default=-1) + 1)
     for c, value in zip(classes, values, strict=True):
-        numbers[int(c)] = value
+        numbers[c] += value  # tensors are keys by identity: a Counter of them has many of a class
     return numbers
 
 
@@ -72,7 +73,13 @@ def copied(values: Tensor) -> Tensor:
 def tensor(values: Any, what: str, dtype: torch.dtype | None = None) -> Tensor:
     """values on the CPU; dtype is for Python numbers, tensors and arrays keep theirs."""
     if isinstance(values, Tensor):
+        if values.is_meta:
+            raise TypeError(f"{what}, got a meta tensor, which has no values")
         return values.detach().cpu()
+    if hasattr(values, "compressed") and values.mask.any():
+        raise TypeError(
+            f"{what}, got a masked array: pass its .compressed(), or .filled() with a number"
+        )
     try:
         if hasattr(values, "__array__"):  # copied: it may be read-only, or reversed
             return torch.as_tensor(values.__array__().copy(), device="cpu")
@@ -82,4 +89,8 @@ def tensor(values: Any, what: str, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def device(values: Any) -> torch.device:
-    return values.device if isinstance(values, Tensor) else torch.get_default_device()
+    """Where results go: to a tensor's device, else the default one unless it keeps no values."""
+    if isinstance(values, Tensor):
+        return values.device
+    default = torch.get_default_device()
+    return torch.device("cpu") if default.type == "meta" else default

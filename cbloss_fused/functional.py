@@ -86,7 +86,8 @@ def class_balanced_loss(
             float16 or float64. Half types are computed in float32.
         target: class indices in [0, C), ignore_index or background_index; any integer type; (),
             (N,) or (N, d1, ..., dk). A float target of 1-d logits is one row of C classes: give a
-            binary batch of N logits and targets the shape (N, 1).
+            binary batch of N logits and targets the shape (N, 1). With one logit, C = 1, the only
+            index 0 is the positive class: give 0/1 labels as floats of shape (N, 1).
             Or soft or multi-hot labels: one float or bool per class, t_j, in
             input's shape; finite and >= 0, for "sigmoid" at most 1. Then r takes the mean weight of
             the labels, Σ_j t_j weight_j / Σ_j t_j (1 where there are none); gamma > 0 in "softmax"

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from typing_extensions import Self, Unpack
 
 from .arguments import check_background, check_class_vector, check_inputs, check_pos_weight
-from .arrays import Array, Vector, class_vector, copied, reals
+from .arrays import Array, Vector, class_vector, copied, device, reals
 from .counts import class_counts
 from .dispatch import dispatch
 from .dtensor import is_dtensor, loss_of_dtensor
@@ -30,9 +30,9 @@ class ModuleOptions(LossOptions, total=False):
     """All keywords of `ClassBalancedLoss`, for type checkers."""
 
     empty: Empty
-    logit_bias: Tensor | None
-    margin: Tensor | None
-    pos_weight: Tensor | None
+    logit_bias: Vector | None
+    margin: Vector | None
+    pos_weight: Vector | None
 
 
 class ClassBalancedLoss(torch.nn.Module):
@@ -43,14 +43,14 @@ class ClassBalancedLoss(torch.nn.Module):
             mapping class -> count. Copied.
         beta: in [0, 1]; 0 weighs all classes alike, 1 by inverse frequency.
         empty: what a class without samples gets, see `class_balanced_weights`.
-        options: all others as in `class_balanced_loss`; logit_bias, margin and pos_weight are
-            copied into buffers.
+        options: all others as in `class_balanced_loss`; logit_bias, margin and pos_weight, here of
+            any form that counts may have, are copied into buffers.
 
     Shape: input (C,), (N, C) or (N, C, d1, ..., dk); target (), (N,) or (N, d1, ..., dk).
     Attributes: weight, a (C,) float32 buffer, which moves with .to(). It stays float32 through
         .half() and .bfloat16(), as logit_bias, margin and pos_weight do; .double() makes it
-        float64. counts and beta, float64 on the CPU. Every option, checked when assigned and used
-        from then on.
+        float64. counts, beta and schedule (what is deferred), float64 on the CPU. Every option,
+        checked when assigned and used from then on.
         `set_beta` and `update_counts` change the weights in place: a compiled model uses the new
         weights without recompiling; another gamma or logit_scale compiles it anew.
     State: weight, logit_bias, margin, pos_weight, counts, beta, and how far a
@@ -81,9 +81,9 @@ class ClassBalancedLoss(torch.nn.Module):
         beta: float | Vector = 0.999,
         *,
         empty: Empty = "error",
-        logit_bias: Tensor | None = None,
-        margin: Tensor | None = None,
-        pos_weight: Tensor | None = None,
+        logit_bias: Vector | None = None,
+        margin: Vector | None = None,
+        pos_weight: Vector | None = None,
         **options: Unpack[LossOptions],
     ) -> None:
         super().__init__()
@@ -93,13 +93,14 @@ class ClassBalancedLoss(torch.nn.Module):
             check_pos_weight(self.spec)
         self.empty = empty
         weight = class_balanced_weights(counts, beta, empty=empty)
+        if not isinstance(counts, Tensor):
+            weight = weight.to(torch.get_default_device())  # meta, too: reset_parameters follows
         self._given: dict[str, Tensor] = {}  # for reset_parameters
         for name, vector in zip(GIVEN, (logit_bias, margin, pos_weight), strict=True):
-            if vector is not None:
-                vector = check_class_vector(name, vector, len(weight)).detach().clone()
-                if not vector.is_meta:
-                    self._given[name] = vector.cpu().clone()
-            self.register_buffer(name, vector)
+            buffer = None if vector is None else _kept(name, vector, len(weight))
+            if buffer is not None:
+                self._given[name] = buffer.cpu().clone()
+            self.register_buffer(name, buffer)
         self.register_buffer("weight", weight)
         self._epoch, self._share = 0, 1.0  # of a DeferredReweighting, see _defer
 
@@ -191,7 +192,12 @@ class ClassBalancedLoss(torch.nn.Module):
             raise TypeError(f"options must be Options, got {type(options).__name__}")
         spec = check_options(options)
         check_background(spec, len(self.counts))
-        self.spec, self._options = spec, options
+        self.spec, self._options = spec, options.plain()
+
+    @property
+    def schedule(self) -> Tensor:
+        """[epoch, share]: the epoch of a `DeferredReweighting`, how far the weights have gone."""
+        return torch.tensor([self._epoch, self._share], dtype=torch.float64, device="cpu")
 
     def set_beta(self, beta: float | Vector) -> None:
         """Recompute the weights in place for a new beta, as far as they are re-weighted by now.
@@ -203,6 +209,8 @@ class ClassBalancedLoss(torch.nn.Module):
     def update_counts(self, new: Vector) -> None:
         """Count (C,) further samples of each class, as they stream in; the weights follow in place.
 
+        logit_bias, margin and pos_weight stay as they are, whatever counts they were made of:
+        `loss_fn.logit_bias.copy_(logit_adjustment(loss_fn.counts))` renews them.
         While a `DeferredReweighting` defers the weights, they stay deferred. Under
         DistributedDataParallel call it on every rank with the counts of all ranks
         (`torch.distributed.all_reduce`): DDP broadcasts the weights of rank 0, but not the counts.
@@ -214,7 +222,7 @@ class ClassBalancedLoss(torch.nn.Module):
         >>> loss_fn.counts
         tensor([9., 3.], dtype=torch.float64)
         """
-        more = class_vector(new, "new")
+        more = class_vector(new, "new", least=len(self.counts))
         if more.shape != self.counts.shape:
             raise ValueError(
                 f"new must have shape {tuple(self.counts.shape)}, got {tuple(more.shape)}"
@@ -254,7 +262,10 @@ class ClassBalancedLoss(torch.nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         if name in VECTORS and name in self.__dict__.get("_buffers", ()):
             self._check_assigned(name, value)
-        super().__setattr__(name, value)
+        if name in Options._fields:  # nn.Module would register a Parameter of this name
+            object.__setattr__(self, name, value)
+        else:
+            super().__setattr__(name, value)
 
     def _check_assigned(self, name: str, value: Any) -> None:
         if value is None and name != "weight":
@@ -268,9 +279,7 @@ class ClassBalancedLoss(torch.nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        schedule = torch.tensor([self._epoch, self._share], dtype=torch.float64, device="cpu")
-        own = {"counts": self.counts.clone(), "beta": self.beta.clone(), "schedule": schedule}
-        destination |= {prefix + name: tensor for name, tensor in own.items()}
+        destination |= {prefix + name: getattr(self, name).clone() for name in OWN_STATE}
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool,
@@ -340,6 +349,15 @@ class ClassBalancedLoss(torch.nn.Module):
         changed = self.options.changed()
         changed += [name for name in GIVEN if getattr(self, name) is not None]
         return ", ".join([f"num_classes={len(self.counts)}", beta, *changed])
+
+
+def _kept(name: str, values: Vector, C: int) -> Tensor:
+    """A checked copy of (C,) numbers in any form; float32 unless they are a tensor."""
+    if not isinstance(values, Tensor):
+        values = class_vector(values, name).float().to(device(values))
+    if values.is_meta:
+        raise TypeError(f"{name} is a meta tensor: it has no values to keep, expected (C,) numbers")
+    return check_class_vector(name, values, C).detach().clone()
 
 
 def _marks(options: ModuleOptions) -> dict[str, int | None]:

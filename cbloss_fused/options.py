@@ -14,6 +14,7 @@ from functools import lru_cache
 from math import inf
 from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict, TypeVar, cast
 
+import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
@@ -66,10 +67,18 @@ class Options(NamedTuple):
     recompute: bool | None = None
     backend: BackendName | None = None
 
+    def plain(self) -> Options:
+        """With Python's own numbers in the place of NumPy's and of tensors, once checked."""
+        values: list[Any] = list(self)
+        return Options(*(v.item() if hasattr(v, "item") else v for v in values))
+
     def changed(self) -> list[str]:
         """name=value of every option that is not the default."""
         named = zip(self._fields, self, Options(), strict=True)
         return [f"{name}={value!r}" for name, value, default in named if value != default]
+
+
+torch.serialization.add_safe_globals([Options])  # beside a state in a checkpoint
 
 
 class Rule(NamedTuple):

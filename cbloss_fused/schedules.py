@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
 from .modules import ClassBalancedLoss
 
 
@@ -38,9 +41,8 @@ class DeferredReweighting:
     ) -> None:
         if not isinstance(loss_fn, ClassBalancedLoss):
             raise TypeError(f"loss_fn must be a ClassBalancedLoss, got {type(loss_fn).__name__}")
-        for name, value in (("start_epoch", start_epoch), ("anneal_epochs", anneal_epochs)):
-            if not isinstance(value, int) or value < 0:
-                raise ValueError(f"{name} must be an int >= 0, got {value!r}")
+        start_epoch = _epochs("start_epoch", start_epoch)
+        anneal_epochs = _epochs("anneal_epochs", anneal_epochs)
         if anneal_epochs and bool((loss_fn.beta == 1).any()):
             raise ValueError("anneal_epochs needs beta < 1: N = 1/(1 - beta) is infinite")
         self.loss_fn, self.start_epoch, self.anneal_epochs = loss_fn, start_epoch, anneal_epochs
@@ -69,7 +71,15 @@ class DeferredReweighting:
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on in a saved epoch: the weights are set again."""
-        epoch = state["epoch"]
-        if not isinstance(epoch, int) or epoch < 0:
-            raise ValueError(f"epoch must be an int >= 0, got {epoch!r}")
-        self._go_to(epoch)
+        self._go_to(_epochs("epoch", state["epoch"]))
+
+
+def _epochs(name: str, value: Any) -> int:
+    """Of any integer type, as Python's."""
+    try:
+        epochs = operator.index(value)
+    except TypeError:
+        epochs = -1
+    if epochs < 0:
+        raise ValueError(f"{name} must be an int >= 0, got {value!r}")
+    return epochs

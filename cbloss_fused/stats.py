@@ -16,7 +16,7 @@ class ClassStats(NamedTuple):
     """Statistics of each class, rows grouped by their targets: (C,) vectors.
 
     On a GPU an out-of-range target makes class 0 or C - 1 NaN, as it does its row; there, torch's
-    own operators make the statistics.
+    own operators make the statistics. `torch.load` with weights_only loads them from a checkpoint.
 
     >>> import torch
     >>> from cbloss_fused import class_balanced_loss
@@ -36,6 +36,9 @@ class ClassStats(NamedTuple):
         """From (4, C)."""
         rows, loss, gradient, probability = stats.unbind()  # iterating takes five times as long
         return cls(rows.long(), loss, gradient, probability)
+
+
+torch.serialization.add_safe_globals([ClassStats])
 
 
 def class_stats(

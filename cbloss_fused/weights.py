@@ -74,7 +74,8 @@ def class_balanced_weights(
     """Weight each class by the inverse of its effective number of samples.
 
     Computed in float64, rounded once. Warns where nothing is re-weighted: beta^n has vanished
-    for every class, so that effective numbers are 1 / (1 - beta) however much counts differ.
+    for every class, so that effective numbers are 1 / (1 - beta) however much counts differ; and of
+    frequencies in the place of counts, of which beta changes next to nothing.
 
     Args:
         counts: (C,) samples per class, finite and >= 0, fractions allowed.
@@ -95,6 +96,7 @@ def class_balanced_weights(
     """
     n = _counts(counts)
     b = _beta(beta, len(n)).expand_as(n)
+    frequencies = _look_like_frequencies(n)
     n = _handle_empty_classes(
         n, empty, ', or empty="zero" (weight 0) or empty="one" (counted as one sample)'
     )
@@ -102,6 +104,12 @@ def class_balanced_weights(
     E = _effective_number(n, b)[present]
     _check_spread(E, n[present])
     _warn_if_collapsed(E, n[present], b[present])
+    if frequencies and ((b > 0) & (b < 1)).any():
+        warnings.warn(
+            "these look like frequencies: counts are expected, the numbers of samples; without "
+            "them beta does next to nothing",
+            stacklevel=2,
+        )
     inverse = E.min() / E  # in (0, 1], where 1 / E may be infinite
     weights = torch.zeros_like(n)
     weights[present] = inverse * (len(inverse) / inverse.sum())
@@ -229,6 +237,10 @@ def _warn_if_collapsed(E: Tensor, n: Tensor, beta: Tensor) -> None:
             f"try beta={suggestion!r}, or beta=0 if equal weights are meant",
             stacklevel=3,  # the caller of class_balanced_weights
         )
+
+
+def _look_like_frequencies(n: Tensor) -> bool:
+    return bool((n <= 1).all() and (n != n.round()).any() and abs(n.sum() - 1) <= 1e-6)
 
 
 def _counts(counts: Vector) -> Tensor:

@@ -6,6 +6,8 @@ import copy
 import inspect
 import io
 import pickle
+from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,6 +87,33 @@ def test_weights(form):
     assert torch.equal(zero.weight, class_balanced_weights([5, 0, 1], empty="zero"))
 
 
+def by_class(values):
+    return dict(enumerate(values))
+
+
+@pytest.mark.parametrize("form", (list, tuple, np.array, torch.tensor, by_class))
+def test_vectors_of_any_form(form):
+    given = {"logit_bias": [0.5, -1.0, 0.0, 2.0], "margin": [0.25, 0.5, 1.0, 0.0],
+             "pos_weight": [1.0, 2.0, 3.0, 4.0]}  # fmt: skip
+    tensors = {name: torch.tensor(values) for name, values in given.items()}
+    formed: Any = {name: form(values) for name, values in given.items()}
+    loss_fn = ClassBalancedLoss(COUNTS, 0.9, activation="sigmoid", **formed)
+    for name, tensor in tensors.items():
+        buffer = loss_fn.state_dict()[name]
+        assert buffer.dtype == torch.float32
+        assert torch.equal(buffer, tensor)
+    z = LOGITS + tensors["logit_bias"]
+    hot = torch.nn.functional.one_hot(TARGET, 4).float()
+    z = z - tensors["margin"] * hot
+    rows = torch.nn.functional.binary_cross_entropy_with_logits(
+        z, hot, pos_weight=tensors["pos_weight"], reduction="none"
+    ).sum(1)
+    want = (loss_fn.weight[TARGET] * rows).mean()
+    torch.testing.assert_close(loss_fn(LOGITS, TARGET), want)
+    with pytest.raises(TypeError, match="logit_bias must be a Tensor, got "):
+        class_balanced_loss(LOGITS, TARGET, logit_bias=given["logit_bias"])  # type: ignore[call-overload]
+
+
 @GIVEN
 def test_state_dict_round_trip(options):
     loss_fn = ClassBalancedLoss(COUNTS, 0.9, **options)
@@ -140,6 +169,27 @@ def test_extra_repr():
     assert "beta per class" in repr(ClassBalancedLoss(COUNTS, torch.full((4,), 0.9)))
 
 
+def test_a_subclass_may_be_what_fastai_calls():
+    """As docs/migration.md has it: `activation` and `decodes` are methods there."""
+
+    class FastaiLoss(ClassBalancedLoss):
+        def activation(self, x):
+            return x.softmax(1)
+
+        def decodes(self, x):
+            return x.argmax(1)
+
+    loss_fn = FastaiLoss(COUNTS, 0.9, gamma=2.0)
+    assert torch.equal(loss_fn.activation(LOGITS), LOGITS.softmax(1))
+    assert torch.equal(
+        loss_fn(LOGITS, TARGET), ClassBalancedLoss(COUNTS, 0.9, gamma=2.0)(LOGITS, TARGET)
+    )
+    loss_fn.reduction = "none"  # as get_preds(with_loss=True) does
+    assert loss_fn(LOGITS, TARGET).shape == (6,)
+    assert "reduction='none'" in repr(loss_fn)
+    assert copy.deepcopy(loss_fn).options == loss_fn.options
+
+
 def test_takes_every_option_of_the_function():
     ours = inspect.signature(ClassBalancedLoss.__init__).parameters
     batch = inspect.signature(ClassBalancedLoss.forward).parameters
@@ -162,6 +212,10 @@ BAD = {
     "backend": ({"backend": "tpu"}, ValueError, "backend"),
     "ignore_index": ({"ignore_index": "none"}, TypeError, "ignore_index"),
     "inplace": ({"inplace": True, "backend": "reference"}, ValueError, "inplace"),
+    "bias": ({"logit_bias": [1.0, 2.0]}, ValueError, r"logit_bias must have shape \(4,\), got"),
+    "margin": ({"margin": ["a"] * 4}, TypeError, "margin must be real numbers, got list"),
+    "infinite": ({"margin": [0, 1, float("inf"), 0]}, ValueError, r"margin\[2\] = inf"),
+    "pos_weight": ({"pos_weight": [1, 2, -1, 1], "activation": "sigmoid"}, ValueError, "= -1.0"),
     "unknown": ({"gama": 2.0}, TypeError, "gama"),
 }
 
@@ -186,6 +240,15 @@ def test_set_beta_and_update_counts_change_the_buffer_in_place():
     loss_fn.set_beta(torch.tensor([0.9, 0.99, 0.5, 0.0]))
     assert torch.equal(weight, class_balanced_weights([101, 15, 6, 40], loss_fn.beta))
     assert loss_fn.weight is weight
+
+
+def test_counts_of_a_batch_without_the_last_classes():
+    loss_fn = ClassBalancedLoss(COUNTS, 0.9)
+    loss_fn.update_counts(Counter([0, 1, 1]))
+    loss_fn.update_counts({})
+    assert loss_fn.counts.tolist() == [101, 12, 1, 40]
+    with pytest.raises(ValueError, match=r"new must have shape \(4,\), got \(5,\)"):
+        loss_fn.update_counts({4: 1})
 
 
 def test_weights_may_change_before_a_recomputing_backward():

@@ -26,6 +26,7 @@ OTHERS: dict[str, Any] = {  # a value of every option that is not its default
     "logit_scale": 30.0,
     "class_weighting": "class",
     "ignore_index": None,
+    "background_index": 2,
     "reduction": "sum",
     "inplace": True,
     "recompute": False,
@@ -79,7 +80,8 @@ def test_other_constructors_take_the_keywords_of_the_first():
 def test_a_repr_shows_what_is_not_the_default(name):
     assert OTHERS[name] != DEFAULTS[name]
     given = {name: OTHERS[name]}
-    if name in ("gamma_neg", "alpha", "clip", "class_weighting"):  # of the sigmoid family alone
+    of_sigmoid = ("gamma_neg", "alpha", "clip", "class_weighting", "background_index")
+    if name in of_sigmoid:
         given = {"activation": "sigmoid", **given}
     shown = ClassBalancedLoss([5, 1], 0.9, **given).extra_repr().split(", ")
     assert shown[2:] == [f"{name}={value!r}" for name, value in given.items()]

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import copy
 import io
+from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 from cbloss_fused import (
     ClassBalancedLoss,
+    ClassStats,
     DeferredReweighting,
     class_balanced_loss,
     class_balanced_weights,
+    class_counts,
+    logit_adjustment,
 )
 from cbloss_fused.options import Options
 
@@ -53,6 +59,47 @@ def test_a_state_is_tensors_that_can_be_averaged_and_saved() -> None:
     other.load_state_dict(torch.load(file, weights_only=True))
     for name, value in state.items():
         assert torch.equal(other[1].state_dict()[name], value), name
+
+
+def test_every_key_of_a_state_is_an_attribute() -> None:
+    """torch.distributed.checkpoint looks each of them up."""
+    loss_fn = ClassBalancedLoss(COUNTS, 0.9, activation="sigmoid", pos_weight=torch.ones(4),
+                                margin=torch.ones(4), logit_bias=torch.ones(4))  # fmt: skip
+    DeferredReweighting(loss_fn, 2).step()
+    for name, value in loss_fn.state_dict().items():
+        assert torch.equal(getattr(loss_fn, name), value), name
+    assert loss_fn.schedule.tolist() == [1, 0]
+    loss_fn.schedule.fill_(7)
+    assert loss_fn.schedule.tolist() == [1, 0]
+    with pytest.raises(AttributeError):
+        loss_fn.schedule = torch.zeros(2)  # type: ignore[misc]
+
+
+def test_distributed_checkpoints() -> None:
+    def made(counts: list[float]) -> nn.Module:
+        return nn.Sequential(nn.Linear(3, 4), ClassBalancedLoss(counts, 0.9, margin=torch.ones(4)))
+
+    model, other = made([100, 10, 1, 40]), made([1, 1, 1, 1])
+    DeferredReweighting(model[1], 2).step()  # type: ignore[index]
+    state = get_model_state_dict(model)
+    assert state.keys() == model.state_dict().keys()
+    set_model_state_dict(other, state)
+    for name, value in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name
+    assert other[1].schedule.tolist() == [1, 0]  # type: ignore[index]
+
+
+def test_what_goes_beside_a_state_loads_with_weights_only() -> None:
+    x = torch.zeros(2, 4, requires_grad=True)
+    loss_fn = ClassBalancedLoss(COUNTS, 0.9, gamma=np.float64(2.0), logit_scale=torch.tensor(3.0))  # type: ignore[arg-type]
+    _, stats = loss_fn(x, torch.tensor([0, 0]), return_stats=True)
+    file = io.BytesIO()
+    torch.save({"stats": stats, "options": loss_fn.options}, file)
+    file.seek(0)
+    loaded = torch.load(file, weights_only=True)
+    assert isinstance(loaded["stats"], ClassStats)
+    assert loaded["stats"].rows.tolist() == [2, 0, 0, 0]
+    assert loaded["options"] == Options(gamma=2.0, logit_scale=3.0)
 
 
 def test_a_state_is_not_the_modules_own_memory() -> None:
@@ -128,17 +175,43 @@ def test_small_weights_survive_half_precision(cast: str) -> None:
     assert loss_fn.double().weight.dtype == torch.float64
 
 
-def test_late_initialisation() -> None:
+@pytest.mark.parametrize("within", (False, True), ids=("given", "made-there"))
+def test_late_initialisation(within: bool) -> None:
+    """Of vectors of the caller's own, and of ones that are made beside the module."""
+    n = [80.0, 10.0, 5.0, 5.0]
     margin = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    with torch.device("meta") if within else nullcontext():
+        bias = logit_adjustment(n)
+        counts = class_counts([0] * 16 + [1, 1, 2, 3])
     with torch.device("meta"):
-        loss_fn = ClassBalancedLoss(COUNTS, 0.9, margin=margin)
+        loss_fn = ClassBalancedLoss(
+            n, 0.9, activation="sigmoid", logit_bias=bias, margin=margin, pos_weight=[1, 2, 3, 4]
+        )
+        assert ClassBalancedLoss(counts, 1.0).counts.tolist() == [16, 2, 1, 1]
+        assert ClassBalancedLoss.from_labels([0, 1, 1]).counts.tolist() == [1, 2]
     assert loss_fn.weight.is_meta
     loss_fn.to_empty(device="cpu")
     for buffer in loss_fn.buffers():
         buffer.fill_(float("nan"))
     loss_fn.reset_parameters()
-    assert torch.equal(loss_fn.weight, class_balanced_weights(COUNTS, 0.9))
-    assert loss_fn.margin is not None and torch.equal(loss_fn.margin, margin)
+    assert torch.equal(loss_fn.weight, class_balanced_weights(n, 0.9))
+    want = {"logit_bias": (torch.tensor(n) / 100).log(), "margin": margin,
+            "pos_weight": torch.tensor([1.0, 2.0, 3.0, 4.0])}  # fmt: skip
+    for name, vector in want.items():
+        torch.testing.assert_close(getattr(loss_fn, name), vector)
+
+
+@pytest.mark.parametrize("name", ("counts", "logit_bias", "margin", "pos_weight"))
+def test_what_has_no_values_cannot_be_kept(name: str) -> None:
+    given: dict[str, Any] = {"counts": COUNTS, name: torch.ones(4, device="meta")}
+    with pytest.raises(TypeError, match=f"{name} .*meta tensor"):
+        ClassBalancedLoss(**given, activation="sigmoid")
+
+
+def test_a_module_without_values_takes_vectors_without_values() -> None:
+    loss_fn = ClassBalancedLoss(COUNTS, 0.9, margin=torch.ones(4)).to("meta")
+    loss_fn.margin = torch.zeros(4, device="meta")
+    assert loss_fn.margin.is_meta
 
 
 def test_a_reset_gives_what_the_module_was_made_of() -> None:
@@ -189,6 +262,34 @@ def test_an_assigned_option_is_used() -> None:
     assert torch.equal(loss_fn(LOGITS, TARGET), want)
     assert "gamma=2.0" in repr(loss_fn)
     assert copy.deepcopy(loss_fn).gamma == 2.0
+
+
+def test_an_assigned_number_is_a_plain_one() -> None:
+    loss_fn: Any = ClassBalancedLoss(COUNTS, 0.9, gamma=torch.tensor(0.5))  # type: ignore[arg-type]
+    loss_fn.logit_scale = torch.tensor(2.0)
+    loss_fn.label_smoothing = np.float32(0.25)
+    loss_fn.z_loss = nn.Parameter(torch.tensor(0.125), requires_grad=False)
+    loss_fn.ignore_index = torch.tensor(-1)
+    loss_fn.inplace = np.bool_(False)
+    want = Options(gamma=0.5, logit_scale=2.0, label_smoothing=0.25, z_loss=0.125, ignore_index=-1)
+    assert loss_fn.options == want
+    assert list(map(type, loss_fn.options)) == list(map(type, want))
+    assert repr(loss_fn).endswith(
+        "gamma=0.5, label_smoothing=0.25, z_loss=0.125, logit_scale=2.0, ignore_index=-1)"
+    )
+    assert not list(loss_fn.parameters())
+
+
+@pytest.mark.parametrize("name", ("gamma", "logit_scale", "label_smoothing"))
+def test_a_learnable_number_is_refused_as_the_function_refuses_it(name: str) -> None:
+    loss_fn, given = ClassBalancedLoss(COUNTS, 0.9), nn.Parameter(torch.tensor(0.5))
+    before, given_options = snapshot(loss_fn), {name: given}
+    with pytest.raises(ValueError, match=f"{name} requires grad") as of_the_function:
+        class_balanced_loss(LOGITS, TARGET, **given_options)  # type: ignore[call-overload]
+    with pytest.raises(ValueError) as of_the_module:
+        setattr(loss_fn, name, given)
+    assert str(of_the_module.value) == str(of_the_function.value)
+    assert_unchanged(loss_fn, before)
 
 
 ASSIGNED: dict[str, tuple[str, Any, type[Exception]]] = {
@@ -266,6 +367,18 @@ def test_a_schedule_goes_on_where_the_loaded_loss_was() -> None:
     again.reset()
     assert again.epoch == 0
     assert resumed.weight.tolist() == [1] * 4
+
+
+def test_a_schedule_takes_any_integer() -> None:
+    for three in (np.int64(3), torch.tensor(3)):
+        loss_fn = ClassBalancedLoss([90, 10], 0.99)
+        schedule = DeferredReweighting(loss_fn, three, np.int32(1))  # type: ignore[arg-type]
+        schedule.load_state_dict({"epoch": np.int64(3)})
+        torch.testing.assert_close(loss_fn.weight, class_balanced_weights([90, 10], 0.9))
+        assert schedule.state_dict() == {"epoch": 3}
+        assert type(schedule.epoch) is int and type(schedule.start_epoch) is int
+        with pytest.raises(ValueError, match=r"epoch must be an int >= 0, got 1.5"):
+            schedule.load_state_dict({"epoch": 1.5})  # type: ignore[dict-item]
 
 
 def test_a_schedule_refuses_what_is_no_loss() -> None:
