@@ -99,8 +99,8 @@ def calls(backend: Backend) -> dict[str, Callable[[], Any]]:
     """The calls of a backend that are timed, by name."""
     import torch
 
-    from cbloss_fused.arguments import Inputs
     from cbloss_fused.buffers import new_loss
+    from cbloss_fused.inputs import Inputs
     from cbloss_fused.options import Formula, Options
 
     x, y = torch.randn(32, 8142, dtype=torch.bfloat16), torch.randint(0, 8142, (32,))

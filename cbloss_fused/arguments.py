@@ -1,77 +1,27 @@
 """Every check of a tensor argument and its message, in one visit; what passes is `Inputs`.
 
 What needs the values inside a tensor (targets in range, weights >= 0) is checked in the operators,
-by `check_target` and `check_values` in those of eager PyTorch.
+by values.py in those of eager PyTorch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
 from itertools import pairwise
 from math import inf
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .options import MEAN, REDUCTIONS, Formula, LossSpec
+from .inputs import Inputs, compute_dtype, is_soft
+from .options import MEAN, REDUCTIONS, LossSpec
+from .values import check_all, is_weight
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (
     *(torch.int64, torch.int32, torch.int16, torch.int8),
     *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
 )
-
-
-class Inputs(NamedTuple):
-    """The tensors beside the logits, in the order in which the operators take them."""
-
-    target: Tensor
-    weight: Tensor | None = None
-    sample_weight: Tensor | None = None
-    normalizer: Tensor | None = None
-    logit_bias: Tensor | None = None
-    margin: Tensor | None = None
-    pos_weight: Tensor | None = None
-
-    def of_gradient(self) -> tuple[Tensor | None, ...]:
-        """Those that the operator gradient takes."""
-        target, weight, _, _, logit_bias, margin, pos_weight = self
-        return target, weight, logit_bias, margin, pos_weight
-
-    def by_row(self, logits: Tensor) -> Inputs:
-        """What has one number per row in the shape of the rows of (N, C) or (N, C, K) logits."""
-        shape = logits.shape[:1] + logits.shape[2:]
-        found = self
-        if not is_soft(self.target):
-            found = found._replace(target=self.target.reshape(shape))
-        if self.sample_weight is not None:
-            found = found._replace(sample_weight=self.sample_weight.reshape(shape))
-        return found
-
-
-def is_soft(target: Tensor) -> bool:
-    """Whether a target holds one number per class (soft or multi-hot), not class indices."""
-    return target.dtype.is_floating_point or target.dtype is torch.bool
-
-
-def weights_classes(formula: Formula, target: Tensor) -> bool:
-    """Whether weight multiplies the classes' terms: then the backward needs it too."""
-    return formula.per_class or (not formula.sigmoid and is_soft(target))
-
-
-def class_by_class(formula: Formula, inputs: Inputs) -> bool:
-    """Whether each class of a row has a target or a factor of its own: some kernels have not."""
-    if formula.per_class or is_soft(inputs.target):
-        return True
-    return inputs.pos_weight is not None and formula.label_smoothing != 0
-
-
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """What a loss of logits of a dtype is computed in: float64 for float64, else float32."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 def check_inputs(
@@ -339,90 +289,10 @@ def check_class_vector(name: str, vector: Tensor, C: int) -> Tensor:
     """The vector, looked at once: (C,), finite, a weight >= 0, not differentiated."""
     _check_vector(name, vector, (C,), vector.device)
     if name in ("weight", "pos_weight"):
-        _check_all(name, vector, _is_weight, "finite and >= 0")
+        check_all(name, vector, is_weight, "finite and >= 0")
     else:
-        _check_all(name, vector, torch.isfinite, "finite")
+        check_all(name, vector, torch.isfinite, "finite")
     return vector
-
-
-# Values, for the operators of eager PyTorch
-
-
-def tracing() -> bool:
-    """Whether values cannot be looked at: torch.compile, export, torch.func, FakeTensorMode."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return True
-    return torch._guards.active_fake_mode() is not None
-
-
-def check_target(
-    target: Tensor, num_classes: int, ignore_index: int | None, background_index: int | None
-) -> None:
-    """Raise IndexError for the first out-of-range target; see `functional.check_target`."""
-    target = target.long()
-    bad, others = (target < 0) | (target >= num_classes), ""
-    for name, index in (("ignore_index", ignore_index), ("background_index", background_index)):
-        if index is not None:
-            bad &= target != index
-            others += f" or {name}={index}"
-    if bad.any():
-        first = tuple(bad.nonzero()[0].tolist())
-        raise IndexError(
-            f"target{list(first)} = {int(target[first])} is out of range: expected 0 <= target < "
-            f"{num_classes}{others} ({int(bad.sum())} of {target.numel()} are wrong)"
-        )
-
-
-def check_values(
-    logits: Tensor, inputs: Inputs, formula: Formula, ignore_index: int | None
-) -> None:
-    """Raise for values that the CPU's kernels find as they read."""
-    for name in ("weight", "sample_weight", "pos_weight"):
-        _check_all(name, getattr(inputs, name), _is_weight, "finite and >= 0")
-    for name in ("logit_bias", "margin"):
-        _check_all(name, getattr(inputs, name), torch.isfinite, "finite")
-    normalizer = inputs.normalizer
-    if normalizer is not None and not 0 <= float(normalizer) < inf:
-        raise ValueError(f"normalizer must be finite and >= 0, got {float(normalizer)}")
-    if inputs.target.dtype.is_floating_point:  # looked at in the type that is computed in
-        target = inputs.target.to(compute_dtype(logits.dtype))
-        if formula.sigmoid:
-            known = known_labels(inputs.target, ignore_index)
-            range_ = "in [0, 1]" if known is None else f"in [0, 1] or ignore_index={ignore_index}"
-            unknown = False if known is None else ~known
-            _check_all("target", target, lambda t: (t >= 0) & (t <= 1) | unknown, range_)
-        else:
-            _check_all("target", target, _is_weight, "finite and >= 0")
-
-
-def known_labels(target: Tensor, ignore_index: int | None) -> Tensor | None:
-    """Which elements of multi-hot targets are not ignore_index; None: all."""
-    unknown = unknown_label(target.dtype, ignore_index)
-    return None if unknown is None else target != unknown
-
-
-@lru_cache
-def unknown_label(dtype: torch.dtype, ignore_index: int | None) -> float | None:
-    """ignore_index as an element of multi-hot targets; None: no element is ignored."""
-    if ignore_index is None or not dtype.is_floating_point:
-        return None
-    rounded = torch.tensor(ignore_index, dtype=torch.float64, device="cpu").to(dtype).item()
-    return rounded if rounded > -inf else None
-
-
-def _is_weight(v: Tensor) -> Tensor:
-    return (v >= 0) & v.isfinite()
-
-
-def _check_all(
-    name: str, vector: Tensor | None, good: Callable[[Tensor], Tensor], what: str
-) -> None:
-    if vector is None or vector.is_meta:
-        return
-    bad = ~good(vector)
-    if bad.any():
-        first = tuple(bad.nonzero()[0].tolist())
-        raise ValueError(f"{name}{list(first)} = {float(vector[first])}: must be {what}")
 
 
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:

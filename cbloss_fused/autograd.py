@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from .arguments import Inputs, weights_classes
 from .backends import Backend
 from .buffers import fills_its_storage, new_loss, new_saved, span_of
+from .inputs import Inputs, weights_classes
 from .options import LossSpec
 from .stats import class_stats
 
@@ -150,7 +150,7 @@ class RecomputedGradientAndStats(torch.autograd.Function):
         return _recomputed(ctx, grad_loss), None, None, None
 
 
-# Function.apply without its Python wrapper, 3 us that look for functorch: arguments.py has looked.
+# Function.apply without its Python wrapper, 3 us that look for functorch: check_inputs has looked.
 _apply_stored: Any = super(torch.autograd.Function, StoredGradient).apply
 _apply_stored_and_stats: Any = super(torch.autograd.Function, StoredGradientAndStats).apply
 _apply_recomputed: Any = super(torch.autograd.Function, RecomputedGradient).apply

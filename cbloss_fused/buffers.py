@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from .arguments import compute_dtype, is_soft
+from .inputs import compute_dtype, is_soft
 
 
 def new_loss(logits: Tensor, target: Tensor, reduction: int) -> Tensor:

@@ -7,7 +7,6 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import reference
-from .arguments import Inputs, check_values, class_by_class, is_soft, tracing
 from .autograd import (
     loss_alone,
     loss_and_stats_alone,
@@ -17,8 +16,10 @@ from .autograd import (
     stored_gradient_and_stats,
 )
 from .backends import Backend, choose
+from .inputs import Inputs, class_by_class, is_soft
 from .options import REDUCTIONS, LossSpec
 from .stats import ClassStats
+from .values import check_values, tracing
 
 
 def dispatch(

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import Inputs, check_inputs
+from .arguments import check_inputs
 from .dispatch import dispatch
+from .inputs import Inputs
 from .options import MEAN, REDUCTIONS, LossSpec
 from .row_weights import denominator_of
 from .stats import ClassStats

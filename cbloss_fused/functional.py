@@ -7,7 +7,8 @@ from typing import Literal, overload
 from torch import Tensor
 from typing_extensions import Unpack
 
-from . import arguments
+from . import values
+from .arguments import check_inputs
 from .dispatch import dispatch
 from .dtensor import is_dtensor, loss_of_dtensor
 from .options import LossOptions, lists_options, spec_of
@@ -188,7 +189,7 @@ def class_balanced_loss(
     if type(input) is not Tensor and is_dtensor(input):
         given = target, weight, sample_weight, normalizer, logit_bias, margin, pos_weight
         return loss_of_dtensor(input, given, spec, return_stats)
-    inputs = arguments.check_inputs(
+    inputs = check_inputs(
         input, target, weight, sample_weight, normalizer, logit_bias, margin, pos_weight, spec,
         return_stats,
     )  # fmt: skip
@@ -219,4 +220,4 @@ def check_target(
         ...
     IndexError: target[1] = 7 is out of range: expected 0 <= target < 3 or ignore_index=-100 (1 ...
     """
-    arguments.check_target(target, num_classes, ignore_index, background_index)
+    values.check_target(target, num_classes, ignore_index, background_index)

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .arguments import Inputs, check_target, check_values, is_soft
+from .inputs import Inputs, is_soft
 from .options import REDUCTIONS, Formula
+from .values import check_target, check_values
 
 _CALL = (
     "Tensor logits, Tensor target, Tensor? weight, Tensor? sample_weight, Tensor? normalizer, "

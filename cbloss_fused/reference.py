@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .arguments import Inputs, compute_dtype, is_soft, weights_classes
+from .inputs import Inputs, compute_dtype, is_soft, weights_classes
 from .options import Formula, Options
 from .row_weights import (
     Targets,

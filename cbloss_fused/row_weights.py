@@ -11,8 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import Inputs, check_target, compute_dtype, is_soft, known_labels, tracing
+from .inputs import Inputs, compute_dtype, is_soft, known_labels
 from .options import REDUCTIONS, Formula, LossSpec
+from .values import check_target, tracing
 
 
 class Targets(NamedTuple):

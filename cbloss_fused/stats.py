@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import Inputs
+from .inputs import Inputs
 from .options import LossSpec
 from .reference import sigmoid_element, softmax_row
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from support.backends import DEVICE, INTERPRETED
@@ -347,7 +349,7 @@ DUALS = ("input", "weight", "sample_weight", "logit_bias", "margin", "pos_weight
 @pytest.mark.parametrize("needs_grad", (False, True), ids=("", "needs_grad"))
 def test_a_tangent_is_never_lost(backend, name, needs_grad):
     logits, target, *_ = sample(10, torch.float32)
-    given = {"input": logits.clone(), "target": target, "activation": "sigmoid"}
+    given: dict[str, Any] = {"input": logits.clone(), "target": target, "activation": "sigmoid"}
     if name == "target":
         given["target"] = torch.full(logits.shape, 0.5)
     elif name != "input":

@@ -18,8 +18,8 @@ from support.marks import FAMILIES
 from support.oracle import oracle
 from support.tolerances import same_bits
 
-from cbloss_fused.arguments import Inputs
 from cbloss_fused.backends import REGISTRY
+from cbloss_fused.inputs import Inputs
 from cbloss_fused.options import Formula, Options
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)

@@ -16,8 +16,8 @@ from support.backends import INTERPRETED, gradient_arguments
 from support.marks import DTYPES, FAMILIES
 
 from cbloss_fused import triton as kernels
-from cbloss_fused.arguments import Inputs, compute_dtype
 from cbloss_fused.buffers import new_loss, new_saved
+from cbloss_fused.inputs import Inputs, compute_dtype
 from cbloss_fused.options import Activation, Formula, Options
 
 triton = pytest.importorskip("triton")

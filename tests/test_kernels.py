@@ -16,9 +16,9 @@ from support.oracle import oracle
 from support.tolerances import assert_grad, assert_loss, same_bits
 
 from cbloss_fused import class_balanced_loss
-from cbloss_fused.arguments import Inputs
 from cbloss_fused.backends import REGISTRY
 from cbloss_fused.buffers import co_aligned, new_saved
+from cbloss_fused.inputs import Inputs
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
 

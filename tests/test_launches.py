@@ -15,8 +15,8 @@ from support.marks import FAMILIES, REDUCTIONS
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cbloss_fused import triton
-from cbloss_fused.arguments import Inputs
 from cbloss_fused.buffers import co_aligned, new_loss, new_saved
+from cbloss_fused.inputs import Inputs
 from cbloss_fused.options import Activation, ClassWeighting, Formula, Options, Reduction
 
 pytest.importorskip("triton")

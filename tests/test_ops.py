@@ -18,9 +18,9 @@ from support.oracle import oracle, sample
 from support.tolerances import assert_grad
 
 from cbloss_fused import ClassBalancedLoss, backends, class_balanced_loss
-from cbloss_fused.arguments import Inputs
 from cbloss_fused.backends import REGISTRY
 from cbloss_fused.buffers import new_saved
+from cbloss_fused.inputs import Inputs
 
 OPERATORS = torch.ops.cbloss_fused
 FAMILY = pytest.mark.parametrize("family", FAMILIES)

@@ -13,7 +13,7 @@ from support.tolerances import assert_grad, assert_loss
 from torch.autograd import gradcheck, gradgradcheck
 
 from cbloss_fused import class_balanced_loss, reference
-from cbloss_fused.arguments import Inputs, is_soft
+from cbloss_fused.inputs import Inputs, is_soft
 from cbloss_fused.options import Formula, Options
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)

@@ -19,8 +19,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
 from cbloss_fused import triton as kernels
-from cbloss_fused.arguments import Inputs
 from cbloss_fused.buffers import new_loss, new_saved
+from cbloss_fused.inputs import Inputs
 from cbloss_fused.options import Activation, Formula, Options
 
 from ..report import markdown_table

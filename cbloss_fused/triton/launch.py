@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 from triton.runtime import driver
 
-from ..arguments import Inputs, class_by_class, compute_dtype, is_soft, unknown_label
+from ..inputs import Inputs, class_by_class, compute_dtype, is_soft, unknown_label
 from ..options import Formula
 from .call import Call, Launch, Plan
 from .heuristics import Device

@@ -33,7 +33,7 @@ UNIT_K: int = tile_kernels.UNIT_K.value
 
 
 def by_class(call: Call) -> bool:
-    """Whether each class of a row has a target or a factor of its own, as in arguments.py."""
+    """Whether each class of a row has a target or a factor of its own, as in inputs.py."""
     f = call.formula
     return call.soft is not None or f.per_class or (call.pos_weight and f.label_smoothing != 0)
 

@@ -34,7 +34,7 @@ namespace CBLOSS_ISA {
 constexpr int64_t FEW_CLASSES = 100;
 bool side_by_side(int64_t C, const Strides& s) { return C >= FEW_CLASSES && s.c == 1; }
 
-// Whether each class of a row has a target or a factor of its own, as in arguments.py.
+// Whether each class of a row has a target or a factor of its own, as in inputs.py.
 bool class_by_class(const Call& a) {
   return a.soft || a.formula.per_class || (a.pos_weight && a.formula.eps != 0);
 }

@@ -12,13 +12,13 @@ CB_FN FormulaOf<T> used(FormulaOf<T> f) {
   return f;
 }
 
-// The element of the target, from its logit.
+// The element of the target y, from its logit; read: it may be looked at.
 template <Gamma G, bool SMOOTH, class S, class T = Compute<S>>
-CB_FN Element<T> target_element(const TypedCall<S>& a, FormulaOf<T> f, const Row<T>& row,
+CB_FN Element<T> target_element(const TypedCall<S>& a, FormulaOf<T> f, int y, bool read,
                                 const S* x_y) {
   constexpr bool GENERAL = G == Gamma::GENERAL;
-  const T z_y = row.read ? target_logit<GENERAL>(a, T(*x_y), row.y) : T(0);
-  if (GENERAL && !SMOOTH && a.pos_weight) f.alpha *= a.pos_weight[row.y];
+  const T z_y = read ? target_logit<GENERAL>(a, T(*x_y), y) : T(0);
+  if (GENERAL && !SMOOTH && a.pos_weight && read) f.alpha *= a.pos_weight[y];
   return at_target<G, SMOOTH, IS_HALF<S>>(z_y, T(a.C), f);
 }
 
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(4 * WARP) sigmoid_rows(TypedCall<S> a) {
   if (edges && at.edge >= 0) {
     T g_edge;
     if (at.edge == row.y) {
-      const Element<T> at_y = target_element<G, SMOOTH>(a, f, row, x + row.y);
+      const Element<T> at_y = target_element<G, SMOOTH>(a, f, row.y, row.read, x + row.y);
       L_y += at_y.L, g_edge = slope * at_y.g;
     } else {
       LossSum<G, SMOOTH, SHORT, T> sum;
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(4 * WARP) sigmoid_rows(TypedCall<S> a) {
     Element<T> at_y{};
     const bool y_here = at.y_vector >= first && at.y_vector < ::min(end, first + ITEMS * THREADS);
     if (y_here) {
-      at_y = target_element<G, SMOOTH>(a, f, row, x + row.y);
+      at_y = target_element<G, SMOOTH>(a, f, row.y, row.read, x + row.y);
       L_y += at_y.L;
       at.blank_y(z, first);
     }

@@ -199,8 +199,8 @@ __global__ void __launch_bounds__(TILE) sigmoid_tiles(TypedCall<S> a, bool per_r
     const FormulaOf<T> f = used<G>(a.f);
     const T t = SMOOTH ? f.eps / a.C : T(0), others = SMOOTH ? T(1) : f.alpha_neg;
     const T slope = r * f.logit_scale, slope_others = slope * others;
-    Element<T> at_y{};
-    if (row.y < a.C) at_y = target_element<G, SMOOTH>(a, f, row, data.at(row.y));
+    const bool labelled = row.read && row.y < a.C;
+    const Element<T> at_y = target_element<G, SMOOTH>(a, f, row.y, labelled, data.at(row.y));
     T L = 0;
     for (int first = 0; first < a.C; first += CLASSES) {
       const Classes<S, GENERAL> c(a, data, row, first);
@@ -216,7 +216,7 @@ __global__ void __launch_bounds__(TILE) sigmoid_tiles(TypedCall<S> a, bool per_r
       L += sum.take();
     }
     if (a.saved && !a.grad_loss) a.saved[i] = row.keep ? r : T(-1);
-    return weighted(r, weighted(others, L) + at_y.L);
+    return weighted(r, weighted(others, L) + (labelled ? at_y.L : T(0)));
   });
 }
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from cbloss_fused import reference
-from cbloss_fused.arguments import Inputs, compute_dtype
 from cbloss_fused.backends import REGISTRY, load_cuda
+from cbloss_fused.inputs import Inputs, compute_dtype
 from cbloss_fused.options import REDUCTIONS, Activation, Formula, Options
 
 DTYPES = {
@@ -119,7 +119,7 @@ class Call(NamedTuple):
 
     x: Tensor  # (N, C): rows are (n, k)
     target: Tensor
-    vectors: list[Tensor | None]  # the others of arguments.py's Inputs
+    vectors: list[Tensor | None]  # the others of inputs.py's Inputs
     numbers: Formula
     marks: tuple[int | None, int | None]  # ignore_index, background_index
     reduction: int

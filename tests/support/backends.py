@@ -16,10 +16,10 @@ from emulator.build import emulated
 from torch import Tensor
 
 from cbloss_fused import class_balanced_loss, ops, triton
-from cbloss_fused.arguments import Inputs
 from cbloss_fused.backends import REGISTRY, load_cuda
 from cbloss_fused.backends import Backend as Record
 from cbloss_fused.buffers import co_aligned, new_loss
+from cbloss_fused.inputs import Inputs
 from cbloss_fused.options import Activation, BackendName, Formula, Options, Reduction
 
 from .marks import IGNORED, REDUCTIONS

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cbloss_fused import reference
-from cbloss_fused.arguments import compute_dtype
+from cbloss_fused.inputs import compute_dtype
 
 from .backends import DEVICE
 from .marks import FAMILIES, GAMMAS, IGNORED, REDUCTIONS

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cbloss_fused.arguments import compute_dtype
+from cbloss_fused.inputs import compute_dtype
 
 EXACT = 1e-12, 2e-5  # relative, computed in float64 or float32
 ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # half a spacing, relative

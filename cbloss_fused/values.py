@@ -1,0 +1,75 @@
+"""Checks of the values inside tensors, for the operators of eager PyTorch: the CPU's kernels have
+their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import inf
+
+import torch
+from torch import Tensor
+
+from .inputs import Inputs, compute_dtype, known_labels
+from .options import Formula
+
+
+def tracing() -> bool:
+    """Whether values cannot be looked at: torch.compile, export, torch.func, FakeTensorMode."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    return torch._guards.active_fake_mode() is not None
+
+
+def check_target(
+    target: Tensor, num_classes: int, ignore_index: int | None, background_index: int | None
+) -> None:
+    """Raise IndexError for the first out-of-range target; see `functional.check_target`."""
+    target = target.long()
+    bad, others = (target < 0) | (target >= num_classes), ""
+    for name, index in (("ignore_index", ignore_index), ("background_index", background_index)):
+        if index is not None:
+            bad &= target != index
+            others += f" or {name}={index}"
+    if bad.any():
+        first = tuple(bad.nonzero()[0].tolist())
+        raise IndexError(
+            f"target{list(first)} = {int(target[first])} is out of range: expected 0 <= target < "
+            f"{num_classes}{others} ({int(bad.sum())} of {target.numel()} are wrong)"
+        )
+
+
+def check_values(
+    logits: Tensor, inputs: Inputs, formula: Formula, ignore_index: int | None
+) -> None:
+    """Raise for values that the CPU's kernels find as they read."""
+    for name in ("weight", "sample_weight", "pos_weight"):
+        check_all(name, getattr(inputs, name), is_weight, "finite and >= 0")
+    for name in ("logit_bias", "margin"):
+        check_all(name, getattr(inputs, name), torch.isfinite, "finite")
+    normalizer = inputs.normalizer
+    if normalizer is not None and not 0 <= float(normalizer) < inf:
+        raise ValueError(f"normalizer must be finite and >= 0, got {float(normalizer)}")
+    if inputs.target.dtype.is_floating_point:  # looked at in the type that is computed in
+        target = inputs.target.to(compute_dtype(logits.dtype))
+        if formula.sigmoid:
+            known = known_labels(inputs.target, ignore_index)
+            range_ = "in [0, 1]" if known is None else f"in [0, 1] or ignore_index={ignore_index}"
+            unknown = False if known is None else ~known
+            check_all("target", target, lambda t: (t >= 0) & (t <= 1) | unknown, range_)
+        else:
+            check_all("target", target, is_weight, "finite and >= 0")
+
+
+def is_weight(v: Tensor) -> Tensor:
+    return (v >= 0) & v.isfinite()
+
+
+def check_all(
+    name: str, vector: Tensor | None, good: Callable[[Tensor], Tensor], what: str
+) -> None:
+    if vector is None or vector.is_meta:
+        return
+    bad = ~good(vector)
+    if bad.any():
+        first = tuple(bad.nonzero()[0].tolist())
+        raise ValueError(f"{name}{list(first)} = {float(vector[first])}: must be {what}")
