@@ -99,19 +99,20 @@ template <bool BACKGROUND = false, class S, class T = Compute<S>>
 CB_FN Row<T> target_of(const TypedCall<S>& a, int i, bool backward) {
   const int64_t y = a.target[i];
   const bool keep = backward ? !(a.saved[i] < 0) : !(a.ignore && y == a.ignored);
-  if (BACKGROUND && a.has_background && y == a.background) return {a.C, keep, true, keep};
-  const bool valid = y >= 0 && y < a.C;
-  return {valid ? int(y) : 0, keep, valid, keep && valid};
+  const bool background = BACKGROUND && a.has_background && y == a.background;
+  const bool valid = (y >= 0 && y < a.C) || background;
+  const int column = background ? a.C : int(y);
+  return {valid ? column : 0, keep, valid, keep && valid};
 }
 // The row scale, r_i / denominator; in a backward what the forward saved, times grad_loss. 0 where
 // the row is ignored, NaN where its target is out of range.
-template <bool BACKGROUND = false, class S, class T = Compute<S>>
+template <class S, class T = Compute<S>>
 CB_FN T row_scale(const TypedCall<S>& a, int i, const Row<T>& row, bool backward) {
   T r;
   if (backward) {
     r = a.saved[i] * a.grad_loss[a.grad_loss_per_row ? i : 0];
   } else {
-    r = a.weight && row.valid && !(BACKGROUND && row.y == a.C) ? a.weight[row.y] : T(1);
+    r = a.weight && uint32_t(row.y) < uint32_t(a.C) ? a.weight[row.y] : T(1);
     if (a.sample_weight) r *= a.sample_weight[i];
     T denominator = a.denominator;
     if (a.denominators) {

@@ -22,10 +22,16 @@ CB_FN Element<T> target_element(const TypedCall<S>& a, FormulaOf<T> f, int y, bo
   return at_target<G, SMOOTH, IS_HALF<S>>(z_y, T(a.C), f);
 }
 
+// Blocks per multiprocessor that the compiler keeps room for; 0: it chooses. For the longest
+// formula it would choose nine, and spill.
+template <Gamma G, bool SMOOTH>
+constexpr int BLOCKS_OF_ROWS = G == Gamma::GENERAL && SMOOTH ? 7 : 0;
+
 // A row, or `span` vectors of it, by THREADS threads: one read of the logits, one write of the
 // gradient.
 template <class S, Gamma G, bool SMOOTH, int THREADS, int ITEMS, bool ALIGNED>
-__global__ void __launch_bounds__(4 * WARP) sigmoid_rows(TypedCall<S> a) {
+__global__ void __launch_bounds__(4 * WARP, BLOCKS_OF_ROWS<G, SMOOTH>)
+    sigmoid_rows(TypedCall<S> a) {
   using T = Compute<S>;
   constexpr bool SHORT = IS_HALF<S>;
   constexpr int N = Vec<S>::N;
@@ -34,7 +40,7 @@ __global__ void __launch_bounds__(4 * WARP) sigmoid_rows(TypedCall<S> a) {
   if (place.none) return;
   const int i = place.i;
   const Row<T> row = a.grad_loss ? target_of<true>(a, i, true) : target_of<true>(a, i, false);
-  const T r = a.grad_loss ? row_scale<true>(a, i, row, true) : row_scale<true>(a, i, row, false);
+  const T r = a.grad_loss ? row_scale(a, i, row, true) : row_scale(a, i, row, false);
   const S* x = row_of(a.logits, a.x, a.K, i);
   S* g = row_of(a.grad, a.g, a.K, i);
   Columns<S, THREADS> at(x, a.C, row.y, thread);

@@ -194,13 +194,14 @@ __global__ void __launch_bounds__(TILE) sigmoid_tiles(TypedCall<S> a, bool per_r
   using T = Compute<S>;
   run_tile<SHARED>(a, per_row, [&](int i, const ThreadRow<S, SHARED>& data) {
     const Row<T> row = target_of<true>(a, i, a.grad_loss);
-    const T r = row_scale<true>(a, i, row, a.grad_loss);
+    const T r = row_scale(a, i, row, a.grad_loss);
     constexpr bool GENERAL = G == Gamma::GENERAL;
     const FormulaOf<T> f = used<G>(a.f);
     const T t = SMOOTH ? f.eps / a.C : T(0), others = SMOOTH ? T(1) : f.alpha_neg;
     const T slope = r * f.logit_scale, slope_others = slope * others;
     const bool labelled = row.read && row.y < a.C;
-    const Element<T> at_y = target_element<G, SMOOTH>(a, f, row.y, labelled, data.at(row.y));
+    Element<T> at_y = target_element<G, SMOOTH>(a, f, row.y, labelled, data.at(row.y));
+    if (!labelled) at_y.L = 0;
     T L = 0;
     for (int first = 0; first < a.C; first += CLASSES) {
       const Classes<S, GENERAL> c(a, data, row, first);
@@ -216,7 +217,7 @@ __global__ void __launch_bounds__(TILE) sigmoid_tiles(TypedCall<S> a, bool per_r
       L += sum.take();
     }
     if (a.saved && !a.grad_loss) a.saved[i] = row.keep ? r : T(-1);
-    return weighted(r, weighted(others, L) + (labelled ? at_y.L : T(0)));
+    return weighted(r, weighted(others, L) + at_y.L);
   });
 }
 
