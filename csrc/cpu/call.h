@@ -30,6 +30,7 @@ struct Call {
   DType soft_type;
   bool partial;  // soft targets equal to this are unknown labels
   double unknown;
+  bool unknown_seen;   // among the first elements: then there will be more
   BadTarget* bad;      // where all modes but GRAD note an out-of-range soft target
   const void* weight;  // T[C]: of classes (per_class, softmax) or of sigmoid's labels; may be null
   void* scale;         // T[rows]: r_i / denominator; negative where the row is ignored

@@ -250,6 +250,26 @@ double rounded(double v, DType type) {
   }
 }
 
+// Whether one of the first targets is negative: a sample decides, so that the kernel does not
+// depend on the number of threads.
+bool sees_unknown(const Call& a, int64_t rows) {
+  const auto among = [&](auto* t) {
+    int64_t left = 1024;
+    for (int64_t i = 0; i < rows && left > 0; ++i)
+      for (int64_t c = 0; c < a.C && left-- > 0; ++c) {
+        const Strides& s = a.soft_stride;
+        if (float(t[i / a.K * s.n + c * s.c + i % a.K * s.k]) < 0) return true;
+      }
+    return false;
+  };
+  switch (a.soft_type) {
+    case DType::Float64: return among(static_cast<const double*>(a.soft));
+    case DType::Float32: return among(static_cast<const float*>(a.soft));
+    case DType::BFloat16: return among(static_cast<const c10::BFloat16*>(a.soft));
+    default: return among(static_cast<const c10::Half*>(a.soft));
+  }
+}
+
 // What a loss and a recomputed gradient have in common.
 template <class T>
 Call call_of(const Tensor& logits, const Inputs& in, const Shape& shape, const Formula& formula) {
@@ -268,6 +288,7 @@ Call call_of(const Tensor& logits, const Inputs& in, const Shape& shape, const F
     a.soft_type = target.scalar_type() == ScalarType::Bool ? DType::Bool : dtype_of(target);
     a.unknown = in.ignore_index ? rounded(double(*in.ignore_index), a.soft_type) : -INFINITY;
     a.partial = formula.sigmoid && a.soft_type != DType::Bool && a.unknown > -INFINITY;
+    a.unknown_seen = a.partial && sees_unknown(a, shape.rows);
   }
   a.logit_bias = finite<T>(in.logit_bias, shape.C, "logit_bias");
   a.margin = finite<T>(in.margin, shape.C, "margin");

@@ -190,64 +190,75 @@ CB_ROW double softmax_soft_row(const Call& a, int64_t i, const S* x, const T* t,
   return double(lane(row.loss, 0));
 }
 
-// What multiplies the terms of each class, from a Call; null: nothing.
-template <class T>
-struct ClassFactors {
-  const T *weight, *pos_weight;
-  explicit ClassFactors(const Call& a)
-      : weight(a.formula.per_class ? static_cast<const T*>(a.weight) : nullptr),
-        pos_weight(static_cast<const T*>(a.pos_weight)) {}
+// What a row of the sigmoid family may have beside targets and class weights. Most have neither:
+// their code knows neither, and a row that turns out to have unknown labels is computed once more.
+template <class V>
+struct Special {
+  using T = decltype(lane(V{}, 0));
+  const Unknown<V> unknown;
+  const T* pos_weight;
+  explicit Special(const Call& a) : unknown(a), pos_weight(static_cast<const T*>(a.pos_weight)) {}
+  // Whether all rows have it. A gradient that is written over the logits cannot be computed twice.
+  static bool everywhere(const Call& a, bool overwrites) {
+    return a.pos_weight || a.unknown_seen || (a.partial && overwrites);
+  }
 };
 
-// LossSum for any targets and with class factors, which load(pointer) loads.
-template <Gamma G, bool SHORT, class V>
+// LossSum for any targets and, unless null, class weights and pos_weight, which load(pointer)
+// loads.
+template <Gamma G, bool SPECIAL, bool SHORT, class V>
 struct SoftSum : LossSum<G, true, SHORT, V> {
   template <class T, class Load>
-  CB_FN V add(V z, V t, const FormulaOf<T>& f, const ClassFactors<T>& factors, const Load& load) {
-    const bool positives = any(t != V{});  // none in most vectors of a multi-hot row
-    if (G == Gamma::ZERO && !(factors.pos_weight && positives)) return this->softplus.add(z, t);
+  CB_FN V add(V z, V t, const FormulaOf<T>& f, const T* weight, const T* pos_weight,
+              const Load& load) {
+    if constexpr (G == Gamma::ZERO && !SPECIAL) return this->softplus.add(z, t);
+    if (G == Gamma::ZERO && !pos_weight) return this->softplus.add(z, t);
     Element<V> e;
-    if (positives) {
-      e = mixed<G, SHORT>(z, t, factors.pos_weight ? load(factors.pos_weight) : constant<V>(1), f);
-    } else {
+    if (any(t != V{})) {
+      const bool positive = SPECIAL && pos_weight;
+      e = mixed<G, SHORT>(z, t, positive ? load(pos_weight) : constant<V>(1), f);
+    } else {  // as in most vectors of a multi-hot row: without the positive side
+      if constexpr (G == Gamma::ZERO) return this->softplus.add(z, t);
       e = negative<G, SHORT>(z, f);
       scale(e, V{} + f.alpha_neg);
     }
-    if (factors.weight) scale(e, load(factors.weight));
+    if (weight) scale(e, load(weight));
     this->L += e.L;
     return e.g;
   }
   CB_FN V take() {
-    const V total = G == Gamma::ZERO ? this->softplus.value() + this->L : this->L;
+    if constexpr (G != Gamma::ZERO || !SPECIAL) return LossSum<G, true, SHORT, V>::take();
+    const V total = this->softplus.value() + this->L;
     *this = SoftSum{};
     return total;
   }
 };
 
-template <Mode MODE, Gamma G, class S, class T = typename Lanes<S>::T>
-CB_ROW double sigmoid_soft_row(const Call& a, int64_t i, const S* x, const T* t, T r, S* g) {
+// in_range: whether no target but an unknown label is out of range.
+template <Mode MODE, Gamma G, bool SPECIAL, class S, class T = typename Lanes<S>::T>
+CB_ROW double sigmoid_soft_row(const Call& a, const S* x, const T* t, T r, S* g, bool& in_range) {
   using V = typename Lanes<S>::V;
   constexpr int64_t N = Lanes<S>::N;
   const FormulaOf<T> f = formula_of<T>(a.formula);
-  const ClassFactors<T> factors(a);
-  const Unknown<V> unknown(a);
+  const T* weight = a.formula.per_class ? static_cast<const T*>(a.weight) : nullptr;
+  const Special<V> special(a);
   const T keep = 1 - f.eps, uniform = f.eps / T(a.C), slope = r * f.logit_scale;
   DoubleLanes<V> total;
-  SoftSum<G, IS_HALF<S>, V> sum_L;
+  SoftSum<G, SPECIAL, IS_HALF<S>, V> sum_L;
   TargetCheck<V> check;
   for_vectors<N>(
       a.C,
       [&](int64_t j, int64_t n) __attribute__((always_inline)) {
         V z = padded(load_up_to(x + j, n), n, -INF<T>);  // its loss is 0 where t is 0
         V given = load_up_to(t + j, n), t_j = padded(keep * given + uniform, n, T(0));
-        unknown.blank(given, t_j, z);
-        if constexpr (MODE != Mode::GRAD) check.see(given);
-        const V g_j =
-            sum_L.add(z, t_j, f, factors, [&](const T* w) { return load_up_to(w + j, n); });
+        if constexpr (SPECIAL) special.unknown.blank(given, t_j, z);
+        check.see(given);
+        const V g_j = sum_L.add(z, t_j, f, weight, special.pos_weight,
+                                [&](const T* w) { return load_up_to(w + j, n); });
         if constexpr (MODE != Mode::LOSS) store_n(g + j, slope * g_j, n);
       },
       [&]() __attribute__((always_inline)) { total.add(sum_L.take()); });
-  if (MODE != Mode::GRAD && check.fails(a)) find_bad_target<T>(a, i);
+  in_range = !check.fails(a);
   return weighted(double(r), total.sum());
 }
 
@@ -274,12 +285,19 @@ template <class S, Mode MODE, Gamma G>
 void sigmoid_soft_rows(const Call& a, int64_t begin, int64_t end) {
   using T = typename Lanes<S>::T;
   const T* weight_of_labels = a.formula.per_class ? nullptr : static_cast<const T*>(a.weight);
+  const bool special = Special<typename Lanes<S>::V>::everywhere(a, a.grad == a.logits);
   const auto run = [&](int64_t i, auto* x, const T* t, T r, auto* g, T*) {
     if (weight_of_labels) {
       r *= label_weight(a, t, weight_of_labels);
       static_cast<T*>(a.scale)[i] = r;  // for a backward that recomputes the gradient
     }
-    return sigmoid_soft_row<MODE, G>(a, i, x, t, r, g);
+    bool good = false;
+    double loss = 0;
+    if (!special) loss = sigmoid_soft_row<MODE, G, false>(a, x, t, r, g, good);
+    if (!good && (special || a.partial))
+      loss = sigmoid_soft_row<MODE, G, true>(a, x, t, r, g, good);
+    if (MODE != Mode::GRAD && !good) find_bad_target<T>(a, i);
+    return loss;
   };
   for_soft_rows<S, MODE>(a, begin, end, run);
 }

@@ -33,9 +33,8 @@ struct SoftTile : Tile<S> {
         });
     return labels == V{} ? constant<V>(1) : weights / labels;
   }
-  CB_FN void note_bad_targets(const TargetCheck<V>& check) const {
-    if (check.fails(a))
-      for (int64_t l = 0; l < this->n; ++l) find_bad_target<T>(a, this->i + l);
+  CB_FN void note_bad_targets() const {
+    for (int64_t l = 0; l < this->n; ++l) find_bad_target<T>(a, this->i + l);
   }
   // r of a backward, from what the forward saved and the incoming gradient.
   V saved_scale(const void* saved) const {
@@ -75,7 +74,7 @@ CB_FN V softmax_soft_tile(const SoftTile<S>& tile, V r, V* z, const V* t) {
         R += part_R, B += part_B, D += part_D, W_others += part_W;
         part_R = part_B = part_D = part_W = V{};
       });
-  tile.note_bad_targets(check);
+  if (check.fails(tile.a)) tile.note_bad_targets();
   R = top < Index{} ? V{} + T(NAN) : R;  // top == -1: all are -inf or NaN
   const SoftRow<V> row = soft_row<V, T>(R, tile.r, r, W_others + t_top, W_others, B, D, T(C), M, f);
   if constexpr (MODE != Mode::LOSS)
@@ -86,33 +85,34 @@ CB_FN V softmax_soft_tile(const SoftTile<S>& tile, V r, V* z, const V* t) {
   return row.loss;
 }
 
-template <Mode MODE, Gamma G, class S, class V = typename Lanes<S>::V>
-CB_FN V sigmoid_soft_tile(const SoftTile<S>& tile, V* z, const V* t) {
+template <Mode MODE, Gamma G, bool SPECIAL, class S, class V = typename Lanes<S>::V>
+CB_FN V sigmoid_soft_tile(const SoftTile<S>& tile, V* z, const V* t, bool& in_range) {
   using T = typename Lanes<S>::T;
-  const int64_t C = tile.a.C;
-  const FormulaOf<T> f = formula_of<T>(tile.a.formula);
-  const ClassFactors<T> factors(tile.a);
-  const Unknown<V> unknown(tile.a);
-  const T keep = 1 - f.eps, uniform = f.eps / T(C);
+  const Call& a = tile.a;
+  const FormulaOf<T> f = formula_of<T>(a.formula);
+  const T* weight = a.formula.per_class ? static_cast<const T*>(a.weight) : nullptr;
+  const Special<V> special(a);
+  const T keep = 1 - f.eps, uniform = f.eps / T(a.C);
   const V slope = tile.r * f.logit_scale;
   V total{};
-  SoftSum<G, IS_HALF<S>, V> sum_L;
+  SoftSum<G, SPECIAL, IS_HALF<S>, V> sum_L;
   TargetCheck<V> check;
   for_classes(
-      C,
+      a.C,
       [&](int64_t c) __attribute__((always_inline)) {
         V z_c = z[c], given = t[c], t_c = keep * given + uniform;
-        unknown.blank(given, t_c, z_c);
-        if constexpr (MODE != Mode::GRAD) check.see(given);
-        const V g = sum_L.add(z_c, t_c, f, factors, [&](const T* w) { return V{} + w[c]; });
+        if constexpr (SPECIAL) special.unknown.blank(given, t_c, z_c);
+        check.see(given);
+        const V g = sum_L.add(z_c, t_c, f, weight, special.pos_weight,
+                              [&](const T* w) { return V{} + w[c]; });
         if constexpr (MODE != Mode::LOSS) z[c] = slope * g;
       },
       [&]() __attribute__((always_inline)) { total += sum_L.take(); });
-  tile.note_bad_targets(check);
+  in_range = !check.fails(a);
   return weighted(tile.r, total);
 }
 
-// Calls run(tile, z, t), which returns the losses and writes the gradients over z.
+// Calls run(tile, z, t, load_logits), which returns the losses and writes the gradients over z.
 template <class S, Mode MODE, class Run>
 void for_soft_tiles(const Call& a, int64_t begin, int64_t end, const Run& run) {
   using V = typename Lanes<S>::V;
@@ -123,10 +123,13 @@ void for_soft_tiles(const Call& a, int64_t begin, int64_t end, const Run& run) {
   S* gathered_logits = reinterpret_cast<S*>(gathered.get());
   for (int64_t i = begin; i < end; i += N) {
     SoftTile<S> tile(a, i, end);
-    tile.load_logits(z.get(), gathered_logits);
-    tile.adjust(adjustment, z.get());
+    const auto load_logits = [&] {
+      tile.load_logits(z.get(), gathered_logits);
+      tile.adjust(adjustment, z.get());
+    };
+    load_logits();
     tile.load_targets(t.get(), gathered.get());
-    const V loss = run(tile, z.get(), t.get());
+    const V loss = run(tile, z.get(), t.get(), load_logits);
     if constexpr (MODE != Mode::GRAD) tile.put(a.loss, tile.ignored ? V{} : loss);
     if constexpr (MODE != Mode::LOSS) {
       for (int64_t c = 0; c < a.C; ++c) z[c] = tile.ignored ? V{} : z[c];
@@ -140,7 +143,7 @@ void softmax_soft_tiles(const Call& a, int64_t begin, int64_t end) {
   using T = typename Lanes<S>::T;
   using V = typename Lanes<S>::V;
   const T* weight = static_cast<const T*>(a.weight);
-  for_soft_tiles<S, MODE>(a, begin, end, [&](auto& tile, V* z, V* t) {
+  for_soft_tiles<S, MODE>(a, begin, end, [&](auto& tile, V* z, V* t, auto) {
     V r = tile.r;
     if (weight) {
       r *= tile.label_weight(t);
@@ -154,12 +157,21 @@ void softmax_soft_tiles(const Call& a, int64_t begin, int64_t end) {
 template <class S, Mode MODE, Gamma G>
 void sigmoid_soft_tiles(const Call& a, int64_t begin, int64_t end) {
   const bool weighs_labels = a.weight && !a.formula.per_class;
-  for_soft_tiles<S, MODE>(a, begin, end, [&](auto& tile, auto* z, auto* t) {
+  const bool special = Special<typename Lanes<S>::V>::everywhere(a, false);
+  for_soft_tiles<S, MODE>(a, begin, end, [&](auto& tile, auto* z, auto* t, auto& load_logits) {
     if (weighs_labels) {
       tile.r *= tile.label_weight(t);
       tile.put(a.scale, tile.r);  // for a backward that recomputes the gradient
     }
-    return sigmoid_soft_tile<MODE, G>(tile, z, t);
+    bool good = false;
+    typename Lanes<S>::V loss{};
+    if (!special) loss = sigmoid_soft_tile<MODE, G, false>(tile, z, t, good);
+    if (!good && (special || a.partial)) {
+      if (!special) load_logits();  // the gradients are there
+      loss = sigmoid_soft_tile<MODE, G, true>(tile, z, t, good);
+    }
+    if (MODE != Mode::GRAD && !good) tile.note_bad_targets();
+    return loss;
   });
 }
 
@@ -185,7 +197,7 @@ void check_tiles(const Call& a, int64_t begin, int64_t end) {
     const Unknown<V> unknown(a);
     TargetCheck<V> check;
     for (int64_t c = 0; c < a.C; ++c) check.see(unknown.known(t[c]));
-    tile.note_bad_targets(check);
+    if (check.fails(a)) tile.note_bad_targets();
   });
 }
 
