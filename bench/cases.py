@@ -114,7 +114,9 @@ def gpu_cases() -> list[Case]:
 
 
 class SmokeCase(NamedTuple):
-    """A call. target: "index"; "soft", of the logits' dtype; "multi-hot", of bool."""
+    """A call. target: "index"; "background", which half of the rows are; "soft", of the logits'
+    dtype; "multi-hot", of bool; "partial", of floats with unknown labels. An option "weight" is the
+    class weights."""
 
     shape: Shape
     dtype: torch.dtype
@@ -125,7 +127,8 @@ class SmokeCase(NamedTuple):
 def smoke_cases() -> list[SmokeCase]:
     """At least one call for each kernel, the most important ones first."""
     f32, bf16, f16, f64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
-    sigmoid = {"activation": "sigmoid"}
+    sigmoid, weighted = {"activation": "sigmoid"}, {"pos_weight": "weight"}
+    focal = {**sigmoid, "gamma": 2.0, "alpha": 0.25}
     return [
         SmokeCase((64, 8142), bf16, {}),
         SmokeCase((64, 8142), bf16, {**sigmoid, "gamma": 0.5}),
@@ -153,6 +156,10 @@ def smoke_cases() -> list[SmokeCase]:
         SmokeCase((65, 301), bf16, {**sigmoid, "inplace": True}),
         SmokeCase((9, 50001), f32, {"recompute": True, "gamma": 0.5}),
         SmokeCase((65, 301), f32, {**sigmoid, "class_weighting": "class"}),
+        SmokeCase((65, 3001), bf16, {**focal, "background_index": 3001}, "background"),
+        SmokeCase((300, 10), f32, {**focal, "background_index": -1, **weighted}, "background"),
+        SmokeCase((64, 1000), bf16, {**sigmoid, "ignore_index": -1, **weighted}, "partial"),
+        SmokeCase((64, 1000), f32, {**sigmoid, "label_smoothing": 0.1, **weighted}),
     ]
 
 

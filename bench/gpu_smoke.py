@@ -121,13 +121,14 @@ def check_all(
 def check(case: SmokeCase, device: torch.device, name: str) -> dict[str, Any]:
     """Compare a call and its gradient with the reference."""
     x, y, w = draw(case, device)
-    plain = {key: value for key, value in case.options.items() if key not in FUSED_ONLY}
+    given = {key: w if value == "weight" else value for key, value in case.options.items()}
+    plain = {key: value for key, value in given.items() if key not in FUSED_ONLY}
     exact = x.double().clone().requires_grad_()
     expected = reference_loss(exact, y, w.double(), **plain)
     expected.sum().backward()
     leaf, start = x.clone().requires_grad_(), time.perf_counter()
     logits = leaf * 1 if case.options.get("inplace") else leaf
-    options: dict[str, Any] = {"backend": name or None, **case.options}
+    options: dict[str, Any] = {"backend": name or None, **given}
     loss = class_balanced_loss(logits, y, w, **options)
     loss.sum().backward()
     assert leaf.grad is not None and exact.grad is not None
@@ -164,7 +165,13 @@ def draw(case: SmokeCase, device: torch.device) -> tuple[Tensor, Tensor, Tensor]
         return x, (torch.rand(case.shape, device=device) / classes).to(case.dtype), w
     if case.target == "multi-hot":
         return x, torch.rand(case.shape, device=device) < 0.01, w
+    if case.target == "partial":
+        t = (torch.rand(case.shape, device=device) < 0.01).float()
+        t[torch.rand(case.shape, device=device) < 0.3] = case.options["ignore_index"]
+        return x, t, w
     y = torch.randint(classes, rows, device=device)
+    if case.target == "background":
+        y.view(-1)[::2] = case.options["background_index"]
     y.view(-1)[1] = -100
     return x, y, w
 

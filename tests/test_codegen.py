@@ -203,6 +203,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "adjusted": {"bias": True, "logit_scale": 2.0},
     "asymmetric": {"gamma_neg": 4.0, "clip": 0.05},
     "alpha": {"alpha": 0.25},
+    "background": {"alpha": 0.25, "background_index": -1},
+    "pos-weight": {"positive": True},
+    "pos-weight-smoothing": {"positive": True, "label_smoothing": 0.1},
+    "soft-pos-weight": {"soft": True, "positive": True},
     "soft": {"soft": True},
     "soft-asymmetric": {"soft": True, "gamma_neg": 4.0, "clip": 0.05, "alpha": 0.25},
 }

@@ -90,11 +90,11 @@ def recorded() -> Iterator[list[Launch]]:
 def launches(
     shape: tuple[int, ...], dtype: torch.dtype, activation: str, gamma: float, *,
     grad: bool = True, weight: bool = True, recompute: bool = False, bias: bool = False,
-    soft: bool = False, **options: Any,
+    soft: bool = False, positive: bool = False, **options: Any,
 ) -> list[Launch]:  # fmt: skip
     """The launches of a forward, or of a backward that recomputes the gradient.
 
-    `bias` adds logit_bias and margin, `soft` targets in the logits' shape.
+    `bias` adds logit_bias and margin, `soft` targets in the logits' shape, `positive` pos_weight.
     """
     logits = torch.empty(shape, dtype=dtype, device="meta")
     target = torch.empty(shape[:1] + shape[2:], dtype=torch.int64, device="meta")
@@ -104,9 +104,10 @@ def launches(
     w = loss.new_empty(shape[1]) if weight else None
     formula = Formula.of(Options(cast(Activation, activation), gamma, **options))
     vector = loss.new_empty(shape[1]) if bias else None
-    inputs = Inputs(target, w, logit_bias=vector, margin=vector)
+    pos_weight = loss.new_empty(shape[1]) if positive else None
+    inputs = Inputs(target, w, logit_bias=vector, margin=vector, pos_weight=pos_weight)
     gradient: Tensor | None = torch.empty_like(logits) if grad else None
-    marks = -100, None
+    marks = -100, options.get("background_index")
     with recorded() as found:
         if recompute:
             saved = new_saved(logits, formula.sigmoid)

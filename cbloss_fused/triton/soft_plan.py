@@ -58,7 +58,8 @@ def _soft_memory(call: Call) -> SoftMemory:
 
 
 def _sigmoid_tile(call: Call, memory: SoftMemory, code: int) -> SoftTile:
-    return sigmoid_soft_tile(call.shape[1], memory.unit == UNIT_K, code >= GENERAL)
+    many = code >= GENERAL or (call.pos_weight and call.soft is None)  # registers
+    return sigmoid_soft_tile(call.shape[1], memory.unit == UNIT_K, many)
 
 
 def soft_launch(call: Call, r: RowScales) -> Launch:
