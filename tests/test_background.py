@@ -94,7 +94,7 @@ def test_background_of_images(backend, shape, last):
     agree(backend, logits, target, None, want, gamma=0.5, background_index=b)
 
 
-@pytest.mark.parametrize("C", (9000, 20_001, 70_000), ids="C{}".format)
+@pytest.mark.parametrize("C", (9000, 20_001), ids="C{}".format)
 def test_background_of_long_rows(gpu, C):
     """Registers, loops, and several programs a row."""
     logits, target, weight, _ = problem(C, torch.float32, N=3)
