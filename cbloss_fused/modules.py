@@ -142,7 +142,8 @@ class ClassBalancedLoss(torch.nn.Module):
     ) -> Tensor | tuple[Tensor, ClassStats]:
         """The loss, or (loss, ClassStats); what changes from batch to batch comes here."""
         buffers = self._buffers  # Module.__getattr__ would take half a microsecond for each
-        weight, bias, margin, pos_weight = [buffers[name] for name in VECTORS]
+        weight, bias = buffers["weight"], buffers["logit_bias"]
+        margin, pos_weight = buffers["margin"], buffers["pos_weight"]
         if type(input) is not Tensor and is_dtensor(input):
             given = target, weight, sample_weight, normalizer, bias, margin, pos_weight
             return loss_of_dtensor(input, given, self.spec, return_stats)

@@ -7,19 +7,22 @@ from typing import Any
 import pytest
 import torch
 from support.backends import DEVICE, loss_and_grad
-from support.marks import IGNORED, REDUCTIONS, name_of
-from support.multilabel import agree, expected, one_hot, problem, terms
+from support.marks import IGNORED, REDUCTIONS
+from support.multilabel import (
+    ANYWHERE,
+    DTYPE,
+    FOCAL,
+    MODES,
+    SMOOTHING,
+    agree,
+    expected,
+    one_hot,
+    problem,
+    terms,
+)
 from support.tolerances import assert_loss
 
 from cbloss_fused import ClassBalancedLoss, check_target, class_balanced_loss, class_counts
-
-ANYWHERE = pytest.mark.parametrize("C", (1, 7, 10, 131, 1000), ids="C{}".format)
-DTYPE = pytest.mark.parametrize(
-    "dtype", (torch.float64, torch.float32, torch.bfloat16), ids=name_of
-)
-MODES = pytest.mark.parametrize("recompute", (False, True), ids=("stored", "recomputed"))
-SMOOTHING = pytest.mark.parametrize("eps", (0.0, 0.1), ids="s{}".format)
-FOCAL = pytest.mark.parametrize("gamma", (0.0, 0.5, 2.0, 1.5), ids="g{}".format)
 
 
 def with_background(target, b, seed=0):

@@ -151,7 +151,7 @@ TILES = {
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=name_of)
 @pytest.mark.parametrize("activation, gamma", FAMILIES[:3], ids=lambda v: f"{v}")
 def test_tiles(activation, gamma, dtype, shape):
-    """Whole rows a thread: a warp's shuffles would cost more than the formula; no spill."""
+    """Whole rows per thread: a warp's shuffles would cost more than the formula; no spill."""
     for launch in row_kernel(launches(shape, dtype, activation, gamma)):
         assert launch.name.endswith("_tiles")
         assert_sound(launch, "sm_90")

@@ -9,19 +9,22 @@ import torch
 import torch.nn.functional as F
 from support.backends import DEVICE, loss_and_grad
 from support.marks import name_of
-from support.multilabel import agree, expected, labels_weight, multi_hot, one_hot, problem
+from support.multilabel import (
+    ANYWHERE,
+    DTYPE,
+    FOCAL,
+    MODES,
+    SMOOTHING,
+    agree,
+    expected,
+    labels_weight,
+    multi_hot,
+    one_hot,
+    problem,
+)
 from support.tolerances import same_bits
 
 from cbloss_fused import ClassBalancedLoss, class_balanced_loss
-
-ANYWHERE = pytest.mark.parametrize("C", (1, 7, 10, 131, 1000), ids="C{}".format)
-DTYPE = pytest.mark.parametrize(
-    "dtype", (torch.float64, torch.float32, torch.bfloat16), ids=name_of
-)
-MODES = pytest.mark.parametrize("recompute", (False, True), ids=("stored", "recomputed"))
-SMOOTHING = pytest.mark.parametrize("eps", (0.0, 0.1), ids="s{}".format)
-FOCAL = pytest.mark.parametrize("gamma", (0.0, 0.5, 2.0, 1.5), ids="g{}".format)
-
 
 # Partial labels -----------------------------------------------------------------------------------
 

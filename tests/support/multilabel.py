@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 
 from cbloss_fused import class_balanced_loss
 
 from .backends import DEVICE, loss_and_grad
+from .marks import name_of
 from .tolerances import assert_grad, assert_loss
+
+ANYWHERE = pytest.mark.parametrize("C", (1, 7, 10, 131, 1000), ids="C{}".format)
+DTYPE = pytest.mark.parametrize(
+    "dtype", (torch.float64, torch.float32, torch.bfloat16), ids=name_of
+)
+MODES = pytest.mark.parametrize("recompute", (False, True), ids=("stored", "recomputed"))
+SMOOTHING = pytest.mark.parametrize("eps", (0.0, 0.1), ids="s{}".format)
+FOCAL = pytest.mark.parametrize("gamma", (0.0, 0.5, 2.0, 1.5), ids="g{}".format)
 
 
 def problem(C, dtype=torch.float64, N=None):
