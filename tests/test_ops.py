@@ -41,6 +41,7 @@ def arguments(shape, dtype, family, reduction, vectors):
 
 
 @TORCH_WARNS
+@pytest.mark.sampled
 @pytest.mark.parametrize("vectors", (False, True), ids=("", "vectors"))
 @pytest.mark.parametrize("reduction", ("none", "mean"))
 @pytest.mark.parametrize("shape", ((5, 3), (2, 70, 4)), ids=str)

@@ -66,13 +66,19 @@ def test_what_takes_no_backend_always_runs() -> None:
 
 def test_a_test_that_is_named_runs() -> None:
     """One that a quick run leaves out."""
-    root = Path(__file__).parent.parent
-    collect = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
-    file = "tests/test_layouts.py"
-    some, every = (
-        subprocess.run([*collect, *more], capture_output=True, text=True, cwd=root).stdout
-        for more in ([file], [f"{file}::test_in_place_gives_the_same_bits"])
-    )
+    file, mark = "tests/test_layouts.py", "named:"
+    code = f"""
+import pytest
+collect = ["--collect-only", "-q", "-p", "no:cacheprovider"]
+pytest.main([*collect, "{file}"])
+print("{mark}")
+pytest.main([*collect, "{file}::test_in_place_gives_the_same_bits"])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True, text=True, cwd=Path(__file__).parent.parent,
+    )  # fmt: skip
+    some, every = done.stdout.split(mark)
     named = {line for line in every.splitlines() if "::" in line}
     assert named - set(some.splitlines())
     assert "deselected" not in every
