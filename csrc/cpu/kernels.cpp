@@ -21,9 +21,13 @@ namespace CBLOSS_ISA {
 //
 #include "../row_math.h"
 //
+#include "memory.h"
+//
 #include "common.h"
 //
 #include "row_kernels.h"
+//
+#include "blocks.h"
 #include "tile_kernels.h"
 //
 #include "soft_rows.h"

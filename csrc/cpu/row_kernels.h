@@ -2,9 +2,11 @@
 
 // Calls body(j, z, n, blank) for all vectors of a row, where z is -inf in the blank lanes: the
 // target's (y = C: there is none) and those past the end. Calls flush() at least every CHUNK
-// vectors. The order of the calls depends on C and y alone.
+// vectors. The order of the calls depends on C and y alone. Meanwhile the C elements from `later`
+// on are fetched.
 template <class S, class Body, class Flush>
-CB_FN void for_negatives(const S* x, int64_t C, int64_t y, const Body& body, const Flush& flush) {
+CB_FN void for_negatives(const S* x, const S* later, int64_t C, int64_t y, const Body& body,
+                         const Flush& flush) {
   using V = typename Lanes<S>::V;
   constexpr int64_t N = Lanes<S>::N;
   const int64_t whole = C / N * N, at_y = y / N * N;
@@ -13,7 +15,10 @@ CB_FN void for_negatives(const S* x, int64_t C, int64_t y, const Body& body, con
   for (const auto& [begin, end] : segment)
     for (int64_t b = begin; b < end; b += CHUNK * N) {
       const int64_t stop = std::min(end, b + CHUNK * N);
-      for (int64_t j = b; j < stop; j += N) body(j, load(x + j), N, none);
+      for (int64_t j = b; j < stop; j += N) {
+        prefetch(later + j);
+        body(j, load(x + j), N, none);
+      }
       flush();
     }
   for (int64_t j = at_y; j < C; j = j < whole ? whole : C) {
@@ -43,12 +48,15 @@ CB_FN void store_n(S* p, V v, int64_t n) {
   else store_some(p, v, n);
 }
 
-// p_j = map(p_j, q_j) in one pass; q may be p.
-template <class S, class Q, class Map>
+// p_j = map(q_j) in one pass; q may be p. READS: q comes from memory, not from cache.
+template <bool READS, class S, class Q, class Map>
 CB_FN void transform(S* p, const Q* q, int64_t C, const Map& map) {
   constexpr int64_t N = Lanes<S>::N;
   const int64_t whole = C / N * N;
-  for (int64_t j = 0; j < whole; j += N) store(p + j, map(load(q + j)));
+  for (int64_t j = 0; j < whole; j += N) {
+    if constexpr (READS) prefetch(ahead(q + j));
+    store(p + j, map(load(q + j)));
+  }
   if (whole < C) store_some(p + whole, map(load_some(q + whole, C - whole)), C - whole);
 }
 
@@ -70,6 +78,23 @@ CB_FN V padded(V v, int64_t n, T beyond) {
   return outside(v, n, -1) ? V{} + beyond : v;
 }
 
+// The largest logit, NaN left out, of several vectors at a time: each waits for the one before.
+template <class S>
+typename Lanes<S>::T largest_logit(const S* x, int64_t C) {
+  using V = typename Lanes<S>::V;
+  using T = typename Lanes<S>::T;
+  constexpr int64_t N = Lanes<S>::N, SUMS = 4, LINE = 64 / sizeof(S);
+  V top[SUMS];
+  for (V& t : top) t = V{} - LARGEST<T>;
+  int64_t j = 0;
+  for (; j + SUMS * N <= C; j += SUMS * N) {
+    for (int64_t k = 0; k < SUMS * N; k += LINE) prefetch(ahead(x + j + k));
+    for (int64_t s = 0; s < SUMS; ++s) top[s] = max(load(x + j + s * N), top[s]);
+  }
+  for (; j < C; j += N) top[0] = max(padded(load_up_to(x + j, C - j), C - j, -INF<T>), top[0]);
+  return T(largest(max(max(top[0], top[1]), max(top[2], top[3]))));
+}
+
 // D = sum over all j of (z_j - M), for label smoothing: one more pass over a row that is in cache.
 template <class S, class T>
 double sum_below(const S* x, int64_t C, T M) {
@@ -86,8 +111,10 @@ double sum_below(const S* x, int64_t C, T M) {
 template <class S, class Q>
 void copy_row(const S* from, Q* to, int64_t C) {
   constexpr int64_t N = Lanes<S>::N;
-  for (int64_t j = 0; j < C; j += N)
+  for (int64_t j = 0; j < C; j += N) {
+    prefetch(ahead(from + j));
     store_n(to + j, load_up_to(from + j, C - j), std::min(C - j, N));
+  }
 }
 
 // A row of adjusted logits in a buffer of its own, which stays in cache for the passes that follow.
@@ -110,15 +137,27 @@ class AdjustedRow {
   }
 };
 
-// Calls run(i, x, y, r, g, scratch) for every row that is not ignored, y as in class_of.
-// Adjusted rows of half types are run as float rows, whose gradient is converted afterwards.
+// A row that is not ignored.
+template <class S>
+struct Row {
+  using T = typename Lanes<S>::T;
+  int64_t i, y;    // y as in class_of
+  const S* x;      // its logits
+  const S* later;  // what to fetch while x, which is in cache, is computed on
+  T r;
+  S* g;        // its gradient
+  T* scratch;  // C elements, unless a gradient of type T holds them: then null
+};
+
+// Calls run(row) for every row that is not ignored. Adjusted rows of half types are run as float
+// rows, whose gradient is converted afterwards.
 template <class S, Mode MODE, class Run>
 void for_rows(const Call& a, int64_t begin, int64_t end, const Run& run) {
   using T = typename Lanes<S>::T;
+  constexpr bool IS_T = std::is_same_v<S, T>;
   const RowScale<T> scale(a);
   AdjustedRow<S> adjusted(a);
-  const std::unique_ptr<T[]> scratch(std::is_same_v<S, T> || MODE == Mode::LOSS ? nullptr
-                                                                                : new T[a.C]);
+  const std::unique_ptr<T[]> scratch(IS_T || MODE == Mode::LOSS ? nullptr : new T[a.C]);
   for (int64_t i = begin; i < end; ++i) {
     const S* x = static_cast<const S*>(a.logits) + row_offset(a.logits_stride, a.K, i);
     S* g = static_cast<S*>(a.grad) + row_offset(a.grad_stride, a.K, i);
@@ -128,13 +167,15 @@ void for_rows(const Call& a, int64_t begin, int64_t end, const Run& run) {
       continue;
     }
     const int64_t y = class_of(a, i);
+    const S* later = next_to_fetch(a, x);
     const T r = scale(i);
     if (!adjusted.any()) {
-      run(i, x, y, r, g, scratch.get());
-    } else if constexpr (std::is_same_v<S, T>) {
-      run(i, adjusted(x, y), y, r, g, scratch.get());
+      run(Row<S>{i, y, x, later, r, g, scratch.get()});
+    } else if constexpr (IS_T) {
+      run(Row<S>{i, y, adjusted(x, y), later, r, g, scratch.get()});
     } else {
-      run(i, adjusted(x, y), y, r, scratch.get(), scratch.get());
+      const auto* as_floats = reinterpret_cast<const T*>(later);
+      run(Row<T>{i, y, adjusted(x, y), as_floats, r, scratch.get(), scratch.get()});
       if constexpr (MODE != Mode::LOSS) copy_row(scratch.get(), g, a.C);
     }
   }
@@ -146,24 +187,20 @@ void for_rows(const Call& a, int64_t begin, int64_t end, const Run& run) {
 // Reads the logits from memory once (after the pass for the maximum the row is in cache) and writes
 // the gradient once.
 template <Mode MODE, class S, class T = typename Lanes<S>::T>
-CB_ROW void softmax_one_row(const Call& a, int64_t i, const S* x, int64_t y, T r, S* g,
-                            T* scratch) {
+CB_ROW void softmax_one_row(const Call& a, const Row<S>& given) {
   using V = typename Lanes<S>::V;
   constexpr bool IN_GRAD = std::is_same_v<S, T>;  // e^{z - M} is stored there, or in scratch
-  const int64_t C = a.C;
+  const int64_t C = a.C, i = given.i, y = given.y;
   const FormulaOf<T> f = formula_of<T>(a.formula);
+  const S* x = given.x;
+  S* g = given.g;
   T *M_ = static_cast<T*>(a.M), *R_ = static_cast<T*>(a.R);
   std::unique_ptr<S[]> limit;
   T M, R = 0;
   if constexpr (MODE == Mode::GRAD) {
     M = M_[i], R = R_[i];
   } else {
-    V top = V{} - LARGEST<T>;
-    for_negatives(
-        x, C, y,
-        [&](int64_t, V z, int64_t, auto) __attribute__((always_inline)) { top = max(z, top); },
-        [] {});
-    M = max(T(largest(top)), load_one(x + y));
+    M = max(largest_logit(x, C), load_one(x + y));
     if (M_) M_[i] = M;
   }
   const T top = M;
@@ -176,12 +213,12 @@ CB_ROW void softmax_one_row(const Call& a, int64_t i, const S* x, int64_t y, T r
   const T D = f.eps != 0 && MODE != Mode::GRAD ? T(sum_below(x, C, M)) : T(0);
   T* e;
   if constexpr (IN_GRAD) e = g;
-  else e = scratch;
+  else e = given.scratch;
   if constexpr (MODE != Mode::GRAD) {
     V lanes{};
     DoubleLanes<V> total;
     for_negatives(
-        x, C, y,
+        x, given.later, C, y,
         [&](int64_t j, V z, int64_t n, auto) __attribute__((always_inline)) {
           const V t = exp(z - M);
           lanes += t;
@@ -192,32 +229,34 @@ CB_ROW void softmax_one_row(const Call& a, int64_t i, const S* x, int64_t y, T r
     if (R_) R_[i] = R;
   }
   const SoftmaxRow<V> row =
-      softmax_row<V, T>(V{} + d, V{} + R, V{} + r, V{} + D, T(C), V{} + top, f);
+      softmax_row<V, T>(V{} + d, V{} + R, V{} + given.r, V{} + D, T(C), V{} + top, f);
   if constexpr (MODE != Mode::GRAD) static_cast<T*>(a.loss)[i] = lane(row.loss, 0);
   if constexpr (MODE == Mode::LOSS_AND_GRAD)
-    transform(g, e, C, [&](V t) __attribute__((always_inline)) { return row.k * t - row.uniform; });
+    transform<false>(g, e, C,
+                     [&](V t) __attribute__((always_inline)) { return row.k * t - row.uniform; });
   if constexpr (MODE == Mode::GRAD)
-    transform(g, x, C,
-              [&](V z) __attribute__((always_inline)) { return row.k * exp(z - M) - row.uniform; });
+    transform<true>(g, x, C, [&](V z) __attribute__((always_inline)) {
+      return row.k * exp(z - M) - row.uniform;
+    });
   if constexpr (MODE != Mode::LOSS) store_one(g + y, T(lane(row.g_y, 0)));
 }
 
 template <class S, Mode MODE>
 void softmax_rows(const Call& a, int64_t begin, int64_t end) {
-  for_rows<S, MODE>(a, begin, end, [&](int64_t i, auto* x, int64_t y, auto r, auto* g, auto* e) {
-    softmax_one_row<MODE>(a, i, x, y, r, g, e);
-  });
+  for_rows<S, MODE>(a, begin, end, [&](const auto& row) { softmax_one_row<MODE>(a, row); });
 }
 
 // Reads the logits once and writes the gradient once.
 template <Mode MODE, Gamma G, bool SMOOTH, class S, class T = typename Lanes<S>::T>
-CB_ROW void sigmoid_one_row(const Call& a, int64_t i, const S* x, int64_t y, T r, S* g) {
+CB_ROW void sigmoid_one_row(const Call& a, const Row<S>& row) {
   using V = typename Lanes<S>::V;
-  const int64_t C = a.C;
+  const int64_t C = a.C, y = row.y;
+  const S* x = row.x;
+  S* g = row.g;
   const FormulaOf<T> f = formula_of<T>(a.formula);
   const T t = f.eps / T(C);  // the smoothed target of the other classes
   const T others = SMOOTH ? T(1) : f.alpha_neg;
-  const T slope = r * f.logit_scale, slope_others = slope * others;
+  const T slope = row.r * f.logit_scale, slope_others = slope * others;
   Element<V> at_y{};
   if (y < C) {
     at_y = at_target<G, SMOOTH, IS_HALF<S>>(V{} + load_one(x + y), T(C), f);
@@ -226,21 +265,20 @@ CB_ROW void sigmoid_one_row(const Call& a, int64_t i, const S* x, int64_t y, T r
   DoubleLanes<V> total;
   LossSum<G, SMOOTH, IS_HALF<S>, V> sum_L;
   for_negatives(
-      x, C, y,
+      x, ahead(x), C, y,
       [&](int64_t j, V z, int64_t n, auto blank) __attribute__((always_inline)) {
         const V g_z = sum_L.add(z, t, f, [&] { return blank; });
         if constexpr (MODE != Mode::LOSS) store_n(g + j, slope_others * g_z, n);
       },
       [&]() __attribute__((always_inline)) { total.add(sum_L.take()); });
   if constexpr (MODE != Mode::GRAD)
-    static_cast<T*>(a.loss)[i] =
-        T(weighted(double(r), weighted(double(others), total.sum()) + lane(at_y.L, 0)));
+    static_cast<T*>(a.loss)[row.i] =
+        T(weighted(double(row.r), weighted(double(others), total.sum()) + lane(at_y.L, 0)));
   if (MODE != Mode::LOSS && y < C) store_one(g + y, slope * T(lane(at_y.g, 0)));
 }
 
 template <class S, Mode MODE, Gamma G, bool SMOOTH>
 void sigmoid_rows(const Call& a, int64_t begin, int64_t end) {
-  for_rows<S, MODE>(a, begin, end, [&](int64_t i, auto* x, int64_t y, auto r, auto* g, auto*) {
-    sigmoid_one_row<MODE, G, SMOOTH>(a, i, x, y, r, g);
-  });
+  for_rows<S, MODE>(a, begin, end,
+                    [&](const auto& row) { sigmoid_one_row<MODE, G, SMOOTH>(a, row); });
 }

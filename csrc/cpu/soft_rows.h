@@ -18,7 +18,10 @@ template <class T, class Q>
 void copy_as(const Q* q, int64_t stride, int64_t C, T* out) {
   constexpr int64_t N = Lanes<T>::N;
   const int64_t whole = stride == 1 ? C / N * N : 0;
-  for (int64_t j = 0; j < whole; j += N) store(out + j, load_as<typename Lanes<T>::V>(q + j));
+  for (int64_t j = 0; j < whole; j += N) {
+    prefetch(ahead(q + j));
+    store(out + j, load_as<typename Lanes<T>::V>(q + j));
+  }
   for (int64_t j = whole; j < C; ++j) out[j] = load_as<T>(q + j * stride);
 }
 
@@ -106,6 +109,7 @@ T label_weight(const Call& a, const T* t, const T* weight) {
   for_vectors<Lanes<T>::N>(
       a.C,
       [&](int64_t j, int64_t n) __attribute__((always_inline)) {
+        prefetch(ahead(t + j));
         const V t_j = unknown.known(load_up_to(t + j, n));
         labels += t_j, weights += t_j * load_up_to(weight + j, n);
       },
@@ -127,33 +131,29 @@ int64_t find_logit(const S* x, int64_t C, T M) {
 
 // The largest logit is left out of the sums, as the target is with class indices.
 template <Mode MODE, bool WEIGHTED, class S, class T = typename Lanes<S>::T>
-CB_ROW double softmax_soft_row(const Call& a, int64_t i, const S* x, const T* t, T s, S* g,
-                               T* scratch) {
+CB_ROW double softmax_soft_row(const Call& a, const Row<S>& given, const T* t) {
   using V = typename Lanes<S>::V;
   constexpr int64_t N = Lanes<S>::N;
-  const int64_t C = a.C;
+  const int64_t C = a.C, i = given.i;
+  const S* x = given.x;
+  S* g = given.g;
+  const T s = given.r;
   const FormulaOf<T> f = formula_of<T>(a.formula);
-  V top = V{} - LARGEST<T>;
-  for_vectors<N>(
-      C,
-      [&](int64_t j, int64_t n) __attribute__((always_inline)) {
-        top = max(padded(load_up_to(x + j, n), n, -INF<T>), top);
-      },
-      [] {});
-  const T M = T(largest(top));
+  const T M = largest_logit(x, C);
   const int64_t at = find_logit(x, C, M), y = at < C ? at : 0;  // at == C: all are -inf or NaN
   const T* w = static_cast<const T*>(a.weight);
   const T t_y = t[y], a_y = WEIGHTED ? t_y * w[y] : t_y;
   T* e;  // e^{z - M} is stored in the gradient, or in scratch
   if constexpr (std::is_same_v<S, T>) e = g;
-  else e = scratch;
+  else e = given.scratch;
   V lanes_R{}, lanes_B{}, lanes_D{}, lanes_W{}, lanes_t{};
   DoubleLanes<V> R, B, D, others, labels;
   TargetCheck<V> check;
   check.see(V{} + t_y);
   for_negatives(
-      x, C, y,
+      x, given.later, C, y,
       [&](int64_t j, V z, int64_t n, auto blank) __attribute__((always_inline)) {
+        prefetch(ahead(t + j));
         const V below = z - M, e_j = exp(below), t_j = blank ? V{} : load_up_to(t + j, n);
         V a_j = t_j;
         if constexpr (WEIGHTED) a_j *= load_up_to(w + j, n), lanes_t += t_j;
@@ -236,67 +236,67 @@ struct SoftSum : LossSum<G, true, SHORT, V> {
 
 // in_range: whether no target but an unknown label is out of range.
 template <Mode MODE, Gamma G, bool SPECIAL, class S, class T = typename Lanes<S>::T>
-CB_ROW double sigmoid_soft_row(const Call& a, const S* x, const T* t, T r, S* g, bool& in_range) {
+CB_ROW double sigmoid_soft_row(const Call& a, const Row<S>& row, const T* t, bool& in_range) {
   using V = typename Lanes<S>::V;
   constexpr int64_t N = Lanes<S>::N;
+  const S* x = row.x;
   const FormulaOf<T> f = formula_of<T>(a.formula);
   const T* weight = a.formula.per_class ? static_cast<const T*>(a.weight) : nullptr;
   const Special<V> special(a);
-  const T keep = 1 - f.eps, uniform = f.eps / T(a.C), slope = r * f.logit_scale;
+  const T keep = 1 - f.eps, uniform = f.eps / T(a.C), slope = row.r * f.logit_scale;
   DoubleLanes<V> total;
   SoftSum<G, SPECIAL, IS_HALF<S>, V> sum_L;
   TargetCheck<V> check;
   for_vectors<N>(
       a.C,
       [&](int64_t j, int64_t n) __attribute__((always_inline)) {
+        prefetch(ahead(x + j)), prefetch(ahead(t + j));
         V z = padded(load_up_to(x + j, n), n, -INF<T>);  // its loss is 0 where t is 0
         V given = load_up_to(t + j, n), t_j = padded(keep * given + uniform, n, T(0));
         if constexpr (SPECIAL) special.unknown.blank(given, t_j, z);
         check.see(given);
         const V g_j = sum_L.add(z, t_j, f, weight, special.pos_weight,
                                 [&](const T* w) { return load_up_to(w + j, n); });
-        if constexpr (MODE != Mode::LOSS) store_n(g + j, slope * g_j, n);
+        if constexpr (MODE != Mode::LOSS) store_n(row.g + j, slope * g_j, n);
       },
       [&]() __attribute__((always_inline)) { total.add(sum_L.take()); });
   in_range = !check.fails(a);
-  return weighted(double(r), total.sum());
+  return weighted(double(row.r), total.sum());
 }
 
-// Calls run(i, x, t, r, g, scratch), which returns the row's loss.
+// Calls run(row, t), which returns the row's loss and may change row.r.
 template <class S, Mode MODE, class Run>
 void for_soft_rows(const Call& a, int64_t begin, int64_t end, const Run& run) {
   using T = typename Lanes<S>::T;
   Targets<T> targets(a);
-  for_rows<S, MODE>(a, begin, end, [&](int64_t i, auto* x, int64_t y, T r, auto* g, T* scratch) {
-    const double loss = run(i, x, targets(i, y), r, g, scratch);
-    if constexpr (MODE != Mode::GRAD) static_cast<T*>(a.loss)[i] = T(loss);
+  for_rows<S, MODE>(a, begin, end, [&](auto row) {
+    const double loss = run(row, targets(row.i, row.y));
+    if constexpr (MODE != Mode::GRAD) static_cast<T*>(a.loss)[row.i] = T(loss);
   });
 }
 
 template <class S, Mode MODE>
 void softmax_soft_rows(const Call& a, int64_t begin, int64_t end) {
-  for_soft_rows<S, MODE>(
-      a, begin, end, [&](int64_t i, auto* x, auto* t, auto s, auto* g, auto* scratch) {
-        return a.weight ? softmax_soft_row<MODE, true>(a, i, x, t, s, g, scratch)
-                        : softmax_soft_row<MODE, false>(a, i, x, t, s, g, scratch);
-      });
+  for_soft_rows<S, MODE>(a, begin, end, [&](const auto& row, auto* t) {
+    return a.weight ? softmax_soft_row<MODE, true>(a, row, t)
+                    : softmax_soft_row<MODE, false>(a, row, t);
+  });
 }
 template <class S, Mode MODE, Gamma G>
 void sigmoid_soft_rows(const Call& a, int64_t begin, int64_t end) {
   using T = typename Lanes<S>::T;
   const T* weight_of_labels = a.formula.per_class ? nullptr : static_cast<const T*>(a.weight);
   const bool special = Special<typename Lanes<S>::V>::everywhere(a, a.grad == a.logits);
-  const auto run = [&](int64_t i, auto* x, const T* t, T r, auto* g, T*) {
+  const auto run = [&](auto& row, const T* t) {
     if (weight_of_labels) {
-      r *= label_weight(a, t, weight_of_labels);
-      static_cast<T*>(a.scale)[i] = r;  // for a backward that recomputes the gradient
+      row.r *= label_weight(a, t, weight_of_labels);
+      static_cast<T*>(a.scale)[row.i] = row.r;  // for a backward that recomputes the gradient
     }
     bool good = false;
     double loss = 0;
-    if (!special) loss = sigmoid_soft_row<MODE, G, false>(a, x, t, r, g, good);
-    if (!good && (special || a.partial))
-      loss = sigmoid_soft_row<MODE, G, true>(a, x, t, r, g, good);
-    if (MODE != Mode::GRAD && !good) find_bad_target<T>(a, i);
+    if (!special) loss = sigmoid_soft_row<MODE, G, false>(a, row, t, good);
+    if (!good && (special || a.partial)) loss = sigmoid_soft_row<MODE, G, true>(a, row, t, good);
+    if (MODE != Mode::GRAD && !good) find_bad_target<T>(a, row.i);
     return loss;
   };
   for_soft_rows<S, MODE>(a, begin, end, run);
@@ -313,7 +313,12 @@ void check_rows(const Call& a, int64_t begin, int64_t end) {
     const Unknown<V> unknown(a);
     TargetCheck<V> check;
     for_vectors<Lanes<T>::N>(
-        a.C, [&](int64_t j, int64_t n) { check.see(unknown.known(load_up_to(t + j, n))); }, [] {});
+        a.C,
+        [&](int64_t j, int64_t n) {
+          prefetch(ahead(t + j));
+          check.see(unknown.known(load_up_to(t + j, n)));
+        },
+        [] {});
     if (check.fails(a)) find_bad_target<T>(a, i);
   }
 }

@@ -125,7 +125,7 @@ void for_soft_tiles(const Call& a, int64_t begin, int64_t end, const Run& run) {
     SoftTile<S> tile(a, i, end);
     const auto load_logits = [&] {
       tile.load_logits(z.get(), gathered_logits);
-      tile.adjust(adjustment, z.get());
+      if (adjustment.any) tile.adjust(adjustment, z.get());
     };
     load_logits();
     tile.load_targets(t.get(), gathered.get());

@@ -184,6 +184,16 @@ CB_FN HVec narrow(Vec x, BFloat16) {
   return (HVec)_mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
 }
 #endif
+#elif defined(__AVX2__)  // by intrinsics: compilers take twice as many instructions
+CB_FN Vec widen(HVec h, BFloat16) {
+  return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)h), 16);
+}
+CB_FN HVec narrow(Vec x, BFloat16) {
+  const UVec u = (UVec)x;
+  const __m256i rounded = (__m256i)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+  return (HVec)_mm_packus_epi32(_mm256_castsi256_si128(rounded),
+                                _mm256_extracti128_si256(rounded, 1));
+}
 #else
 CB_FN Vec widen(HVec h, BFloat16) { return (Vec)(__builtin_convertvector(h, UVec) << 16); }
 CB_FN HVec narrow(Vec x, BFloat16) {
@@ -299,6 +309,28 @@ CB_FN V load_as(const Q* p) {
   } else {
     return load(p);
   }
+}
+
+// The low halves of W indices.
+CB_FN IVec load_indices(const int64_t* p) {
+#if defined(__AVX512F__)
+  const __m256i low = _mm512_cvtepi64_epi32(_mm512_loadu_si512(p));
+  const __m256i high = _mm512_cvtepi64_epi32(_mm512_loadu_si512(p + W / 2));
+  return (IVec)_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+#elif defined(X86_SIMD)
+  const auto* floats = reinterpret_cast<const float*>(p);
+  const auto low = X86_SIMD(loadu_ps)(floats), high = X86_SIMD(loadu_ps)(floats + W);
+  const IVec even = (IVec)X86_SIMD(shuffle_ps)(low, high, 0x88);  // in each 128 bits
+#if defined(__AVX2__)
+  return (IVec)_mm256_permute4x64_epi64((__m256i)even, 0xd8);
+#else
+  return even;
+#endif
+#else
+  IVec y;
+  for (int l = 0; l < W; ++l) y[l] = int32_t(p[l]);
+  return y;
+#endif
 }
 
 // Access to single lanes.
