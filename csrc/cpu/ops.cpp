@@ -3,6 +3,7 @@
 #include "../ops.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <memory>
 #include <mutex>
@@ -110,17 +111,25 @@ void advise_huge_pages(const Tensor& t) {
 #endif
 }
 
+// Rows go in chunks to whichever thread is free: where a core does other work, too, its thread
+// would keep the others waiting for an equal share.
 void run_rows(RowKernel kernel, const Call& a, int64_t rows) {
-  // A multiple of every vector's lanes, about 16 Ki elements: some 10 us of work.
-  const int64_t grain = (16384 / a.C + 16) / 16 * 16;
-  const int64_t tiles = (rows + grain - 1) / grain;
-  const auto run = [&](int64_t begin, int64_t end) {
-    kernel(a, begin * grain, std::min(rows, end * grain));
+  // Elements of a chunk: some 10 and 100 us of work.
+  constexpr int64_t FEWEST = 1 << 14, MOST = 1 << 17, LANES = 16;
+  const auto rows_of = [&](int64_t elements) {  // whole vectors, unless a row is long
+    const int64_t n = elements / a.C;
+    return n < LANES ? (a.C >= 1024 ? std::max<int64_t>(n, 2) : LANES) : n / LANES * LANES;
   };
-  if (a.C >= 1024)
-    torch::stable::parallel_for(0, rows, 2, [&](int64_t b, int64_t e) { kernel(a, b, e); });
-  else if (tiles < 2) run(0, tiles);
-  else torch::stable::parallel_for(0, tiles, 1, run);
+  const int64_t fewest = rows_of(FEWEST);
+  if (rows <= fewest) return kernel(a, 0, rows);
+  const int64_t threads = torch::stable::get_num_threads(), share = rows / threads / 4 * a.C;
+  const int64_t chunk = std::max(fewest, rows_of(std::min(MOST, share)));
+  std::atomic<int64_t> next{0};
+  const auto run = [&](int64_t, int64_t) {
+    for (int64_t i = next.fetch_add(chunk); i < rows; i = next.fetch_add(chunk))
+      kernel(a, i, std::min(rows, i + chunk));
+  };
+  torch::stable::parallel_for(0, std::min(threads, (rows + chunk - 1) / chunk), 1, run);
 }
 
 // The sum of one number per row, in a fixed order.

@@ -85,16 +85,6 @@ struct Tile {
     }
     return v;
   }
-  // The rows' logits of their own classes; 0 where they have none.
-  V of_targets(const V* z) const {
-    V v{};
-    const T* lanes = reinterpret_cast<const T*>(z);
-    for (int64_t l = 0; l < n; ++l) {
-      const int64_t y_l = lane_index(y, l);
-      if (y_l >= 0 && y_l < a.C) set_lane(v, l, lanes[y_l * N + l]);
-    }
-    return v;
-  }
   CB_ROW void adjust(const Adjustment<T>& adjustment, V* z) const {
     for (int64_t c = 0; c < a.C; ++c) z[c] = adjustment(z[c], c);
     if (!adjustment.margin) return;
@@ -177,7 +167,7 @@ __attribute__((noinline, cold)) V limit_tile(const Tile<S> tile, V M, V* z, V z_
   return z_y;
 }
 
-// The tile by value, here and below: a copy that is not in memory.
+// The tile by value: a copy that is not in memory.
 template <Mode MODE, class S, class V = typename Lanes<S>::V>
 CB_FN void softmax_tile(const Tile<S> tile, V* z) {
   using T = typename Lanes<S>::T;
@@ -231,20 +221,20 @@ void softmax_tiles(const Call& a, int64_t begin, int64_t end) {
 }
 
 template <Mode MODE, Gamma G, bool SMOOTH, class S, class V = typename Lanes<S>::V>
-CB_FN void sigmoid_tile(const Tile<S> tile, V* z) {
+CB_FN void sigmoid_tile(const Tile<S>& tile, V* z) {
   using T = typename Lanes<S>::T;
   const Call& a = tile.a;
   const int64_t C = a.C;
   const FormulaOf<T> f = formula_of<T>(a.formula);
   const T t = f.eps / T(C), others = SMOOTH ? T(1) : f.alpha_neg;
   const V slope = tile.r * f.logit_scale, slope_others = slope * others;
-  const V z_y = tile.of_targets(z);
-  V total{};
+  V z_y{}, total{};
   LossSum<G, SMOOTH, IS_HALF<S>, V> sum_L;
   for_classes(
       C,
       [&](int64_t c) __attribute__((always_inline)) {
         const auto is_y = tile.is_y(c);
+        z_y = is_y ? z[c] : z_y;
         const V z_c = is_y ? V{} - INF<T> : z[c];  // -inf: its term is 0
         const V g_c = sum_L.add(z_c, t, f, [&] { return is_y; });
         if constexpr (MODE != Mode::LOSS) z[c] = slope_others * g_c;
