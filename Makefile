@@ -36,6 +36,7 @@ bench: $(VENV)/ready $(VENV)/bench  ## the tables of the README, into bench/resu
 	$(BIN)/python -m bench.cpu
 	$(BIN)/python -m bench.cpu stats
 	$(BIN)/python -m bench.cpu family
+	$(BIN)/python -m bench.limits
 codegen: $(VENV)/ready $(VENV)/bench  ## what the GPU kernels compile to, counted; needs no GPU
 	$(BIN)/python -m bench.machine_code.codegen
 	$(BIN)/python -m bench.launch_cost

@@ -55,8 +55,9 @@ class Problem(NamedTuple):
 FAMILIES: list[Family] = [("softmax", 0.0), ("softmax", 0.5), ("sigmoid", 0.0), ("sigmoid", 0.5)]
 CLASSES = (256, 8142)  # the classes of iNaturalist 2018: rows that are not 16-byte aligned
 LARGE = (4096, 8142)  # 133 MB in float32: larger than every cache
+IMAGES = (8, 19, 256, 256)
 CPU_SHAPES: list[Shape] = [
-    *((32, 10), (256, 1000), CLASSES, LARGE, (1_000_000, 10), (8, 19, 256, 256)),
+    *((32, 10), (256, 1000), CLASSES, LARGE, (1_000_000, 10), IMAGES),
 ]
 CPU_CASES = [Case(s, torch.float32, *f) for s, f in product(CPU_SHAPES, FAMILIES)]
 CPU_CASES += [Case(s, torch.bfloat16, *f) for s, f in product([CLASSES, LARGE], FAMILIES)]
@@ -65,7 +66,7 @@ CPU_CASES.sort(key=lambda c: (CPU_SHAPES.index(c.shape), c.dtype != torch.float3
 CPU_QUICK_CASES = [
     case for case in CPU_CASES if case.shape in ((32, 10), CLASSES) and case.dtype == torch.float32
 ]
-LONG_TAIL_SHAPES: list[Shape] = [CLASSES, (1_000_000, 10), (8, 19, 256, 256)]
+LONG_TAIL_SHAPES: list[Shape] = [CLASSES, (1_000_000, 10), IMAGES]
 
 # On a GPU -----------------------------------------------------------------------------------------
 

@@ -3,7 +3,8 @@
 Into results/limits-cpu.md.
 
 What is timed is the operator's call, into memory that is ready: no page is new, nothing is
-allocated. "copy" is torch's copy of the logits into such memory, in the same run. --against names
+allocated. "copy" is torch's copy of the logits into such memory, in the same run. Small logits are
+computed on many times for one sample; in place, all but the first are gradients. --against names
 another checkout of this repository with its extension built: its calls and this one's take turns.
 """
 
@@ -24,13 +25,12 @@ import torch
 from tqdm import tqdm
 
 from . import result_files
-from .cases import CPU_CASES, LARGE, Case
+from .cases import CPU_CASES, IMAGES, LARGE, Case
 from .cpu import save_table
 
 WORKER = Path(__file__).with_name("limits_worker.py")
 ROOT = Path(__file__).parents[1]
 COLUMNS = ("loss", "loss + gradient", "in place")
-IMAGES = (8, 19, 256, 256)
 ROUNDS, MIN_MS = 9, 2.0  # of all calls of a case, per build; a sample takes at least so long
 
 
@@ -132,7 +132,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     parser.add_argument("--out", type=Path, default=result_files.FOLDER, metavar="FOLDER")
     arguments = parser.parse_args(argv)
-    arguments.command = shlex.join(["python", "-m", "bench.limits", *argv])
+    words = ["CHECKOUT" if word == str(arguments.against) else word for word in argv]
+    arguments.command = shlex.join(["python", "-m", "bench.limits", *words])
     return arguments
 
 

@@ -29,7 +29,7 @@ def saturated(C: int, dtype: torch.dtype, beyond: bool = False):
     magnitudes: tuple[float, ...] = MAGNITUDES
     if dtype != torch.float16:
         magnitudes = (*MAGNITUDES, 1e30, bound(dtype, C))
-    if C >= 1000:
+    if C > 1000:
         magnitudes = magnitudes[-1::-4]
     if beyond:
         largest = torch.finfo(torch.float32 if dtype == torch.float64 else dtype).max
