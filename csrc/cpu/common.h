@@ -12,6 +12,9 @@ inline int64_t row_offset(const Strides& s, int64_t K, int64_t i) {
   return K == 1 ? i * s.n : i / K * s.n + i % K * s.k;
 }
 
+// From a row to the next of its sample.
+inline int64_t row_step(const Strides& s, int64_t K) { return K == 1 ? s.n : s.k; }
+
 // The class of a row, C where it has none. With soft targets 0.
 inline int64_t class_of(const Call& a, int64_t i) {
   if (!a.target) return 0;

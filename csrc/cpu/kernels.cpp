@@ -21,9 +21,8 @@ namespace CBLOSS_ISA {
 //
 #include "../row_math.h"
 //
-#include "memory.h"
-//
 #include "common.h"
+#include "memory.h"
 //
 #include "row_kernels.h"
 //

@@ -11,14 +11,17 @@ constexpr int64_t NEXT_ROW = 1 << 16;
 // Any address will do: none faults.
 CB_FN void prefetch(const void* p) { __builtin_prefetch(p); }
 template <class S>
+CB_FN const S* offset_by(const S* p, int64_t bytes) {
+  return reinterpret_cast<const S*>(reinterpret_cast<uintptr_t>(p) + bytes);
+}
+template <class S>
 CB_FN const S* ahead(const S* p) {
-  return reinterpret_cast<const S*>(reinterpret_cast<uintptr_t>(p) + AHEAD);
+  return offset_by(p, AHEAD);
 }
 
 // Where a row of logits ends up in cache by a first pass, what the second pass should fetch.
 template <class S>
 CB_FN const S* next_to_fetch(const Call& a, const S* x) {
   if (a.C * int64_t(sizeof(S)) > NEXT_ROW) return ahead(x);
-  const int64_t stride = a.K == 1 ? a.logits_stride.n : a.logits_stride.k;
-  return reinterpret_cast<const S*>(reinterpret_cast<uintptr_t>(x) + stride * sizeof(S));
+  return offset_by(x, row_step(a.logits_stride, a.K) * int64_t(sizeof(S)));
 }

@@ -35,11 +35,10 @@ struct Tile {
   }
   Index index(int64_t c) const { return Index{} + std::conditional_t<N == 1, int64_t, int32_t>(c); }
   auto is_y(int64_t c) const { return y == index(c); }
+  // Whether all N rows are there, a row_step() apart.
+  bool evenly_apart() const { return n == N && (a.K == 1 || i / a.K == (i + N - 1) / a.K); }
   // Whether vectors can be loaded and stored directly.
-  bool adjacent(const Strides& s) const {
-    if (n != N) return false;
-    return a.K == 1 ? s.n == 1 : s.k == 1 && i / a.K == (i + N - 1) / a.K;
-  }
+  bool adjacent(const Strides& s) const { return row_step(s, a.K) == 1 && evenly_apart(); }
   bool in_blocks(const Strides& s) const { return HAS_BLOCKS && N > 1 && s.c == 1 && a.C >= SIDE; }
   // A row's offset; lanes from n on repeat the last row.
   int64_t offset(const Strides& s, int64_t l) const {
@@ -47,10 +46,10 @@ struct Tile {
   }
   template <class Q>
   void set_rows(Q* x, const Strides& s, Q* (&row)[N]) const {
-    const bool apart_evenly = n == N && (a.K == 1 || i / a.K == (i + N - 1) / a.K);
-    const int64_t step = a.K == 1 ? s.n : s.k;
+    const bool even = evenly_apart();
+    const int64_t step = row_step(s, a.K);
     row[0] = x + offset(s, 0);
-    for (int64_t l = 1; l < N; ++l) row[l] = apart_evenly ? row[l - 1] + step : x + offset(s, l);
+    for (int64_t l = 1; l < N; ++l) row[l] = even ? row[l - 1] + step : x + offset(s, l);
   }
   // out[c] = these rows' elements of class c, from a tensor x of any type.
   template <class Q>
