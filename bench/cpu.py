@@ -153,7 +153,8 @@ def implementations(case: Case, compiled: int = 0) -> list[Implementation]:
         found.append(Implementation("weighted", ours, reduction=reduction))
         found.append(Implementation("cross_entropy", theirs, reduction=reduction))
     found += balanced_loss(case)
-    return [*found, Implementation("clone", lambda x, y, w: x.clone())]
+    ready = torch.ones(case.shape, dtype=case.dtype)  # touched, unlike empty memory
+    return [*found, Implementation("copy", lambda x, y, w: ready.copy_(x))]
 
 
 def balanced_loss(case: Case) -> list[Implementation]:

@@ -126,7 +126,7 @@ def cpu_report(result: Row) -> str:
 
 def cpu_cells(row: Row) -> dict[str, str]:
     dims = "x".join(map(str, row["shape"]))
-    fused, inplace, clone = (best(row, column) for column in ("fused", "in place", "clone"))
+    fused, inplace, copy = (best(row, column) for column in ("fused", "in place", "copy"))
     line = {"shape": dims, "dtype": row["dtype"], "loss": loss_of(row)}
     line |= {"fused ms": shown(fused), "in place ms": shown(inplace)}
     for column in CPU_RIVALS:
@@ -134,7 +134,7 @@ def cpu_cells(row: Row) -> dict[str, str]:
         ours = best(row, "weighted") if column == "cross_entropy" else fused
         variant = rival["variant"] if "median_ms" in rival else ""
         line |= {f"{column} ms": shown(rival) + variant, f"{column} / fused": ratio(rival, ours)}
-    line |= {"clone ms": shown(clone), "fused / clone": ratio(fused, clone), "GB/s": bandwidth(row)}
+    line |= {"copy ms": shown(copy), "fused / copy": ratio(fused, copy), "GB/s": bandwidth(row)}
     peaks = [result.get("peak_extra") for result in (fused, inplace, best(row, "eager"))]
     line["memory"] = ", ".join("-" if peak is None else f"{peak:.2f}" for peak in peaks)
     return line
@@ -163,7 +163,7 @@ def readme_table(result: Row) -> str:
             "fused ms": line["fused ms"],
             "in place ms": line["in place ms"],
             **{column: line[f"{column} / fused"] for column in CPU_RIVALS},
-            "fused / clone": line["fused / clone"],
+            "fused / copy": line["fused / copy"],
         })  # fmt: skip
     return markdown_table(lines, padded=True)
 
