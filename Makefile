@@ -37,6 +37,7 @@ bench: $(VENV)/ready $(VENV)/bench  ## the tables of the README, into bench/resu
 	$(BIN)/python -m bench.cpu stats
 	$(BIN)/python -m bench.cpu family
 	$(BIN)/python -m bench.limits
+	$(BIN)/python -m bench.linear
 codegen: $(VENV)/ready $(VENV)/bench  ## what the GPU kernels compile to, counted; needs no GPU
 	$(BIN)/python -m bench.machine_code.codegen
 	$(BIN)/python -m bench.launch_cost

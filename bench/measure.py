@@ -15,7 +15,7 @@ import ctypes
 import gc
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -214,17 +214,24 @@ def peak_extra(run: CpuRun) -> float | None:
     should for inplace. malloc's free memory is returned first, since new tensors could hide in it.
     None if the logits are too small for the counter's steps or the counter is missing.
     """
-    size = run.given.logits.nbytes
-    reset, trim = Path("/proc/self/clear_refs"), getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if size < MEMORY_MIN_BYTES or not reset.exists() or not trim:
+    size, logits = run.given.logits.nbytes, run.prepare()
+    if size < MEMORY_MIN_BYTES:
         return None
-    logits = run.prepare()
+    peak = peak_of(lambda: run(logits))
+    return None if peak is None else peak / size
+
+
+def peak_of(call: Callable[[], object]) -> int | None:
+    """Bytes of peak memory of a call beyond what there was before; None without the counter."""
+    reset, trim = Path("/proc/self/clear_refs"), getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if not reset.exists() or not trim:
+        return None
     gc.collect()
     trim(0)
     reset.write_text("5")
     before = _process_status("VmRSS")
-    _kept = run(logits)
-    return (_process_status("VmHWM") - before) / size
+    _kept = call()
+    return _process_status("VmHWM") - before
 
 
 def _process_status(key: str) -> int:

@@ -3,6 +3,7 @@
 from .backends import backends
 from .counts import class_counts
 from .functional import check_target, class_balanced_loss
+from .linear import LinearClassBalancedLoss, linear_class_balanced_loss
 from .modules import ClassBalancedLoss
 from .schedules import DeferredReweighting
 from .stats import ClassStats
@@ -19,6 +20,7 @@ __all__ = [
     "ClassBalancedLoss",
     "ClassStats",
     "DeferredReweighting",
+    "LinearClassBalancedLoss",
     "backends",
     "beta_from_prototypes",
     "check_target",
@@ -28,6 +30,7 @@ __all__ = [
     "effective_number",
     "init_head_bias_",
     "ldam_margin",
+    "linear_class_balanced_loss",
     "logit_adjustment",
 ]
 __version__ = "0.1.0"

@@ -77,13 +77,8 @@ def check_inputs(
     if return_stats:
         _check_stats(soft, spec)
     if spec.backend != "reference":
-        if torch._C._are_functorch_transforms_active():
-            raise NotImplementedError(
-                "torch.func transforms need a differentiable formula: pass backend='reference'"
-            )
-        if forward_ad._current_level >= 0:
-            vectors = logit_bias, margin, pos_weight
-            _refuse_tangents(input, target, weight, sample_weight, normalizer, *vectors)
+        vectors = logit_bias, margin, pos_weight
+        refuse_transforms(input, target, weight, sample_weight, normalizer, *vectors)
     if spec.inplace:
         _check_inplace(input, target)
     return Inputs(target, weight, sample_weight, normalizer, logit_bias, margin, pos_weight)
@@ -107,8 +102,14 @@ def check_pos_weight(spec: LossSpec) -> None:
         )
 
 
-def _refuse_tangents(*tensors: Tensor | None) -> None:
-    """Raise for a forward-mode derivative, which would be lost."""
+def refuse_transforms(*tensors: Tensor | None) -> None:
+    """Raise for torch.func and for forward-mode derivatives, which would be lost."""
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError(
+            "torch.func transforms need a differentiable formula: pass backend='reference'"
+        )
+    if forward_ad._current_level < 0:
+        return
     for tensor in tensors:
         if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
             raise NotImplementedError(

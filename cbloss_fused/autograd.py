@@ -186,8 +186,8 @@ def _save(
 
 
 def _recomputed(ctx: Any, grad_loss: Tensor) -> Tensor:
-    _refuse_second_derivatives()
-    _refuse_batches(grad_loss)
+    refuse_second_derivatives()
+    refuse_batches(grad_loss)
     logits, *vectors, saved = ctx.saved_tensors
     spec, backend = ctx.spec, ctx.backend
     grad: Tensor = logits.detach() if spec.inplace else backend.new_grad(logits)
@@ -200,14 +200,14 @@ def _recomputed(ctx: Any, grad_loss: Tensor) -> Tensor:
 
 def _scaled(ctx: Any, grad_loss: Tensor) -> Tensor:
     """The stored gradient times grad_loss."""
-    _refuse_second_derivatives()
+    refuse_second_derivatives()
     grad: Tensor = ctx.saved_tensors[0]
-    if is_compiling() or type(grad_loss) is not Tensor or _is_batched(grad_loss):
-        return _product(grad, grad_loss)  # whose value cannot be looked at
+    if is_compiling() or type(grad_loss) is not Tensor or is_batched(grad_loss):
+        return product(grad, grad_loss)  # whose value cannot be looked at
     if grad_loss.is_cpu:  # where looking costs nothing
         if grad_loss.item() != 1:
             return grad * grad_loss
-        return grad.clone() if _keeps_graph() else grad  # a later backward reads the saved one
+        return grad.clone() if keeps_graph() else grad  # a later backward reads the saved one
     return _scaled_unseen(grad, grad_loss, ctx.owned, ctx.scale_gradient)
 
 
@@ -217,22 +217,22 @@ def _scaled_unseen(grad: Tensor, grad_loss: Tensor, owned: bool, scale_gradient:
     owned: what lies between the elements of grad is co_aligned's padding, and nobody else's.
     """
     if type(grad) is not Tensor or scale_gradient is None or grad.numel() == 0:
-        return _product(grad, grad_loss)
+        return product(grad, grad_loss)
     span = span_of(grad.shape, grad.stride())
     if span != grad.numel() and not (owned and fills_its_storage(grad)):
-        return _product(grad, grad_loss)
-    if _keeps_graph():
+        return product(grad, grad_loss)
+    if keeps_graph():
         grad, span = grad.clone(), grad.numel()  # which has no gaps
     scale_gradient(grad, grad_loss, span)
     return grad
 
 
-def _product(grad: Tensor, grad_loss: Tensor) -> Tensor:
+def product(grad: Tensor, grad_loss: Tensor) -> Tensor:
     """grad * grad_loss, rounded once."""
     return (grad.to(grad_loss.dtype) * grad_loss).to(grad.dtype)
 
 
-def _refuse_second_derivatives() -> None:
+def refuse_second_derivatives() -> None:
     if torch.is_grad_enabled() and not is_compiling():
         raise RuntimeError(
             "the fused kernels have no second derivative (create_graph=True); "
@@ -241,19 +241,19 @@ def _refuse_second_derivatives() -> None:
 
 
 # Whether a backward may follow (retain_graph=True).
-_keeps_graph: Callable[[], bool] = getattr(
+keeps_graph: Callable[[], bool] = getattr(
     torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True
 )
 
 
-def _is_batched(tensor: Tensor) -> bool:
+def is_batched(tensor: Tensor) -> bool:
     """Whether vmap made it: is_grads_batched=True, a vectorised jacobian."""
     functorch = torch._C._functorch  # is_grads_batched takes the older of its two vmaps
     return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
 
 
-def _refuse_batches(grad_loss: Tensor) -> None:
-    if not is_compiling() and _is_batched(grad_loss):
+def refuse_batches(grad_loss: Tensor) -> None:
+    if not is_compiling() and is_batched(grad_loss):
         raise NotImplementedError(
             "a recomputed gradient takes no batch of incoming gradients (is_grads_batched, "
             "vectorize); backend='reference' does"

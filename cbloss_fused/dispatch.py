@@ -46,7 +46,7 @@ def dispatch(
             return loss, ClassStats.of(stats)
         if not differentiated:
             loss = loss_alone(input, inputs, spec, backend)
-        elif _recomputes(spec, input.dtype):
+        elif spec.recomputes(input.dtype):
             loss = recomputed_gradient(input, inputs, spec, backend)
         else:
             return stored_gradient(input, inputs, spec, backend)
@@ -67,15 +67,9 @@ def _with_stats(
 ) -> tuple[Tensor, Tensor]:
     if not differentiated:
         return loss_and_stats_alone(input, inputs, spec, backend)
-    if _recomputes(spec, input.dtype):
+    if spec.recomputes(input.dtype):
         return recomputed_gradient_and_stats(input, inputs, spec, backend)
     return stored_gradient_and_stats(input, inputs, spec, backend)
-
-
-def _recomputes(spec: LossSpec, dtype: torch.dtype) -> bool:
-    if spec.recompute is None:
-        return not spec.reduction or dtype is torch.float16
-    return spec.recompute or not spec.reduction
 
 
 def _eager(input: Tensor, inputs: Inputs, spec: LossSpec) -> Tensor:

@@ -245,6 +245,12 @@ class LossSpec(NamedTuple):
     recompute: bool | None
     backend: str | None  # the one asked for
 
+    def recomputes(self, dtype: torch.dtype) -> bool:
+        """Whether the gradient of logits of this type is left to the backward."""
+        if self.recompute is None:
+            return not self.reduction or dtype is torch.float16
+        return self.recompute or not self.reduction
+
 
 def check_options(options: Options) -> LossSpec:
     """The options, checked as far as no tensor decides.

@@ -49,15 +49,25 @@ def check_values(
     normalizer = inputs.normalizer
     if normalizer is not None and not 0 <= float(normalizer) < inf:
         raise ValueError(f"normalizer must be finite and >= 0, got {float(normalizer)}")
-    if inputs.target.dtype.is_floating_point:  # looked at in the type that is computed in
-        target = inputs.target.to(compute_dtype(logits.dtype))
-        if formula.sigmoid:
-            known = known_labels(inputs.target, ignore_index)
-            range_ = "in [0, 1]" if known is None else f"in [0, 1] or ignore_index={ignore_index}"
-            unknown = False if known is None else ~known
-            check_all("target", target, lambda t: (t >= 0) & (t <= 1) | unknown, range_)
-        else:
-            check_all("target", target, is_weight, "finite and >= 0")
+    if inputs.target.dtype.is_floating_point:
+        check_soft_target(inputs.target, logits.dtype, formula, ignore_index)
+
+
+def check_soft_target(
+    target: Tensor, dtype: torch.dtype, formula: Formula, ignore_index: int | None, start: int = 0
+) -> None:
+    """Raise for a value out of range, looked at in the type that logits of dtype are computed in.
+
+    start: the index of the first row, for the message.
+    """
+    known = known_labels(target, ignore_index) if formula.sigmoid else None
+    target = target.to(compute_dtype(dtype))
+    if formula.sigmoid:
+        range_ = "in [0, 1]" if known is None else f"in [0, 1] or ignore_index={ignore_index}"
+        unknown = False if known is None else ~known
+        check_all("target", target, lambda t: (t >= 0) & (t <= 1) | unknown, range_, start)
+    else:
+        check_all("target", target, is_weight, "finite and >= 0", start)
 
 
 def is_weight(v: Tensor) -> Tensor:
@@ -65,11 +75,18 @@ def is_weight(v: Tensor) -> Tensor:
 
 
 def check_all(
-    name: str, vector: Tensor | None, good: Callable[[Tensor], Tensor], what: str
+    name: str,
+    vector: Tensor | None,
+    good: Callable[[Tensor], Tensor],
+    what: str,
+    start: int = 0,
 ) -> None:
+    """Raise for the first value that is not good; start: the index of the first."""
     if vector is None or vector.is_meta:
         return
     bad = ~good(vector)
     if bad.any():
         first = tuple(bad.nonzero()[0].tolist())
-        raise ValueError(f"{name}{list(first)} = {float(vector[first])}: must be {what}")
+        value = float(vector[first])
+        at = [start + first[0], *first[1:]] if first else []
+        raise ValueError(f"{name}{at} = {value}: must be {what}")

@@ -1,0 +1,315 @@
+"""The last layer and its loss together, so that logits of all rows are never in memory."""
+
+from __future__ import annotations
+
+import operator
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from typing_extensions import Unpack
+
+from .arguments import check_inputs, refuse_transforms
+from .arrays import Vector
+from .backends import choose
+from .chunks import chunk_rows, logits_like
+from .dispatch import dispatch
+from .dtensor import is_dtensor
+from .inputs import class_by_class, is_soft
+from .linear_autograd import LinearCall, linear_loss, product_dtype
+from .modules import ClassBalancedLoss, ModuleOptions
+from .options import LossOptions, LossSpec, lists_options, spec_of
+from .stats import ClassStats
+
+
+@overload
+def linear_class_balanced_loss(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    linear_bias: Tensor | None = None,
+    chunk_size: int | None = None,
+    logit_bias: Tensor | None = None,
+    margin: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    return_stats: Literal[False] = False,
+    **options: Unpack[LossOptions],
+) -> Tensor: ...
+@overload
+def linear_class_balanced_loss(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    linear_bias: Tensor | None = None,
+    chunk_size: int | None = None,
+    logit_bias: Tensor | None = None,
+    margin: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    return_stats: Literal[True],
+    **options: Unpack[LossOptions],
+) -> tuple[Tensor, ClassStats]: ...
+@overload
+def linear_class_balanced_loss(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    linear_bias: Tensor | None = None,
+    chunk_size: int | None = None,
+    logit_bias: Tensor | None = None,
+    margin: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    return_stats: bool,
+    **options: Unpack[LossOptions],
+) -> Tensor | tuple[Tensor, ClassStats]: ...
+@lists_options
+def linear_class_balanced_loss(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    *,
+    linear_bias: Tensor | None = None,
+    chunk_size: int | None = None,
+    logit_bias: Tensor | None = None,
+    margin: Tensor | None = None,
+    sample_weight: Tensor | None = None,
+    pos_weight: Tensor | None = None,
+    normalizer: float | Tensor | None = None,
+    return_stats: bool = False,
+    **options: Unpack[LossOptions],
+) -> Tensor | tuple[Tensor, ClassStats]:
+    """`class_balanced_loss` of the logits of a linear layer, which are never all in memory.
+
+    The same loss and gradients as class_balanced_loss(F.linear(input, linear_weight, linear_bias),
+    ...): the logits of some rows at a time lie in one buffer, which their gradient overwrites.
+    Beside the gradients of input, linear_weight and linear_bias, which the forward computes, that
+    buffer is all the memory it takes.
+
+    Args:
+        input: (..., D), any leading dimensions; float32, bfloat16, float16 or float64.
+        linear_weight: (C, D), of input's dtype. Under autocast both are cast, as in F.linear.
+        target: class indices (...), or soft or multi-hot labels (..., C).
+        weight: (C,) class weights.
+        linear_bias: (C,), of input's dtype.
+        chunk_size: rows whose logits are in memory at a time, at least 1. None: as many as 128 MiB
+            hold, but at least 128; on a GPU 512 MiB and 1024 rows. The gradient of linear_weight is
+            read and written once for each chunk: small chunks are slow.
+        sample_weight: (...), as target's rows.
+        logit_bias, margin, pos_weight, normalizer, return_stats, and all options but inplace and
+            recompute, which have no meaning here: as in `class_balanced_loss`. backend="reference"
+            computes all logits, in eager PyTorch.
+
+    input, linear_weight and linear_bias are differentiated; what requires no grad costs no product.
+    The gradients of half types are summed in float32. With reduction="none", and for float16, the
+    logits are computed once more in the backward.
+
+    Returns:
+        As `class_balanced_loss`; for "none" (...).
+
+    Raises:
+        As `class_balanced_loss`, and
+        ValueError: shapes that do not fit; inplace or recompute; chunk_size below 1.
+        TypeError: dtypes that differ.
+        NotImplementedError: DTensors. Where FSDP shards the head, call a module that holds it:
+            `LinearClassBalancedLoss`.
+
+    Source: as `class_balanced_loss`; chunks of rows as in Wijmans et al., Cut Your Losses in
+    Large-Vocabulary Language Models, ICLR 2025 (arXiv 2411.09009), section 3, and others.
+
+    >>> import torch
+    >>> from cbloss_fused import linear_class_balanced_loss
+    >>> input, head = torch.ones(4, 8, requires_grad=True), torch.zeros(3, 8, requires_grad=True)
+    >>> loss = linear_class_balanced_loss(input, head, torch.tensor([0, 1, 2, 2]))
+    >>> loss.backward()
+    >>> loss
+    tensor(1.0986, grad_fn=<LinearLossBackward>)
+    """
+    spec = spec_of("linear_class_balanced_loss", options)
+    _check_head(input, linear_weight, linear_bias, spec)
+    rows, D, C = input.shape[:-1], input.shape[-1], len(linear_weight)
+    dtype = _logits_dtype(input)
+    x = input.reshape(-1, D)
+    logits = logits_like(x.detach().to(dtype), linear_weight)
+    target, sample_weight = _flat(rows, C, target, sample_weight)
+    inputs = check_inputs(
+        logits, target, weight, sample_weight, normalizer, logit_bias, margin, pos_weight, spec,
+        return_stats,
+    )  # fmt: skip
+    if spec.backend == "reference":
+        found = dispatch(F.linear(x, linear_weight, linear_bias), inputs, spec, False)
+        return cast(Tensor, found).reshape(() if spec.reduction else rows)
+    refuse_transforms(input, linear_weight, linear_bias)
+    backend = choose(input.device.type, spec.backend, class_by_class(spec.formula, inputs))
+    if is_soft(inputs.target) and not spec.formula.sigmoid:  # it ignores no row
+        spec = spec._replace(ignore_index=None)
+    device_type = input.device.type
+    buffer = product_dtype(dtype, device_type)
+    size = _chunk_size(chunk_size) or chunk_rows(len(x), C, buffer, device_type)
+    call = LinearCall(spec, backend, dtype, size, return_stats)
+    loss, stats = linear_loss(x, linear_weight, linear_bias, inputs, call)
+    if not spec.reduction:
+        loss = loss.reshape(rows)
+    return loss if stats is None else (loss, ClassStats.of(stats))
+
+
+class LinearClassBalancedLoss(torch.nn.Module):
+    """A linear layer and its `ClassBalancedLoss` in one, the logits never all in memory.
+
+    Args:
+        in_features: D >= 1, features of a row of the input.
+        counts, beta: as in `ClassBalancedLoss`; out_features is C, the number of counts.
+        bias, device, dtype: as in torch.nn.Linear.
+        chunk_size: as in `linear_class_balanced_loss`.
+        options: all others as in `ClassBalancedLoss`, but for inplace and recompute.
+
+    Shape: input (..., D); target (...) or (..., C).
+    Attributes: linear, the torch.nn.Linear, whose weight may be shared with another layer; loss_fn,
+        the `ClassBalancedLoss`; chunk_size.
+    `logits(input)` is for evaluation. Under FSDP wrap this module, not its linear layer, whose own
+    forward is never called.
+
+    >>> head = LinearClassBalancedLoss(16, [500, 50, 5], beta=0.99)
+    >>> loss = head(torch.randn(4, 16), torch.tensor([0, 1, 2, 2]))
+    >>> loss.backward()
+    >>> head.logits(torch.randn(4, 16)).shape
+    torch.Size([4, 3])
+    """
+
+    linear: torch.nn.Linear
+    loss_fn: ClassBalancedLoss
+
+    @lists_options
+    def __init__(
+        self,
+        in_features: int,
+        counts: Vector,
+        beta: float | Vector = 0.999,
+        *,
+        bias: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        chunk_size: int | None = None,
+        **options: Unpack[ModuleOptions],
+    ) -> None:
+        super().__init__()
+        self.loss_fn = ClassBalancedLoss(counts, beta, **options)
+        _check_options(self.loss_fn.spec)
+        _chunk_size(chunk_size)
+        if device is not None:
+            self.loss_fn.to(device)
+        C = len(self.loss_fn.counts)
+        self.linear = torch.nn.Linear(in_features, C, bias, device, dtype)
+        self.chunk_size = chunk_size
+
+    def logits(self, input: Tensor) -> Tensor:
+        """(..., C) of an input (..., D)."""
+        return self.linear(input)
+
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        sample_weight: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+        return_stats: bool = False,
+    ) -> Tensor | tuple[Tensor, ClassStats]:
+        """The loss, or (loss, ClassStats)."""
+        loss_fn, linear = self.loss_fn, self.linear
+        return linear_class_balanced_loss(
+            input, linear.weight, target, loss_fn.weight, linear_bias=linear.bias,
+            chunk_size=self.chunk_size, logit_bias=loss_fn.logit_bias, margin=loss_fn.margin,
+            sample_weight=sample_weight, pos_weight=loss_fn.pos_weight, normalizer=normalizer,
+            return_stats=return_stats, **loss_fn.options._asdict(),
+        )  # fmt: skip
+
+    if TYPE_CHECKING:
+        __call__ = forward
+
+    def extra_repr(self) -> str:
+        return "" if self.chunk_size is None else f"chunk_size={self.chunk_size}"
+
+
+def _check_head(input: Any, weight: Any, bias: Any, spec: LossSpec) -> None:
+    """Raise for tensors that are no head of this input."""
+    _check_options(spec)
+    for name, tensor in (("input", input), ("linear_weight", weight), ("linear_bias", bias)):
+        if tensor is None and name == "linear_bias":
+            continue
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+        if is_dtensor(tensor):
+            raise NotImplementedError(f"{name} must be a plain tensor, got a DTensor")
+        if tensor.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+            raise TypeError(f"{name} must have input's dtype {input.dtype}, got {tensor.dtype}")
+        if tensor.device != input.device:
+            raise ValueError(
+                f"{name} must be on input's device {input.device}, got {tensor.device}"
+            )
+    if input.dim() < 1 or input.shape[-1] < 1:
+        raise ValueError(f"input must be (..., D) with D >= 1, got shape {tuple(input.shape)}")
+    D = input.shape[-1]
+    if weight.dim() != 2 or weight.shape[1] != D or len(weight) < 1:
+        raise ValueError(
+            f"linear_weight must have shape (C, {D}) for an input of shape {tuple(input.shape)}, "
+            f"got {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"linear_bias must have shape {tuple(weight.shape[:1])}, got {tuple(bias.shape)}"
+        )
+
+
+def _check_options(spec: LossSpec) -> None:
+    if spec.inplace or spec.recompute is not None:
+        raise ValueError(
+            "inplace and recompute are about logits that are given: here they lie in a buffer, got "
+            f"inplace={spec.inplace}, recompute={spec.recompute}"
+        )
+
+
+def _chunk_size(given: Any) -> int | None:
+    if given is None:
+        return None
+    try:
+        size = operator.index(given)
+    except TypeError:
+        raise TypeError(f"chunk_size must be an int or None, got {given!r}") from None
+    if size < 1:
+        raise ValueError(f"chunk_size must be at least 1, got {size}")
+    return size
+
+
+def _logits_dtype(input: Tensor) -> torch.dtype:
+    """As F.linear's, whose inputs autocast casts, but for float64."""
+    device_type = input.device.type
+    if torch.is_autocast_enabled(device_type) and input.dtype != torch.float64:
+        return torch.get_autocast_dtype(device_type)
+    return input.dtype
+
+
+def _flat(rows: torch.Size, C: int, target: Any, sample_weight: Any) -> tuple[Any, Any]:
+    """Target and sample weights of (N, C) logits; what has another shape is left to its check."""
+    if isinstance(target, Tensor):
+        shape = (*rows, C) if is_soft(target) else tuple(rows)
+        if target.shape != shape:
+            raise ValueError(
+                f"target must have shape {shape} for {target.dtype} targets, {C} classes and rows "
+                f"{tuple(rows)} of input, got {tuple(target.shape)}"
+            )
+        target = target.reshape(-1, C) if is_soft(target) else target.reshape(-1)
+    if isinstance(sample_weight, Tensor) and sample_weight.shape == rows:
+        sample_weight = sample_weight.reshape(-1)
+    return target, sample_weight
