@@ -2,6 +2,7 @@
 
 from .backends import backends
 from .counts import class_counts
+from .distributed import global_normalizer
 from .functional import check_target, class_balanced_loss
 from .linear import LinearClassBalancedLoss, linear_class_balanced_loss
 from .modules import ClassBalancedLoss
@@ -28,6 +29,7 @@ __all__ = [
     "class_balanced_weights",
     "class_counts",
     "effective_number",
+    "global_normalizer",
     "init_head_bias_",
     "ldam_margin",
     "linear_class_balanced_loss",

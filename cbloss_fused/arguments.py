@@ -194,13 +194,20 @@ def _vector(
     name: str, vector: Tensor, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
 ) -> Tensor:
     """Checked, contiguous and of the type that the loss is computed in."""
-    _check_vector(name, vector, shape, device)
+    check_vector(name, vector, shape, device)
     if vector.dtype is dtype and vector.is_contiguous():
         return vector
     return vector.to(dtype).contiguous()
 
 
-def _check_vector(name: str, vector: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+def check_vector(
+    name: str,
+    vector: Tensor,
+    shape: tuple[int, ...],
+    device: torch.device,
+    whose: str = "input",
+) -> None:
+    """Raise for another shape, type or device than whose vector it is asks for."""
     if not isinstance(vector, Tensor):
         raise TypeError(f"{name} must be a Tensor, got {type(vector).__name__}")
     if vector.layout is not torch.strided or vector.is_nested:
@@ -215,7 +222,7 @@ def _check_vector(name: str, vector: Tensor, shape: tuple[int, ...], device: tor
     if not vector.dtype.is_floating_point:
         raise TypeError(f"{name} must have a floating dtype, got {vector.dtype}")
     if vector.device != device:
-        raise ValueError(f"{name} must be on input's device {device}, got {vector.device}")
+        raise ValueError(f"{name} must be on {whose}'s device {device}, got {vector.device}")
     if vector.requires_grad:
         raise ValueError(f"{name} requires grad, but only input is differentiated: detach it")
 
@@ -288,7 +295,7 @@ def _check_inplace(input: Tensor, target: Tensor) -> None:
 
 def check_class_vector(name: str, vector: Tensor, C: int) -> Tensor:
     """The vector, looked at once: (C,), finite, a weight >= 0, not differentiated."""
-    _check_vector(name, vector, (C,), vector.device)
+    check_vector(name, vector, (C,), vector.device)
     if name in ("weight", "pos_weight"):
         check_all(name, vector, is_weight, "finite and >= 0")
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from .arrays import Array, device, require
+from .groups import ProcessGroup, add_up, agreed, check_group, device_of
 from .labels import bits_by_row, bits_error, label_chunks
 
 MOST_CLASSES = 10**8  # without num_classes
@@ -22,6 +23,7 @@ def class_counts(
     *,
     ignore_index: int | None = None,
     background_index: int | None = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     """Count the samples of each class.
 
@@ -38,6 +40,8 @@ def class_counts(
         num_classes: C; the largest label + 1 if None.
         ignore_index, background_index: labels with these values are not counted, as in
             segmentation masks with 255; None: there are none.
+        group: a torch.distributed.ProcessGroup: each of its ranks counts its own part, maybe an
+            empty one, and all get the sum. None: no communication.
     Returns:
         (C,) int64, on the device of the labels if they are a tensor.
     Raises:
@@ -45,10 +49,46 @@ def class_counts(
             num_classes is None; labels (N, C) that are one-hot or, by all that shows, multi-hot.
         TypeError: labels, num_classes or an index that are not integers, or no labels found: of
             three entries of an item, for example, each may be the label.
+        With a group all ranks raise what one finds wrong.
 
     >>> class_counts([0, 2, 2, 1, 2], num_classes=4)
     tensor([1, 1, 3, 0])
     """
+
+    def own() -> Tensor:
+        return _counted(labels_or_dataset, num_classes, ignore_index, background_index)
+
+    check_group(group)
+    counts = own() if group is None else _over_ranks(own, group)
+    if len(counts) == 0:
+        raise ValueError("there are no labels: expected at least one, or num_classes")
+    return counts.to(device(labels_or_dataset))
+
+
+def _over_ranks(own: Callable[[], Tensor], group: ProcessGroup) -> Tensor:
+    """The sum of the ranks' counts, of which some have seen fewer classes than others."""
+    counts = torch.empty(0, device="cpu")
+
+    def classes() -> Tensor:
+        nonlocal counts
+        counts = own()
+        return torch.tensor(len(counts), device="cpu")
+
+    where = device_of(group)
+    C = int(agreed(classes, 1, group, where, largest=True))
+    total = torch.zeros(C, dtype=torch.int64, device=where)
+    total[: len(counts)] = counts
+    add_up(total, group)
+    return total.cpu()
+
+
+def _counted(
+    labels_or_dataset: Any,
+    num_classes: int | None,
+    ignore_index: int | None,
+    background_index: int | None,
+) -> Tensor:
+    """The counts on the CPU; none without labels and num_classes."""
     C = _int("num_classes", num_classes)
     marks = _int("ignore_index", ignore_index), _int("background_index", background_index)
     no_class = [mark for mark in marks if mark is not None]
@@ -74,9 +114,7 @@ def class_counts(
         counts[: len(old)] += old
         seen += len(labels)
     _refuse_bits(bits, C)
-    if len(counts) == 0:
-        raise ValueError("there are no labels: expected at least one, or num_classes")
-    return counts.to(device(labels_or_dataset))
+    return counts
 
 
 def _int(name: str, value: Any) -> int | None:

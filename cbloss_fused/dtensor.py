@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .arguments import check_inputs
 from .dispatch import dispatch
-from .inputs import Inputs
+from .inputs import Inputs, compute_dtype
 from .options import MEAN, REDUCTIONS, LossSpec
 from .row_weights import denominator_of
 from .stats import ClassStats
@@ -99,7 +99,7 @@ def _denominator(
     logits: Tensor, inputs: Inputs, spec: LossSpec, mesh: Any, of_rows: list[int]
 ) -> Tensor:
     """The mean's, of all ranks' rows."""
-    total = denominator_of(logits, inputs, spec)
+    total = denominator_of(inputs, logits.shape[1], spec, compute_dtype(logits.dtype))
     _add_up(total, mesh, of_rows)
     return total
 

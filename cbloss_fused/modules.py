@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
@@ -15,7 +16,9 @@ from .arguments import check_background, check_class_vector, check_inputs, check
 from .arrays import Array, Vector, class_vector, copied, device, reals
 from .counts import class_counts
 from .dispatch import dispatch
+from .distributed import MEANS, loss_over_ranks
 from .dtensor import is_dtensor, loss_of_dtensor
+from .groups import Kept, ProcessGroup, agreed, check_group, device_of, number_of_ranks
 from .options import LossOptions, LossSpec, Options, check_options, lists_options, options_of
 from .stats import ClassStats
 from .weights import Empty, beta_from_prototypes, class_balanced_weights
@@ -33,6 +36,7 @@ class ModuleOptions(LossOptions, total=False):
     logit_bias: Vector | None
     margin: Vector | None
     pos_weight: Vector | None
+    group: ProcessGroup | None
 
 
 class ClassBalancedLoss(torch.nn.Module):
@@ -43,6 +47,12 @@ class ClassBalancedLoss(torch.nn.Module):
             mapping class -> count. Copied.
         beta: in [0, 1]; 0 weighs all classes alike, 1 by inverse frequency.
         empty: what a class without samples gets, see `class_balanced_weights`.
+        group: a torch.distributed.ProcessGroup, of an initialised torch.distributed the whole
+            `torch.distributed.group.WORLD`: in training mode the denominator of "mean" and
+            "weighted_mean" is that of all ranks' rows over the number of ranks, as of
+            `global_normalizer`, so that the gradient that DistributedDataParallel and FSDP average
+            is that of a single process. Every rank of the group must then call the loss, with its
+            own rows or none. None: no communication.
         options: all others as in `class_balanced_loss`; logit_bias, margin and pos_weight, here of
             any form that counts may have, are copied into buffers.
 
@@ -50,13 +60,14 @@ class ClassBalancedLoss(torch.nn.Module):
     Attributes: weight, a (C,) float32 buffer, which moves with .to(). It stays float32 through
         .half() and .bfloat16(), as logit_bias, margin and pos_weight do; .double() makes it
         float64. counts, beta and schedule (what is deferred), float64 on the CPU. Every option,
-        checked when assigned and used from then on.
+        checked when assigned and used from then on. group, which may be assigned too.
         `set_beta` and `update_counts` change the weights in place: a compiled model uses the new
         weights without recompiling; another gamma or logit_scale compiles it anew.
     State: weight, logit_bias, margin, pos_weight, counts, beta, and how far a
         `DeferredReweighting` is, all as tensors. A checkpoint of `nn.CrossEntropyLoss(weight=...)`
         loads too: counts and beta then stay as they are. A state that does not fit raises and
-        changes nothing here.
+        changes nothing here. A group is in no state: copies share it, and what is unpickled, or
+        loaded as a whole module, has group None until one is assigned.
     Raises: ValueError or TypeError for bad counts, beta or options, here and not in forward.
     Source: Cui et al., CVPR 2019 (arXiv 1901.05555).
 
@@ -71,6 +82,7 @@ class ClassBalancedLoss(torch.nn.Module):
     pos_weight: Tensor | None
     counts: Tensor
     beta: Tensor
+    _group: Kept | None = None
     spec: LossSpec
     _options: Options
 
@@ -84,9 +96,11 @@ class ClassBalancedLoss(torch.nn.Module):
         logit_bias: Vector | None = None,
         margin: Vector | None = None,
         pos_weight: Vector | None = None,
+        group: ProcessGroup | None = None,
         **options: Unpack[LossOptions],
     ) -> None:
         super().__init__()
+        self.group = group
         self.counts, self.beta = class_vector(counts), copied(reals(beta, "beta"))
         self.options = options_of("ClassBalancedLoss", options)
         if pos_weight is not None:
@@ -140,10 +154,18 @@ class ClassBalancedLoss(torch.nn.Module):
         normalizer: float | Tensor | None = None,
         return_stats: bool = False,
     ) -> Tensor | tuple[Tensor, ClassStats]:
-        """The loss, or (loss, ClassStats); what changes from batch to batch comes here."""
+        """The loss, or (loss, ClassStats); what changes from batch to batch comes here.
+
+        With a group the loss's mean over ranks is that of all rows, and the statistics are those of
+        a rank's own rows. No rank communicates in evaluation mode, nor with a normalizer given.
+        """
         buffers = self._buffers  # Module.__getattr__ would take half a microsecond for each
         weight, bias = buffers["weight"], buffers["logit_bias"]
         margin, pos_weight = buffers["margin"], buffers["pos_weight"]
+        if self._group is not None and self._averages_over_ranks(normalizer):
+            tensors = target, weight, sample_weight, None, bias, margin, pos_weight
+            group = self._group.group
+            return loss_over_ranks(input, tensors, self.spec, return_stats, group)
         if type(input) is not Tensor and is_dtensor(input):
             given = target, weight, sample_weight, normalizer, bias, margin, pos_weight
             return loss_of_dtensor(input, given, self.spec, return_stats)
@@ -156,6 +178,9 @@ class ClassBalancedLoss(torch.nn.Module):
     if TYPE_CHECKING:
         __call__ = forward
 
+    def _averages_over_ranks(self, normalizer: float | Tensor | None) -> bool:
+        return self.training and normalizer is None and self.spec.reduction in MEANS
+
     @classmethod
     def from_labels(
         cls,
@@ -166,10 +191,14 @@ class ClassBalancedLoss(torch.nn.Module):
     ) -> Self:
         """The loss for the counts of these class indices that are not ignored, see `class_counts`.
 
+        With a group they are a rank's part, and the counts those of all ranks.
+
         >>> ClassBalancedLoss.from_labels([0, 0, 1, 2], beta=0.9).counts
         tensor([2., 1., 1.], dtype=torch.float64)
         """
-        return cls(class_counts(labels, num_classes, **_marks(options)), beta, **options)
+        group = options.get("group")
+        counts = class_counts(labels, num_classes, **_marks(options), group=group)
+        return cls(counts, beta, **options)
 
     @classmethod
     def from_dataset(
@@ -179,8 +208,14 @@ class ClassBalancedLoss(torch.nn.Module):
         beta: float | Vector = 0.999,
         **options: Unpack[ModuleOptions],
     ) -> Self:
-        """The loss for the counts of a dataset or of what a loader samples, see `class_counts`."""
-        return cls(class_counts(dataset, num_classes, **_marks(options)), beta, **options)
+        """The loss for the counts of a dataset or of what a loader samples, see `class_counts`.
+
+        With a group they are a rank's part, as a DistributedSampler takes, and the counts those of
+        all ranks.
+        """
+        group = options.get("group")
+        counts = class_counts(dataset, num_classes, **_marks(options), group=group)
+        return cls(counts, beta, **options)
 
     @property
     def options(self) -> Options:
@@ -194,6 +229,16 @@ class ClassBalancedLoss(torch.nn.Module):
         spec = check_options(options)
         check_background(spec, len(self.counts))
         self.spec, self._options = spec, options.plain()
+
+    @property
+    def group(self) -> ProcessGroup | None:
+        """The ranks whose rows have one mean in training; assigning another raises TypeError."""
+        return None if self._group is None else self._group.group
+
+    @group.setter
+    def group(self, group: ProcessGroup | None) -> None:
+        check_group(group)
+        self._group = None if group is None else Kept(group)
 
     @property
     def schedule(self) -> Tensor:
@@ -212,17 +257,28 @@ class ClassBalancedLoss(torch.nn.Module):
 
         logit_bias, margin and pos_weight stay as they are, whatever counts they were made of:
         `loss_fn.logit_bias.copy_(logit_adjustment(loss_fn.counts))` renews them.
-        While a `DeferredReweighting` defers the weights, they stay deferred. Under
-        DistributedDataParallel call it on every rank with the counts of all ranks
-        (`torch.distributed.all_reduce`): DDP broadcasts the weights of rank 0, but not the counts.
+        While a `DeferredReweighting` defers the weights, they stay deferred. With a group every
+        rank calls it with its own samples, which are summed over the ranks. (Without one, under
+        DistributedDataParallel, pass every rank the samples of all: DDP broadcasts the weights of
+        rank 0, but not the counts.)
 
-        Raises: ValueError for another number of classes, or as `class_balanced_weights`.
+        Raises: ValueError for another number of classes, or as `class_balanced_weights`. With a
+            group all ranks raise what one finds wrong.
 
         >>> loss_fn = ClassBalancedLoss([8, 1], beta=0.9)
         >>> loss_fn.update_counts(class_counts([1, 1, 0], num_classes=2))
         >>> loss_fn.counts
         tensor([9., 3.], dtype=torch.float64)
         """
+        if self._group is None:
+            more = self._further(new)
+        else:
+            group = self._group.group
+            further, C = partial(self._further, new), len(self.counts)
+            more = agreed(further, C, group, device_of(group)).cpu()
+        self._reweight(self.counts + more, self.beta, self._share)
+
+    def _further(self, new: Vector) -> Tensor:
         more = class_vector(new, "new", least=len(self.counts))
         if more.shape != self.counts.shape:
             raise ValueError(
@@ -230,7 +286,7 @@ class ClassBalancedLoss(torch.nn.Module):
             )
         if not (more >= 0).all():
             raise ValueError(f"new must be >= 0, got {more.min().item()}")
-        self._reweight(self.counts + more, self.beta, self._share)
+        return more
 
     def reset_parameters(self) -> None:
         """Rebuild the buffers from what the module was made of, after `to_empty` for example."""
@@ -349,6 +405,8 @@ class ClassBalancedLoss(torch.nn.Module):
         beta = f"beta={self.beta.item()}" if self.beta.dim() == 0 else "beta per class"
         changed = self.options.changed()
         changed += [name for name in GIVEN if getattr(self, name) is not None]
+        if self.group is not None:
+            changed.append(f"group of {number_of_ranks(self.group)}")
         return ", ".join([f"num_classes={len(self.counts)}", beta, *changed])
 
 

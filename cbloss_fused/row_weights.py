@@ -126,14 +126,17 @@ def _denominator(
     return r.new_tensor(r.numel()) if keep is None else keep.sum().to(r.dtype)
 
 
-def denominator_of(logits: Tensor, inputs: Inputs, spec: LossSpec) -> Tensor:
-    """What the mean of these rows divides by, 0-d; logits: (N, C, ...)."""
-    dtype, target, name = compute_dtype(logits.dtype), inputs.target, REDUCTIONS[spec.reduction]
-    marks = spec.ignore_index, spec.background_index
-    y, keep, _, _ = targets_of(target, logits.shape[1], *marks)
-    rows = logits.shape[:1] + logits.shape[2:] if is_soft(target) else target.shape
-    r = row_weights(y, inputs, spec.formula, dtype)
-    return _denominator(logits.new_ones(rows, dtype=dtype) if r is None else r, keep, name, None)
+def denominator_of(inputs: Inputs, C: int, spec: LossSpec, dtype: torch.dtype) -> Tensor:
+    """What the mean of these rows divides by, 0-d; C may be ANY_CLASS where there is no weight."""
+    target, name = inputs.target, REDUCTIONS[spec.reduction]
+    if is_soft(target) and target.dim() == 1:  # one row
+        target = target.unsqueeze(0)
+    y, keep, _, _ = targets_of(target, C, spec.ignore_index, spec.background_index)
+    r = None if name == "mean" else row_weights(y, inputs, spec.formula, dtype)
+    if r is None:
+        rows = target.shape[:1] + target.shape[2:] if is_soft(target) else target.shape
+        r = torch.ones((), dtype=dtype, device=target.device).expand(rows)
+    return _denominator(r, keep, name, None)
 
 
 def reduced(

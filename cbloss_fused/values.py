@@ -12,6 +12,8 @@ from torch import Tensor
 from .inputs import Inputs, compute_dtype, known_labels
 from .options import Formula
 
+ANY_CLASS = torch.iinfo(torch.int64).max  # C where it is not known
+
 
 def tracing() -> bool:
     """Whether values cannot be looked at: torch.compile, export, torch.func, FakeTensorMode."""
@@ -32,9 +34,10 @@ def check_target(
             others += f" or {name}={index}"
     if bad.any():
         first = tuple(bad.nonzero()[0].tolist())
+        below = "" if num_classes == ANY_CLASS else f" < {num_classes}"
         raise IndexError(
-            f"target{list(first)} = {int(target[first])} is out of range: expected 0 <= target < "
-            f"{num_classes}{others} ({int(bad.sum())} of {target.numel()} are wrong)"
+            f"target{list(first)} = {int(target[first])} is out of range: expected 0 <= target"
+            f"{below}{others} ({int(bad.sum())} of {target.numel()} are wrong)"
         )
 
 

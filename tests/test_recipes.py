@@ -14,7 +14,8 @@ from cbloss_fused import class_balanced_weights
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-OPTIONAL = ("pandas",)  # what a reader of that recipe has, and the tests need not have
+# What a reader of that recipe has, and the tests need not have.
+OPTIONAL = ("pandas", "accelerate", "lightning")
 
 
 class Snippet(NamedTuple):

@@ -41,6 +41,8 @@ REVEALED = {
     "Subclass.from_dataset(dataset, 3, margin=logits[0])": "Subclass",
     "class_counts(target)": "Tensor",
     "class_counts(dataset)": "Tensor",
+    "global_normalizer(target, loss_fn.weight)": "Tensor",
+    "loss_fn.group": "ProcessGroup | None",
     "class_balanced_weights([5, 1, 1])": "Tensor",
     "effective_number((5, 1, 1), 0.9)": "Tensor",
     "beta_from_prototypes(1000)": "float",
