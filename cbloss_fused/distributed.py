@@ -21,7 +21,7 @@ from .inputs import Inputs, compute_dtype, is_soft
 from .options import MEAN, REDUCTIONS, LossSpec, spec_of
 from .row_weights import denominator_of
 from .stats import ClassStats
-from .values import ANY_CLASS, check_all, check_target, check_values, is_weight, tracing
+from .values import ANY_CLASS, check_all, check_values, is_weight, tracing
 
 MEANS = (MEAN, REDUCTIONS.index("weighted_mean"))
 
@@ -121,8 +121,6 @@ def loss_over_ranks(
         C = input.shape[min(1, input.dim() - 1)]
         if input.device.type == "cpu" and not tracing():
             check_values(input, inputs, spec.formula, spec.ignore_index)
-            if not is_soft(inputs.target):
-                check_target(inputs.target, C, spec.ignore_index, spec.background_index)
         return denominator_of(inputs, C, spec, _sum_dtype(input.device))
 
     shared = _shared(own, _device(input), group).to(compute_dtype(input.dtype))
