@@ -7,6 +7,7 @@ from .functional import check_target, class_balanced_loss
 from .linear import LinearClassBalancedLoss, linear_class_balanced_loss
 from .modules import ClassBalancedLoss
 from .schedules import DeferredReweighting
+from .shards import ClassShards
 from .stats import ClassStats
 from .weights import (
     beta_from_prototypes,
@@ -19,6 +20,7 @@ from .weights import (
 
 __all__ = [
     "ClassBalancedLoss",
+    "ClassShards",
     "ClassStats",
     "DeferredReweighting",
     "LinearClassBalancedLoss",

@@ -80,7 +80,7 @@ def check_inputs(
         vectors = logit_bias, margin, pos_weight
         refuse_transforms(input, target, weight, sample_weight, normalizer, *vectors)
     if spec.inplace:
-        _check_inplace(input, target)
+        check_inplace(input, target)
     return Inputs(target, weight, sample_weight, normalizer, logit_bias, margin, pos_weight)
 
 
@@ -263,7 +263,7 @@ def _check_stats(soft: bool, spec: LossSpec) -> None:
         )
 
 
-def _check_inplace(input: Tensor, target: Tensor) -> None:
+def check_inplace(input: Tensor, target: Tensor) -> None:
     """Raise if the gradient may not be written over input."""
     if not input.requires_grad or not torch.is_grad_enabled():
         return  # then nothing is written

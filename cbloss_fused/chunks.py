@@ -181,14 +181,13 @@ def _with_denominator(
     """A mean's denominator, over all rows, as a normalizer."""
     if REDUCTIONS[spec.reduction] in ("none", "sum") or inputs.normalizer is not None:
         return inputs, spec
-    logits = logits_like(x, head.weight)
+    C, dtype = len(head.weight), compute_dtype(x.dtype)
     total = torch.zeros((), dtype=torch.float64, device=x.device)
     step = rows if is_soft(inputs.target) else max(len(x), 1)  # of soft targets it makes copies
     for start in range(0, len(x), step):
         part = slice(start, start + step)
-        total += denominator_of(logits[part], _part(inputs, part), spec)
-    normalizer = total.to(compute_dtype(x.dtype))
-    return inputs._replace(normalizer=normalizer), spec._replace(reduction=MEAN)
+        total += denominator_of(_part(inputs, part), C, spec, dtype)
+    return inputs._replace(normalizer=total.to(dtype)), spec._replace(reduction=MEAN)
 
 
 def _gradient(

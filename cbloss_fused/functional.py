@@ -12,6 +12,8 @@ from .arguments import check_inputs
 from .dispatch import dispatch
 from .dtensor import is_dtensor, loss_of_dtensor
 from .options import LossOptions, lists_options, spec_of
+from .sharded import sharded_loss
+from .shards import ClassShards
 from .stats import ClassStats
 
 
@@ -26,6 +28,7 @@ def class_balanced_loss(
     sample_weight: Tensor | None = None,
     pos_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    shards: ClassShards | None = None,
     return_stats: Literal[False] = False,
     **options: Unpack[LossOptions],
 ) -> Tensor: ...
@@ -40,6 +43,7 @@ def class_balanced_loss(
     sample_weight: Tensor | None = None,
     pos_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    shards: ClassShards | None = None,
     return_stats: Literal[True],
     **options: Unpack[LossOptions],
 ) -> tuple[Tensor, ClassStats]: ...
@@ -54,6 +58,7 @@ def class_balanced_loss(
     sample_weight: Tensor | None = None,
     pos_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    shards: ClassShards | None = None,
     return_stats: bool,
     **options: Unpack[LossOptions],
 ) -> Tensor | tuple[Tensor, ClassStats]: ...
@@ -68,6 +73,7 @@ def class_balanced_loss(
     sample_weight: Tensor | None = None,
     pos_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    shards: ClassShards | None = None,
     return_stats: bool = False,
     **options: Unpack[LossOptions],
 ) -> Tensor | tuple[Tensor, ClassStats]:
@@ -147,6 +153,12 @@ def class_balanced_loss(
             where the package was built with nvcc) or "reference" (eager PyTorch, which has second
             derivatives and torch.func).
 
+        shards: a `ClassShards`: input has this rank's classes alone, target those of all of them.
+            Every rank calls it, with the same rows, and gets the same loss. weight, logit_bias,
+            margin and pos_weight are of all classes or of this rank's. Class indices alone.
+            Softmax communicates 12 bytes per row and rank (16 with label_smoothing; twice that for
+            float64), sigmoid one number (with "none" or return_stats one per row), the backward
+            nothing. return_stats gives this rank's classes.
         return_stats: return (loss, `ClassStats`) from the same pass: which classes drive training.
             Class indices alone; not with "none", inplace or "reference".
 
@@ -186,6 +198,9 @@ def class_balanced_loss(
     tensor(2.6000, grad_fn=<StoredGradientBackward>)
     """
     spec = spec_of("class_balanced_loss", options)
+    if shards is not None:
+        given = target, weight, sample_weight, normalizer, logit_bias, margin, pos_weight
+        return sharded_loss(input, given, spec, return_stats, shards)
     if type(input) is not Tensor and is_dtensor(input):
         given = target, weight, sample_weight, normalizer, logit_bias, margin, pos_weight
         return loss_of_dtensor(input, given, spec, return_stats)

@@ -108,3 +108,13 @@ def _agreed(
         if of_ranks:
             raise kind(f"another rank of the group raised {kind.__name__}: see its message")
     return numbers[:size]
+
+
+def gathered(numbers: Tensor, group: ProcessGroup | None) -> Tensor:
+    """(ranks, *shape): those of every rank, of one shape, in the order of the ranks."""
+    ranks = number_of_ranks(group)
+    if ranks == 1:
+        return numbers.unsqueeze(0)
+    found = numbers.new_empty(ranks, numbers.numel())
+    torch.distributed.all_gather(list(found.unbind()), numbers.flatten(), group)
+    return found.view(ranks, *numbers.shape)

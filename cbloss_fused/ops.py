@@ -131,7 +131,11 @@ def eager_gradient(
     f = Formula.of_numbers(formula)
     s, r = saved[0], saved[1 if is_soft(target) and not f.sigmoid else 0]
     scales = s.reshape(rows), r.reshape(rows), incoming
-    grad.copy_(reference.gradient(logits, inputs, *scales, f, ignore_index, background_index))
+    sums = None
+    if len(saved) == 3 and not is_soft(target):
+        sums = saved[1].reshape(rows), saved[2].reshape(rows)
+    marks = ignore_index, background_index
+    grad.copy_(reference.gradient(logits, inputs, *scales, f, *marks, sums))
 
 
 for _name in _names:

@@ -288,12 +288,16 @@ def gradient(
     f: Formula,
     ignore_index: int | None,
     background_index: int | None,
+    sums: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """The gradient once more, for an incoming grad_loss: 0-d, or one per row."""
+    """The gradient once more, for an incoming grad_loss: 0-d, or one per row.
+
+    sums: softmax's M and R of class indices, if they are known.
+    """
     ignored = r < 0
     targets = targets_of(inputs.target, logits.shape[1], ignore_index, background_index)
     s, r = (torch.where(ignored, v, v * grad_loss) for v in (s, r))
-    return _rows(logits, targets, s, r, inputs, f, ignored)[1]
+    return _rows(logits, targets, s, r, inputs, f, ignored, sums)[1]
 
 
 def _rows(
@@ -304,8 +308,9 @@ def _rows(
     inputs: Inputs,
     f: Formula,
     ignored: Tensor,
+    sums: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Losses (N, ...) and gradient of every row."""
+    """Losses (N, ...) and gradient of every row; sums: M and R, if they are known."""
     y, known = targets.y, targets.known
     C, soft, eps = logits.shape[1], is_soft(y), f.label_smoothing
     z = logits.to(r.dtype)
@@ -327,14 +332,17 @@ def _rows(
             L, grad = (torch.where(known, v, 0.0) for v in (L, grad))
         L, grad = weighted(r, L.sum(1, keepdim=True)), r * grad
     else:
+        infinite = (z == inf).any(1, keepdim=True)
         z = _limit(z)
         top = z.argmax(1, keepdim=True) if soft else y.unsqueeze(1)
         others = z.scatter(1, top, -inf)
         M = torch.maximum(others.amax(1, keepdim=True), z.gather(1, top))
         M = M.clamp(min=torch.finfo(z.dtype).min)  # NaN stays; -inf - -inf would be NaN
+        if sums is not None:
+            M = torch.where(infinite, M, sums[0].unsqueeze(1))
         e = (others - M).exp()
         D = (z - M).sum(1, keepdim=True) if eps else 0.0
-        R = e.sum(1, keepdim=True)
+        R = e.sum(1, keepdim=True) if sums is None else sums[1].unsqueeze(1)
         if soft:
             a = y.to(z.dtype) if w is None else y.to(z.dtype) * w
             R = torch.where(z.gather(1, top) == -inf, nan, R)  # no class has a probability

@@ -1,0 +1,210 @@
+"""`class_balanced_loss` of classes over ranks."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .arguments import check_inplace, check_inputs, check_vector
+from .autograd import keeps_graph, product, refuse_batches, refuse_second_derivatives
+from .backends import Backend, choose
+from .groups import add_up, agreed
+from .inputs import Inputs, class_by_class, compute_dtype, is_soft
+from .options import REDUCTIONS, LossSpec
+from .row_weights import row_scales
+from .sharded_sigmoid import sigmoid_gradient, sigmoid_losses, target_statistics
+from .sharded_softmax import SoftmaxRows, softmax_gradient, softmax_losses
+from .shards import ClassShards, Part
+from .stats import ClassStats
+from .values import check_target, check_values, tracing
+
+
+class ShardedCall(NamedTuple):
+    part: Part
+    r: Tensor  # (rows,) over the denominator, negative where ignored
+    backend: Backend
+    return_stats: bool
+
+
+def sharded_loss(
+    input: Any, given: tuple[Any, ...], spec: LossSpec, return_stats: bool, shards: ClassShards
+) -> Tensor | tuple[Tensor, ClassStats]:
+    """The loss of all classes, from this rank's logits; given: the rest of check_inputs' arguments.
+
+    On the CPU all ranks raise what one finds wrong.
+    """
+    inputs, r = checked(input, given, spec, return_stats, shards)
+    backend = choose(input.device.type, spec.backend, class_by_class(spec.formula, inputs))
+    shape = input.shape
+    logits = (
+        input.unsqueeze(0) if len(shape) == 1 else input.flatten(2) if len(shape) > 2 else input
+    )
+    part = Part.of(inputs, spec, shards)
+    apply: Any = ShardedLoss.apply
+    loss, stats = apply(logits, ShardedCall(part, r, backend, return_stats))
+    if not spec.reduction:
+        loss = loss.view(inputs.target.shape)
+    return loss if stats is None else (loss, ClassStats.of(stats))
+
+
+def checked(
+    input: Any, given: tuple[Any, ...], spec: LossSpec, return_stats: bool, shards: ClassShards
+) -> tuple[Inputs, Tensor]:
+    """The tensors, and r (rows,) over the denominator, negative where a row is ignored."""
+    inputs: Any = None
+
+    def check() -> Tensor:
+        nonlocal inputs
+        inputs = _inputs(input, given, spec, return_stats, shards)
+        rows = inputs.target.numel()
+        return torch.tensor([rows, -rows], dtype=torch.float64)
+
+    if isinstance(input, Tensor) and input.device.type != "cpu":
+        check()
+    else:
+        most, least = agreed(check, 2, shards.group, torch.device("cpu"), largest=True).tolist()
+        if most != -least:
+            raise ValueError(
+                f"every rank must have the same rows, got {-least:.0f} on one and {most:.0f} on "
+                "another"
+            )
+    return inputs, _row_scales(input, inputs, spec, shards)
+
+
+def _inputs(
+    input: Any, given: tuple[Any, ...], spec: LossSpec, return_stats: bool, shards: ClassShards
+) -> Inputs:
+    """As check_inputs of all classes, where vectors may be the rank's own."""
+    if not isinstance(input, Tensor):
+        raise TypeError(f"input must be a Tensor, got {type(input).__name__}")
+    dim, own, C = min(1, input.dim() - 1), shards.num_local_classes, shards.num_classes
+    if input.dim() == 0 or input.shape[dim] != own:
+        raise ValueError(
+            f"input must have this rank's {own} classes in dimension {dim}, got shape "
+            f"{tuple(input.shape)}"
+        )
+    target, weight, sample_weight, normalizer, *vectors = given
+    if isinstance(target, Tensor) and is_soft(target):
+        raise ValueError("soft targets lie on every rank's classes: with shards pass class indices")
+    logits = input.detach().new_empty(()).expand(*input.shape[:dim], C, *input.shape[dim + 1 :])
+    whole, parts = dict(zip(("logit_bias", "margin", "pos_weight"), vectors, strict=True)), {}
+    for name, vector in (("weight", weight), *whole.items()):
+        if isinstance(vector, Tensor) and vector.shape == (own,) and own != C:
+            check_vector(name, vector, (own,), input.device)
+            parts[name] = vector.to(compute_dtype(input.dtype)).contiguous()
+            whole[name] = None
+    weight = None if "weight" in parts else weight
+    bias, margin, pos_weight = (whole[name] for name in ("logit_bias", "margin", "pos_weight"))
+    inputs = check_inputs(
+        logits, target, weight, sample_weight, normalizer, bias, margin, pos_weight, spec,
+        return_stats,
+    )  # fmt: skip
+    inputs = inputs._replace(**parts)
+    if spec.inplace:
+        check_inplace(input, target)
+    if input.device.type == "cpu" and not tracing():
+        check_target(inputs.target, C, spec.ignore_index, spec.background_index)
+        check_values(input, inputs, spec.formula, spec.ignore_index)
+    return inputs
+
+
+def _row_scales(input: Tensor, inputs: Inputs, spec: LossSpec, shards: ClassShards) -> Tensor:
+    dtype, f = compute_dtype(input.dtype), spec.formula
+    if shards.is_own(inputs.weight) and not f.per_class:
+        part = Part.of(inputs, spec, shards)
+        weight = shards.own(inputs.weight)
+        assert weight is not None
+        w_y = weight.new_zeros(len(part.y))
+        if part.columns():
+            w_y = torch.where(part.here, weight[part.column()], 0.0)
+        add_up(w_y, shards.group)
+        if spec.background_index is not None:
+            w_y = torch.where(inputs.target.flatten() == spec.background_index, 1.0, w_y)
+        w_y, given = w_y.view(inputs.target.shape), inputs.sample_weight
+        inputs = inputs._replace(weight=None, sample_weight=w_y if given is None else w_y * given)
+    like = input.detach().new_empty(()).expand(1, shards.num_classes, inputs.target.numel())
+    flat = inputs.by_row(like)
+    marks = spec.ignore_index, spec.background_index
+    found = row_scales(like, flat, f, *marks, REDUCTIONS[spec.reduction])[2]
+    return found.flatten().to(dtype)
+
+
+class ShardedLoss(torch.autograd.Function):
+    """(loss, statistics of this rank's classes or None) of this rank's logits (N, C, ...)."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, call: ShardedCall) -> tuple[Tensor, Tensor | None]:
+        part, r, backend, return_stats = call
+        spec, group = part.spec, part.shards.group
+        at_target: tuple[Tensor, ...] = ()
+        if spec.formula.sigmoid:
+            if return_stats and part.columns():
+                at_target = target_statistics(logits, part, r)  # before the gradient overwrites
+            losses = _sigmoid_forward(ctx, logits, call)
+            if return_stats or not spec.reduction:
+                add_up(losses, group)
+        else:
+            losses, rows, p = softmax_losses(logits, part, backend, r)
+            at_target = (spec.formula.logit_scale * rows.g_y).abs(), p
+            ctx.save_for_backward(logits, *rows)
+        loss = losses
+        if spec.reduction:
+            total = losses.sum(dtype=torch.float64)
+            if spec.formula.sigmoid and not return_stats:
+                add_up(total, group)
+            loss = total.to(losses.dtype)
+        stats = _statistics(losses, at_target, part) if return_stats else None
+        ctx.call = call
+        if stats is not None:
+            ctx.mark_non_differentiable(stats)
+        ctx.set_materialize_grads(False)  # no zeros for stats
+        return loss, stats
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, None]:
+        refuse_second_derivatives()
+        refuse_batches(grad_loss)
+        part, _, backend, _ = ctx.call
+        logits, *saved = ctx.saved_tensors
+        if not saved:  # of sigmoid, stored
+            grad: Tensor = logits
+            if grad_loss.is_cpu and grad_loss.item() == 1 and not keeps_graph():
+                return grad, None
+            return product(grad, grad_loss), None
+        grad = logits.detach() if part.spec.inplace else backend.new_grad(logits)
+        incoming = grad_loss.contiguous()
+        if part.spec.formula.sigmoid:
+            sigmoid_gradient(logits, part, backend, saved[0], incoming, grad)
+        else:
+            softmax_gradient(logits, part, backend, SoftmaxRows(*saved), incoming, grad)
+        if part.spec.inplace:
+            torch.autograd.graph.increment_version(logits)
+        return grad, None
+
+
+def _sigmoid_forward(ctx: Any, logits: Tensor, call: ShardedCall) -> Tensor:
+    """This rank's part of the rows' losses; saves the gradient, or what it is recomputed from."""
+    part, r, backend, _ = call
+    grad = None
+    if ctx.needs_input_grad[0] and part.spec.recomputes(logits.dtype):
+        ctx.save_for_backward(logits, torch.where(r < 0, -1.0, r).unsqueeze(0))
+    elif ctx.needs_input_grad[0]:
+        grad = logits.detach() if part.spec.inplace else backend.new_grad(logits)
+        ctx.save_for_backward(grad)
+    losses = sigmoid_losses(logits, part, backend, r, grad)
+    if grad is not None and part.spec.inplace:
+        torch.autograd.graph.increment_version(logits)
+    return losses
+
+
+def _statistics(losses: Tensor, at_target: tuple[Tensor, ...], part: Part) -> Tensor:
+    """(4, columns) of the rows whose targets are here, see stats.py."""
+    found = losses.new_zeros(4, part.columns(), dtype=torch.float64)
+    if part.columns():
+        values = torch.ones_like(losses), losses, *at_target
+        for row, value in zip(found, values, strict=True):
+            row.index_add_(0, part.column(), torch.where(part.here, value, 0.0).double())
+        found[3] /= found[0]
+    return found

@@ -1,0 +1,131 @@
+"""Softmax of classes over ranks: two passes over a part, one all-gather in between.
+
+The row kernel leaves M and R of a rank's columns; `softmax_row` makes of all ranks' the loss and
+k, g_y, uniform of a row, the same on every rank; the kernel of a recomputed gradient then writes
+k e^{z - M} - uniform.
+
+The kernels take a target that is one of their columns. Where a row's target is another rank's, one
+of this rank's columns stands in for it, and what they do with that column is made up for.
+"""
+
+from __future__ import annotations
+
+from math import inf, nan
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backends import Backend
+from .buffers import new_saved
+from .groups import gathered
+from .inputs import compute_dtype
+from .options import REDUCTIONS, Formula
+from .reference import softmax_row
+from .shards import Part, put, target_logit
+
+NONE = REDUCTIONS.index("none")
+
+
+class SoftmaxRows(NamedTuple):
+    """(rows,) of each, the same on all ranks, where not ignored; see softmax_row."""
+
+    ignored: Tensor
+    M: Tensor
+    k: Tensor
+    g_y: Tensor
+    uniform: Tensor
+
+
+def softmax_losses(
+    logits: Tensor, part: Part, backend: Backend, r: Tensor
+) -> tuple[Tensor, SoftmaxRows, Tensor]:
+    """(losses, what the gradient takes, p of the target); logits (N, columns) or (N, columns, K).
+
+    r: r_i over the denominator, negative where the row is ignored.
+    """
+    f, shards = part.spec.formula, part.shards
+    M_k, R_k, z_y, *D_k = gathered(_of_part(logits, part, backend), shards.group).unbind(1)
+    M, z_y = M_k.amax(0), z_y.amax(0)
+    factor = torch.where(M_k == M, 1.0, (M_k - M).exp())
+    R = (R_k * factor).sum(0)
+    R = torch.where((M_k == inf).sum(0) > 1, nan, R)  # no limit, as of two infinite logits of one
+    d, D = torch.where(z_y == M, 0.0, z_y - M), torch.zeros_like(M)
+    if D_k:
+        sizes = torch.tensor(shards.sizes, dtype=M.dtype, device=M.device).unsqueeze(1)
+        moved = torch.where((sizes == 0) | (M_k == M), 0.0, sizes * (M_k - M))
+        D = (D_k[0] + moved).sum(0)
+    ignored = r < 0
+    used = torch.where(ignored, 0.0, r)
+    loss, k, g_y, uniform = softmax_row(d, R, used, D, shards.num_classes, M, f)
+    rows = SoftmaxRows(ignored, M, k, g_y, uniform)
+    return torch.where(ignored, 0.0, loss), rows, d.exp() / (R + d.exp())
+
+
+def softmax_gradient(
+    logits: Tensor, part: Part, backend: Backend, rows: SoftmaxRows, incoming: Tensor, grad: Tensor
+) -> None:
+    """Fill grad, which may be logits, for an incoming gradient: 0-d, or one per row."""
+    if not part.columns():
+        return
+    f, (ignored, M, k, g_y, uniform) = part.spec.formula, rows
+    factor, inputs = incoming * torch.ones_like(M), part.inputs
+    column = _stand_in(part)
+    z, raw = (target_logit(logits, part, column, m, M.dtype) for m in (True, False))
+    e, e_raw = (torch.where(v == M, 1.0, (v - M).exp()) for v in (z, raw))
+    # The kernel writes scale / (R + e) e^{z - M}, here of R = 1.
+    saved = torch.stack((torch.where(ignored, -1.0, 1.0), M, torch.ones_like(M)))
+    vectors = column, None, inputs.logit_bias, inputs.margin, None
+    scale = (k * factor * (1 + e)).contiguous()
+    backend.gradient(logits, *vectors, saved, scale, _plain(f).numbers(), None, None, grad)
+    uniform = f.logit_scale * factor * uniform
+    if f.label_smoothing:
+        shape = grad.shape[:1] + grad.shape[2:]
+        grad.sub_(uniform.view(shape).unsqueeze(1))
+    elsewhere = f.logit_scale * factor * k * e_raw - uniform
+    at_column = torch.where(part.here, f.logit_scale * factor * g_y, elsewhere)
+    put(grad, column, torch.where(ignored, 0.0, at_column))
+
+
+def _of_part(logits: Tensor, part: Part, backend: Backend) -> Tensor:
+    """(3 or 4, rows): M, R, z_y, which is -inf elsewhere, and for smoothing D."""
+    f, dtype, smooth = (
+        part.spec.formula,
+        compute_dtype(logits.dtype),
+        part.spec.formula.label_smoothing,
+    )
+    saved = new_saved(logits, False)
+    rows = saved.shape[1]
+    if not part.columns():
+        lowest = torch.finfo(dtype).min
+        found = [saved.new_full((rows,), v) for v in (lowest, 0.0, -inf, 0.0)]
+        return torch.stack(found if smooth else found[:3])
+    column, inputs = _stand_in(part), part.inputs
+    losses = saved.new_empty(rows)
+    vectors = column, None, None, None, inputs.logit_bias, inputs.margin, None
+    backend.loss(logits, *vectors, _plain(f).numbers(), None, None, NONE, losses, None, saved)
+    _, M, R = saved.unbind()
+    z, raw = (target_logit(logits, part, column, margin, dtype) for margin in (True, False))
+    top = torch.where(part.here, M, torch.maximum(M, raw))  # which the margin may have lowered
+    R = torch.where(top == M, R, R * (M - top).exp())
+    e_raw = torch.where(raw == top, 1.0, (raw - top).exp())
+    R = torch.where(part.here, R, R + e_raw)
+    found = [top, R, torch.where(part.here, z, -inf)]
+    if smooth:
+        total = logits.sum(1, dtype=torch.float64).flatten()
+        if inputs.logit_bias is not None:
+            total = total + inputs.logit_bias.sum(dtype=torch.float64)
+        total = f.logit_scale * total - part.columns() * top.double()
+        found.append((total + torch.where(part.here, z - raw, 0.0)).to(dtype))
+    return torch.stack(found)
+
+
+def _stand_in(part: Part) -> Tensor:
+    """The target's column or, elsewhere, the one with the largest margin: e^{z - M} is small."""
+    margin = part.inputs.margin
+    return part.column() if margin is None else torch.where(part.here, part.y, margin.argmax())
+
+
+def _plain(f: Formula) -> Formula:
+    """Cross entropy of the same logits."""
+    return Formula(False, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, f.logit_scale, False)
