@@ -1,7 +1,7 @@
-"""DTensor logits, replicated or with their rows sharded: each rank computes its own rows' losses.
+"""DTensor logits: replicated, or with their rows or their classes sharded.
 
 A replicated DTensor is computed by every rank as a plain tensor is. Where rows are sharded the only
-communication is that of a mean's denominator, one number.
+communication is that of a mean's denominator, one number; where classes are, that of sharded.py.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from .dispatch import dispatch
 from .inputs import Inputs, compute_dtype
 from .options import MEAN, REDUCTIONS, LossSpec
 from .row_weights import denominator_of
+from .sharded import sharded_loss
+from .shards import ClassShards
 from .stats import ClassStats
 
 
@@ -34,7 +36,7 @@ def loss_of_dtensor(
     """`class_balanced_loss` of a DTensor; given: the other arguments of `check_inputs`.
 
     Raises:
-        NotImplementedError: classes sharded over ranks, or another placement.
+        NotImplementedError: another placement, as rows and classes sharded together.
         ValueError: inplace=True, or another argument that is sharded otherwise than input.
     """
     from torch.distributed.tensor import DTensor, Replicate, Shard  # input's own module
@@ -43,6 +45,11 @@ def loss_of_dtensor(
     if spec.inplace:
         raise ValueError("inplace=True needs plain logits, got a DTensor")
     mesh, placements = input.device_mesh, tuple(input.placements)
+    class_dim = 1 if input.dim() > 1 else 0
+    of_classes = [dim for dim, p in enumerate(placements) if p == Shard(class_dim)]
+    others = [p for p in placements if p != Shard(class_dim)]
+    if len(of_classes) == 1 and all(p.is_replicate() for p in others):
+        return _loss_of_classes(input, given, spec, return_stats, of_classes[0])
     of_rows = _row_sharded(input)
     everywhere = (Replicate(),) * mesh.ndim
     target, weight, sample_weight, normalizer, logit_bias, margin, pos_weight = (
@@ -72,6 +79,27 @@ def loss_of_dtensor(
     return loss if stats is None else (loss, _summed(stats, mesh, of_rows))
 
 
+def _loss_of_classes(
+    input: Any, given: tuple[Any, ...], spec: LossSpec, return_stats: bool, over: int
+) -> Tensor | tuple[Tensor, ClassStats]:
+    """Of classes sharded over a dimension of the mesh: the loss is replicated."""
+    from torch.distributed.tensor import DTensor, Replicate
+
+    mesh, C = input.device_mesh, input.shape[1 if input.dim() > 1 else 0]
+    ranks = mesh.size(over)
+    most = -(-C // ranks)  # as torch.chunk divides them
+    sizes = [min(max(C - rank * most, 0), most) for rank in range(ranks)]
+    shards = ClassShards.of(sizes, mesh.get_group(over))
+    everywhere = (Replicate(),) * mesh.ndim
+    own = tuple(
+        _own(name, tensor, everywhere) for name, tensor in zip(Inputs._fields, given, strict=True)
+    )
+    result = sharded_loss(input.to_local(), own, spec, return_stats, shards)
+    loss, stats = result if isinstance(result, tuple) else (result, None)
+    placed: Tensor = DTensor.from_local(loss, mesh, everywhere, run_check=False)
+    return placed if stats is None else (placed, stats)
+
+
 def _row_sharded(input: Any) -> list[int]:
     """The dimensions of the mesh over which rows are sharded."""
     found = []
@@ -80,8 +108,9 @@ def _row_sharded(input: Any) -> list[int]:
             found.append(dim)
         elif not placement.is_replicate():
             raise NotImplementedError(
-                "input must be a DTensor that is replicated or has its rows sharded, got "
-                f"{placement} of shape {tuple(input.shape)}: input.redistribute(placements=...)"
+                "input must be a DTensor that is replicated, or has its rows or its classes "
+                f"sharded, got {placement} of shape {tuple(input.shape)}: "
+                "input.redistribute(placements=...)"
             )
     return found
 

@@ -164,7 +164,7 @@ def class_balanced_loss(
 
     input may be a DTensor that is replicated or has its rows sharded over ranks; the other tensors
     are then a rank's own rows, plain or placed as input is. A mean is that of all rows, the loss a
-    partial sum, or sharded as the rows are for "none".
+    partial sum, or sharded as the rows are for "none". Or its classes are sharded, as by shards.
 
     Returns:
         A scalar, or the shape of target for "none"; float64 for float64 logits, else float32. 0
@@ -180,7 +180,7 @@ def class_balanced_loss(
             requires grad.
         TypeError: a dtype or type that does not fit.
         NotImplementedError: torch.func transforms, forward-mode derivatives or torch.jit.trace of a
-            fused kernel; a DTensor with sharded classes.
+            fused kernel; a DTensor with another placement.
         RuntimeError: a second derivative of a fused kernel (in backward).
 
     Source: Cui et al., Class-Balanced Loss Based on Effective Number of Samples, CVPR 2019

@@ -102,7 +102,7 @@ def _inputs(
         return_stats,
     )  # fmt: skip
     inputs = inputs._replace(**parts)
-    if spec.inplace:
+    if spec.inplace and input.numel():
         check_inplace(input, target)
     if input.device.type == "cpu" and not tracing():
         check_target(inputs.target, C, spec.ignore_index, spec.background_index)

@@ -30,6 +30,7 @@ def on_a_rank(rank: int, store: str) -> None:
         "gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS
     )
     placed_losses()
+    classes_over_ranks()
     statistics_of_all_rows()
     refused()
     torch.distributed.destroy_process_group()
@@ -84,6 +85,34 @@ def placed_losses() -> None:
         torch.testing.assert_close(placed.full_tensor(), want)
 
 
+def classes_over_ranks() -> None:
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+    x, y, w, s = data()
+    for on in (mesh(), torch.distributed.device_mesh.init_device_mesh("cpu", (1, RANKS))):
+        for activation in ("softmax", "sigmoid"):
+            options: dict[str, Any] = {"activation": activation, "gamma": 0.5}
+            leaf = x.clone().requires_grad_()
+            want, stats = class_balanced_loss(
+                leaf, y, w, sample_weight=s, return_stats=True, **options
+            )
+            want.backward()
+            placements = [Replicate()] * (on.ndim - 1) + [Shard(1)]
+            logits: Any = distribute_tensor(x, on, placements).requires_grad_()
+            loss, own = class_balanced_loss(
+                logits, y, w, sample_weight=s, return_stats=True, **options
+            )
+            assert isinstance(loss, DTensor)
+            assert all(p.is_replicate() for p in loss.placements)
+            torch.testing.assert_close(loss.to_local(), want.detach())
+            loss.backward()
+            assert logits.grad.placements == logits.placements
+            torch.testing.assert_close(logits.grad.full_tensor(), leaf.grad)
+            first = 0 if torch.distributed.get_rank() == 0 else 3  # as torch.chunk divides 5
+            for got, right in zip(own, stats, strict=True):
+                torch.testing.assert_close(got, right[first : first + len(got)], equal_nan=True)
+
+
 def statistics_of_all_rows() -> None:
     from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -111,9 +140,13 @@ def refused() -> None:
 
     x, y, w, _ = data()
     on = mesh()
-    classes = distribute_tensor(x, on, [Shard(1)])
-    with pytest.raises(NotImplementedError, match="replicated or has its rows sharded"):
-        class_balanced_loss(classes, y, w)
+    images = distribute_tensor(x.view(N, C, 1).expand(N, C, 4), on, [Shard(1)])
+    both = torch.distributed.device_mesh.init_device_mesh("cpu", (RANKS, 1))
+    rows_and_classes = distribute_tensor(x, both, [Shard(0), Shard(1)])
+    with pytest.raises(NotImplementedError, match="its rows or its classes sharded"):
+        class_balanced_loss(rows_and_classes, y, w)
+    with pytest.raises(ValueError, match="target must have shape"):
+        class_balanced_loss(images, y, w)
     rows = distribute_tensor(x, on, [Shard(0)])
     with pytest.raises(ValueError, match="target must be placed as"):
         class_balanced_loss(rows, distribute_tensor(y, on, [Replicate()]), w)

@@ -1,0 +1,297 @@
+"""Classes over ranks: the loss and gradient of one process that has all classes."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support.backends import DEVICE, INTERPRETED
+from support.marks import REDUCTIONS, name_of
+from torch import Tensor
+from torch.multiprocessing.spawn import spawn
+
+from cbloss_fused import ClassShards, class_balanced_loss, sharded_softmax
+from cbloss_fused.options import Options, check_options
+from cbloss_fused.sharded import checked
+from cbloss_fused.sharded_sigmoid import sigmoid_gradient, sigmoid_losses
+from cbloss_fused.shards import Part
+
+N = 13
+SIZES = {2: (5, 3), 3: (3, 0, 6), 4: (1, 2, 4, 1)}  # of the ranks; uneven, one without classes
+FORMULAS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "focal": {"gamma": 0.5},
+    "smooth": {"label_smoothing": 0.1, "gamma": 2.0},
+    "adjusted": {"logit_scale": 2.0, "logit_bias": True, "margin": True},
+    "z-loss": {"z_loss": 1e-2, "label_smoothing": 0.1, "margin": True},
+    "background": {"activation": "sigmoid", "gamma": 1.5, "background_index": -7},
+    "sigmoid": {"activation": "sigmoid", "label_smoothing": 0.2, "alpha": 0.3, "pos_weight": True},
+    "by class": {"activation": "sigmoid", "class_weighting": "class", "label_smoothing": 0.1},
+    "clipped": {"activation": "sigmoid", "gamma_neg": 2.0, "clip": 0.05, "margin": True},
+}
+WITHIN = {torch.float64: 1e-7, torch.float32: 3e-5, torch.bfloat16: 1e-2, torch.float16: 1e-3}
+
+
+def draw(seed: int, *shape: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(shape, generator=generator, dtype=torch.float64).to(DEVICE)
+
+
+def data(C: int, background: int | None = None, N: int = N) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits (N, C) float64, targets, weight."""
+    generator = torch.Generator().manual_seed(0)
+    x = 3 * torch.randn(N, C, generator=generator, dtype=torch.float64)
+    y = torch.randint(C, (N,), generator=generator)
+    y[3] = -100
+    if background is not None:
+        y[5:8] = background
+    return x.to(DEVICE), y.to(DEVICE), draw(1, C)
+
+
+def options_of(kind: str, C: int) -> dict[str, Any]:
+    found = dict(FORMULAS[kind])
+    for name in ("logit_bias", "margin", "pos_weight"):
+        if found.get(name):
+            found[name] = 2 * draw(2, C) - float(name != "pos_weight")
+    return found
+
+
+def factors(loss: Tensor) -> Tensor:
+    return torch.linspace(0.5, 1.5, loss.numel(), device=DEVICE, dtype=loss.dtype).view(loss.shape)
+
+
+def expected(x: Tensor, y: Tensor, w: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
+    leaf = x.detach().double().clone().requires_grad_()
+    loss = class_balanced_loss(leaf, y, w, backend="reference", **options)
+    (grad,) = torch.autograd.grad((loss * factors(loss)).sum(), leaf)
+    return loss.detach(), grad
+
+
+def near(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
+    largest = max(1.0, want[want.isfinite()].abs().max().item() if want.numel() else 0.0)
+    atol = WITHIN[dtype] * largest
+    torch.testing.assert_close(got.double(), want, rtol=0, atol=atol, equal_nan=True)
+
+
+# Two parts in one process: every backend ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("K", (None, 2), ids="K{}".format)
+@pytest.mark.parametrize("columns", (1, 5, 40), ids="at{}".format)
+@pytest.mark.parametrize("kind", FORMULAS)
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=name_of)
+def test_parts(backend, dtype, kind, columns, K, monkeypatch):
+    """Both parts' rows, brought together by hand, give the loss of all columns."""
+    C = 67
+    options = options_of(kind, C)
+    x, y, w = data(C, options.get("background_index"))
+    x = x.to(dtype)
+    if K:
+        x, y = torch.stack([x, x.flip(0)], 2), torch.stack([y, y.flip(0)], 1)
+    vectors = {n: options.pop(n, None) for n in ("logit_bias", "margin", "pos_weight")}
+    spec = check_options(Options(**options))
+    want, want_grad = expected(x, y, w, **options, **vectors)
+    shards = [ClassShards.of([columns, C - columns], Any) for _ in range(2)]
+    shards[1].start, shards[1].stop = columns, C
+    for each in shards:
+        each._group = None
+    record, parts, rows = backend.record, [], None
+    if not record.soft and (spec.formula.per_class or vectors["pos_weight"] is not None):
+        pytest.skip("no kernel: a call takes another backend")
+    for each in shards:
+        local = x[:, each.start : each.stop].contiguous()
+        inputs, rows = checked(local, (y, w, None, None, *vectors.values()), spec, False, each)
+        parts.append((local, Part.of(inputs, spec, each)))
+    assert rows is not None
+    if spec.formula.sigmoid:
+        losses = torch.zeros_like(rows)
+        grads = [torch.empty_like(local) for local, _ in parts]
+        for (local, part), grad in zip(parts, grads, strict=True):
+            losses += sigmoid_losses(local, part, record, rows, grad)
+        once_more = [torch.empty_like(local) for local, _ in parts]
+        saved, one = torch.where(rows < 0, -1.0, rows).unsqueeze(0), torch.ones_like(rows[0])
+        for (local, part), grad in zip(parts, once_more, strict=True):
+            sigmoid_gradient(local, part, record, saved, one, grad)
+        for a, b in zip(grads, once_more, strict=True):
+            torch.testing.assert_close(a, b)
+    else:
+        both = torch.stack([sharded_softmax._of_part(*each, record) for each in parts])
+        monkeypatch.setattr(sharded_softmax, "gathered", lambda numbers, group: both)
+        grads, one = [], torch.ones_like(rows[0])
+        for local, part in parts:
+            losses, found, _ = sharded_softmax.softmax_losses(local, part, record, rows)
+            grads.append(local.clone())  # over which the gradient is written
+            sharded_softmax.softmax_gradient(grads[-1], part, record, found, one, grads[-1])
+    near(losses.sum(dtype=torch.float64), want, torch.float32 if dtype.itemsize < 8 else dtype)
+    near(torch.cat(grads, 1) * factors(want), want_grad, dtype)
+
+
+# Processes ---------------------------------------------------------------------------------------
+
+PROCESSES = pytest.mark.skipif(
+    DEVICE != "cpu" or INTERPRETED or not torch.distributed.is_available(),
+    reason="processes of the CPU",
+)
+
+
+@PROCESSES
+@pytest.mark.parametrize("ranks", SIZES)
+def test_ranks(ranks: int, tmp_path: Path) -> None:
+    spawn(on_a_rank, (str(tmp_path / "store"), ranks), ranks)
+
+
+def on_a_rank(rank: int, store: str, ranks: int) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks
+    )
+    shards = ClassShards(SIZES[ranks][rank])
+    assert shards.sizes == SIZES[ranks]
+    every_formula(shards)
+    images_in_place(shards)
+    small_gradients(shards)
+    statistics(shards)
+    infinite(shards)
+    errors_of_one_rank(shards)
+    copies(shards)
+    torch.distributed.destroy_process_group()
+
+
+def mine(shards: ClassShards, vector: Any) -> Any:
+    return vector[shards.start : shards.stop] if isinstance(vector, Tensor) else vector
+
+
+def every_formula(shards: ClassShards) -> None:
+    C = shards.num_classes
+    for kind in FORMULAS:
+        options = options_of(kind, C)
+        x, y, w = data(C, options.get("background_index"))
+        for i, reduction in enumerate(REDUCTIONS):
+            if options.get("class_weighting") and reduction == "weighted_mean":
+                continue
+            given: dict[str, Any] = {"sample_weight": draw(4, N), "reduction": reduction}
+            want, grad = expected(x, y, w, **given, **options)
+            dtype = (torch.float64, torch.float32)[i % 2]
+            for own in (False, True):  # vectors of all classes, or of this rank's
+                vectors = {k: mine(shards, v) if own else v for k, v in options.items()}
+                weight = mine(shards, w) if own else w
+                local = mine(shards, x.T).T.to(dtype).clone().requires_grad_()
+                loss = class_balanced_loss(local, y, weight, shards=shards, **given, **vectors)
+                near(loss.detach(), want, dtype)
+                same_everywhere(loss.detach())
+                for _ in range(2):  # the graph is kept
+                    (got,) = torch.autograd.grad(
+                        (loss * factors(loss)).sum(), local, retain_graph=True
+                    )
+                    near(got, mine(shards, grad.T).T, dtype)
+
+
+def same_everywhere(tensor: Tensor) -> None:
+    found = [torch.empty_like(tensor) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(found, tensor.contiguous())
+    for other in found:
+        assert torch.equal(other, tensor)
+
+
+def images_in_place(shards: ClassShards) -> None:
+    """(N, C, d1, d2), the gradient over the logits, of two families."""
+    C = shards.num_classes
+    x, y, w = data(C, N=24)
+    x, y = x.view(2, 3, 4, C).permute(0, 3, 1, 2), y.view(2, 3, 4)
+    for activation in ("softmax", "sigmoid"):
+        options: dict[str, Any] = {"activation": activation, "label_smoothing": 0.1}
+        want, grad = expected(x, y, w, **options)
+        leaf = x[:, shards.start : shards.stop].clone().requires_grad_()
+        logits = leaf * 1.0
+        loss = class_balanced_loss(logits, y, w, shards=shards, inplace=True, **options)
+        near(loss.detach(), want, torch.float64)
+        loss.backward()
+        assert leaf.grad is not None
+        near(factors(loss) * leaf.grad, grad[:, shards.start : shards.stop], torch.float64)
+        near(logits.detach(), leaf.grad, torch.float64)
+
+
+def small_gradients(shards: ClassShards) -> None:
+    """Of float16: scaled before they are rounded."""
+    x, y, w = data(shards.num_classes)
+    x = x.half().double()
+    for activation in ("softmax", "sigmoid"):
+        options: dict[str, Any] = {"activation": activation, "normalizer": 2.0**20}
+        _, grad = expected(x, y, w, **options)
+        local = mine(shards, x.T).T.half().clone().requires_grad_()
+        loss = class_balanced_loss(local, y, w, shards=shards, **options)
+        (got,) = torch.autograd.grad(loss * 2.0**20, local)
+        near(got, mine(shards, grad.T).T * 2.0**21, torch.float16)  # factors() is 0.5
+
+
+def statistics(shards: ClassShards) -> None:
+    x, y, w = data(shards.num_classes)
+    y[y == 1] = 0  # a class without rows
+    for activation in ("softmax", "sigmoid"):
+        options: dict[str, Any] = {"activation": activation, "gamma": 0.5, "return_stats": True}
+        options |= {"label_smoothing": 0.1}
+        want, stats = class_balanced_loss(x, y, w, **options)
+        local = mine(shards, x.T).T.clone().requires_grad_()
+        loss, own = class_balanced_loss(local, y, w, shards=shards, **options)
+        near(loss.detach(), want, torch.float64)
+        for got, right in zip(own, stats, strict=True):
+            torch.testing.assert_close(got, mine(shards, right), equal_nan=True)
+
+
+def infinite(shards: ClassShards) -> None:
+    """+inf on one rank has a limit, on two there is none; NaN is NaN; -inf has no probability."""
+    C = shards.num_classes
+    x, y, _ = data(C)
+    last = C - 1
+    x[0, 0], x[1, last], x[2, 0], x[2, last] = torch.inf, torch.inf, torch.inf, torch.inf
+    x[4, last], x[5, :], x[5, 1], x[6, 0] = torch.nan, -torch.inf, 0.0, -torch.inf
+    y[0], y[1], y[5], y[6] = 0, 0, 1, last
+    local = mine(shards, x.T).T.clone().requires_grad_()
+    leaf = x.clone().requires_grad_()
+    want = class_balanced_loss(leaf, y, reduction="none", recompute=True)
+    loss = class_balanced_loss(local, y, reduction="none", shards=shards)
+    torch.testing.assert_close(loss, want, equal_nan=True)
+    want.sum().backward()
+    loss.sum().backward()
+    assert local.grad is not None
+    assert leaf.grad is not None
+    torch.testing.assert_close(local.grad, mine(shards, leaf.grad.T).T, equal_nan=True)
+
+
+def errors_of_one_rank(shards: ClassShards) -> None:
+    """All ranks raise, with the first's message or a pointer to it."""
+    x, y, w = data(shards.num_classes)
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    local = mine(shards, x.T).T.contiguous()
+    there = rank == ranks - 1
+    wrong: list[tuple[type[Exception], dict[str, Any]]] = [
+        (IndexError, {"target": torch.where(y == -100, 99, y)}),
+        (ValueError, {"weight": -w}),
+        (ValueError, {"input": x[:, :0].expand(N, 0) if shards.num_local_classes else x}),
+        (ValueError, {"target": x.softmax(1)}),
+        (TypeError, {"sample_weight": torch.ones(N, dtype=torch.int64)}),
+    ]
+    for error, change in wrong:
+        given: dict[str, Any] = {"input": local, "target": y, "weight": w}
+        with pytest.raises(error):
+            class_balanced_loss(**(given | change if there else given), shards=shards)
+    with pytest.raises(ValueError, match=r"same rows|raised ValueError"):
+        fewer = slice(0, N - 1) if there else slice(0, N)
+        class_balanced_loss(local[fewer], y[fewer], w, shards=shards)
+    with pytest.raises(TypeError):
+        ClassShards(1.5 if there else 1)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="0 on every rank"):
+        ClassShards(0)
+
+
+def copies(shards: ClassShards) -> None:
+    assert copy.deepcopy(shards).sizes == shards.sizes
+    loaded = pickle.loads(pickle.dumps(shards))
+    assert (loaded.sizes, loaded.group) == (shards.sizes, None)
+    again = ClassShards(shards.num_local_classes, torch.distributed.group.WORLD)
+    assert copy.deepcopy(again).group is again.group
+    assert pickle.loads(pickle.dumps(again)).group is None
