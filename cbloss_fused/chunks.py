@@ -90,7 +90,7 @@ def forward(
     losses = loss.new_empty(math.ceil(len(x) / rows))  # of the chunks, if they are added up
     if stats is not None:
         stats.zero_()
-    for part, logits in _chunks(x, head, rows):
+    for part, logits in by_chunk(x, head, rows):
         of_part, kept = _part(inputs, part), _saved_part(saved, spec, part)
         if x.is_cpu and is_soft(inputs.target):
             check_soft_target(of_part.target, x.dtype, spec.formula, spec.ignore_index, part.start)
@@ -117,7 +117,7 @@ def backward(
     saved: Tensor, grad_loss: Tensor, grads: HeadGradients,
 ) -> None:  # fmt: skip
     """Fill grads from what `forward` saved, for an incoming gradient: 0-d, or one per row."""
-    for part, logits in _chunks(x, head, rows):
+    for part, logits in by_chunk(x, head, rows):
         incoming = grad_loss[part] if grad_loss.dim() else grad_loss
         kept = _saved_part(saved, spec, part)
         assert kept is not None
@@ -127,12 +127,7 @@ def backward(
         grads.zero()
 
 
-def logits_like(x: Tensor, weight: Tensor) -> Tensor:
-    """What stands for logits (N, C) where their shape, dtype and device alone count."""
-    return x.new_empty(()).expand(len(x), len(weight))
-
-
-def _chunks(x: Tensor, head: Head, rows: int) -> Iterator[tuple[slice, Tensor]]:
+def by_chunk(x: Tensor, head: Head, rows: int) -> Iterator[tuple[slice, Tensor]]:
     """Each chunk's rows and their logits, in a buffer that the next chunk overwrites."""
     N, C = len(x), len(head.weight)
     line = 64 // x.element_size()  # a GPU's products need rows that begin at whole vectors

@@ -90,7 +90,7 @@ def global_normalizer(
             check_all("sample_weight", inputs.sample_weight, is_weight, "finite and >= 0")
         return denominator_of(inputs, C, spec, _sum_dtype(target.device))
 
-    return _shared(own, _device(target), group)
+    return over_ranks(own, target, group)
 
 
 def loss_over_ranks(
@@ -123,14 +123,18 @@ def loss_over_ranks(
             check_values(input, inputs, spec.formula, spec.ignore_index)
         return denominator_of(inputs, C, spec, _sum_dtype(input.device))
 
-    shared = _shared(own, _device(input), group).to(compute_dtype(input.dtype))
+    shared = over_ranks(own, input, group).to(compute_dtype(input.dtype))
     assert inputs is not None  # own() has made them
     inputs = inputs._replace(normalizer=shared)
     return dispatch(input, inputs, spec._replace(reduction=MEAN), return_stats)
 
 
-def _shared(own: Callable[[], Tensor], device: torch.device, group: ProcessGroup | None) -> Tensor:
-    """The sum over ranks of what each has, over their number; 1 where it is 0."""
+def over_ranks(own: Callable[[], Tensor], given: Any, group: ProcessGroup | None) -> Tensor:
+    """The sum over ranks of what each has, over their number; 1 where it is 0.
+
+    It is communicated from the device of the tensor that is given.
+    """
+    device = _device(given)
     if device.type == "cpu":
         total = agreed(own, 1, group, device)[0]
     else:

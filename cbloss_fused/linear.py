@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import torch
@@ -13,14 +14,21 @@ from typing_extensions import Unpack
 from .arguments import check_inputs, refuse_transforms
 from .arrays import Vector
 from .backends import choose
-from .chunks import chunk_rows, logits_like
+from .chunks import chunk_rows
 from .dispatch import dispatch
+from .distributed import over_ranks
 from .dtensor import is_dtensor
-from .inputs import class_by_class, is_soft
+from .groups import ProcessGroup
+from .inputs import class_by_class, compute_dtype, is_soft
 from .linear_autograd import LinearCall, linear_loss, product_dtype
 from .modules import ClassBalancedLoss, ModuleOptions
-from .options import LossOptions, LossSpec, lists_options, spec_of
+from .options import MEAN, LossOptions, LossSpec, lists_options, spec_of
+from .row_weights import denominator_of
+from .sharded import checked
+from .sharded_linear import ShardedLinearCall, ShardedLinearLoss
+from .shards import ClassShards, Part
 from .stats import ClassStats
+from .values import check_values
 
 
 @overload
@@ -37,6 +45,7 @@ def linear_class_balanced_loss(
     sample_weight: Tensor | None = None,
     pos_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    shards: ClassShards | None = None,
     return_stats: Literal[False] = False,
     **options: Unpack[LossOptions],
 ) -> Tensor: ...
@@ -54,6 +63,7 @@ def linear_class_balanced_loss(
     sample_weight: Tensor | None = None,
     pos_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    shards: ClassShards | None = None,
     return_stats: Literal[True],
     **options: Unpack[LossOptions],
 ) -> tuple[Tensor, ClassStats]: ...
@@ -71,6 +81,7 @@ def linear_class_balanced_loss(
     sample_weight: Tensor | None = None,
     pos_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    shards: ClassShards | None = None,
     return_stats: bool,
     **options: Unpack[LossOptions],
 ) -> Tensor | tuple[Tensor, ClassStats]: ...
@@ -88,6 +99,7 @@ def linear_class_balanced_loss(
     sample_weight: Tensor | None = None,
     pos_weight: Tensor | None = None,
     normalizer: float | Tensor | None = None,
+    shards: ClassShards | None = None,
     return_stats: bool = False,
     **options: Unpack[LossOptions],
 ) -> Tensor | tuple[Tensor, ClassStats]:
@@ -108,6 +120,9 @@ def linear_class_balanced_loss(
             hold, but at least 128; on a GPU 512 MiB and 1024 rows. The gradient of linear_weight is
             read and written once for each chunk: small chunks are slow.
         sample_weight: (...), as target's rows.
+        shards: as in `class_balanced_loss`: linear_weight and linear_bias are of this rank's
+            classes (tensor parallel), input, target and chunk_size the same on every rank. The
+            gradient of input is all-reduced, once.
         logit_bias, margin, pos_weight, normalizer, return_stats, and all options but inplace and
             recompute, which have no meaning here: as in `class_balanced_loss`. backend="reference"
             computes all logits, in eager PyTorch.
@@ -138,16 +153,39 @@ def linear_class_balanced_loss(
     tensor(1.0986, grad_fn=<LinearLossBackward>)
     """
     spec = spec_of("linear_class_balanced_loss", options)
-    _check_head(input, linear_weight, linear_bias, spec)
-    rows, D, C = input.shape[:-1], input.shape[-1], len(linear_weight)
-    dtype = _logits_dtype(input)
-    x = input.reshape(-1, D)
-    logits = logits_like(x.detach().to(dtype), linear_weight)
-    target, sample_weight = _flat(rows, C, target, sample_weight)
-    inputs = check_inputs(
-        logits, target, weight, sample_weight, normalizer, logit_bias, margin, pos_weight, spec,
-        return_stats,
-    )  # fmt: skip
+    given = target, weight, sample_weight, normalizer, logit_bias, margin, pos_weight
+    head = linear_weight, linear_bias
+    if shards is not None:
+        return _sharded(input, head, given, spec, return_stats, chunk_size, shards)
+    return _loss(input, head, given, spec, return_stats, chunk_size)
+
+
+def _loss(
+    input: Tensor, head: tuple[Any, Any], given: tuple[Any, ...], spec: LossSpec,
+    return_stats: bool, chunk_size: int | None, group: ProcessGroup | None = None,
+) -> Tensor | tuple[Tensor, ClassStats]:  # fmt: skip
+    """given: the rest of check_inputs' arguments; group: ranks whose rows have one mean."""
+    inputs: Any = None
+
+    def denominator() -> Tensor:
+        nonlocal inputs
+        logits, flat = _checked(input, head, given, spec)
+        inputs = check_inputs(logits, *flat, spec, return_stats)  # type: ignore[call-arg]
+        if group is None:
+            return torch.empty(())
+        if input.device.type == "cpu":
+            check_values(logits, inputs, spec.formula, spec.ignore_index)
+        return denominator_of(inputs, logits.shape[1], spec, torch.float64)
+
+    if group is None:
+        denominator()
+    else:
+        normalizer = over_ranks(denominator, input, group)
+        dtype = compute_dtype(_logits_dtype(input))
+        inputs = inputs._replace(normalizer=normalizer.to(dtype))
+        spec = spec._replace(reduction=MEAN)
+    linear_weight, linear_bias = head
+    rows, x, C = input.shape[:-1], input.reshape(-1, input.shape[-1]), len(linear_weight)
     if spec.backend == "reference":
         found = dispatch(F.linear(x, linear_weight, linear_bias), inputs, spec, False)
         return cast(Tensor, found).reshape(() if spec.reduction else rows)
@@ -155,13 +193,30 @@ def linear_class_balanced_loss(
     backend = choose(input.device.type, spec.backend, class_by_class(spec.formula, inputs))
     if is_soft(inputs.target) and not spec.formula.sigmoid:  # it ignores no row
         spec = spec._replace(ignore_index=None)
-    device_type = input.device.type
-    buffer = product_dtype(dtype, device_type)
-    size = _chunk_size(chunk_size) or chunk_rows(len(x), C, buffer, device_type)
+    dtype, size = _logits_dtype(input), _rows_of_chunk(chunk_size, input, C)
     call = LinearCall(spec, backend, dtype, size, return_stats)
     loss, stats = linear_loss(x, linear_weight, linear_bias, inputs, call)
     if not spec.reduction:
         loss = loss.reshape(rows)
+    return loss if stats is None else (loss, ClassStats.of(stats))
+
+
+def _sharded(
+    input: Tensor, head: tuple[Any, Any], given: tuple[Any, ...], spec: LossSpec,
+    return_stats: bool, chunk_size: int | None, shards: ClassShards,
+) -> Tensor | tuple[Tensor, ClassStats]:  # fmt: skip
+    """head: of this rank's classes."""
+    make = partial(_checked, input, head, given, spec, shards)
+    _, inputs, r = checked(make, input, spec, return_stats, shards)
+    linear_weight, linear_bias = head
+    backend = choose(input.device.type, spec.backend, class_by_class(spec.formula, inputs))
+    size = _rows_of_chunk(chunk_size, input, max(shards.sizes))
+    part, dtype = Part.of(inputs, spec, shards), _logits_dtype(input)
+    call = ShardedLinearCall(part, r, backend, dtype, size, return_stats)
+    apply: Any = ShardedLinearLoss.apply
+    loss, stats = apply(input.reshape(-1, input.shape[-1]), linear_weight, linear_bias, call)
+    if not spec.reduction:
+        loss = loss.reshape(input.shape[:-1])
     return loss if stats is None else (loss, ClassStats.of(stats))
 
 
@@ -228,12 +283,11 @@ class LinearClassBalancedLoss(torch.nn.Module):
     ) -> Tensor | tuple[Tensor, ClassStats]:
         """The loss, or (loss, ClassStats)."""
         loss_fn, linear = self.loss_fn, self.linear
-        return linear_class_balanced_loss(
-            input, linear.weight, target, loss_fn.weight, linear_bias=linear.bias,
-            chunk_size=self.chunk_size, logit_bias=loss_fn.logit_bias, margin=loss_fn.margin,
-            sample_weight=sample_weight, pos_weight=loss_fn.pos_weight, normalizer=normalizer,
-            return_stats=return_stats, **loss_fn.options._asdict(),
-        )  # fmt: skip
+        vectors = loss_fn.logit_bias, loss_fn.margin, loss_fn.pos_weight
+        given = target, loss_fn.weight, sample_weight, normalizer, *vectors
+        group = loss_fn.group if loss_fn.averages_over_ranks(normalizer) else None
+        head = linear.weight, linear.bias
+        return _loss(input, head, given, loss_fn.spec, return_stats, self.chunk_size, group)
 
     if TYPE_CHECKING:
         __call__ = forward
@@ -242,7 +296,29 @@ class LinearClassBalancedLoss(torch.nn.Module):
         return "" if self.chunk_size is None else f"chunk_size={self.chunk_size}"
 
 
-def _check_head(input: Any, weight: Any, bias: Any, spec: LossSpec) -> None:
+def _checked(
+    input: Any, head: tuple[Any, Any], given: tuple[Any, ...], spec: LossSpec,
+    shards: ClassShards | None = None,
+) -> tuple[Tensor, tuple[Any, ...]]:  # fmt: skip
+    """What stands for the logits (N, C), and what goes with them, one row after the other."""
+    _check_head(input, *head, spec, shards)
+    C, (target, weight, sample_weight, *rest) = len(head[0]), given
+    x = input.detach().reshape(-1, input.shape[-1])
+    logits = x.new_empty((), dtype=_logits_dtype(input)).expand(len(x), C)
+    target, sample_weight = _flat(input.shape[:-1], C, target, sample_weight)
+    return logits, (target, weight, sample_weight, *rest)
+
+
+def _rows_of_chunk(chunk_size: int | None, input: Tensor, C: int) -> int:
+    device_type = input.device.type
+    buffer = product_dtype(_logits_dtype(input), device_type)
+    rows = input.shape[:-1].numel()
+    return _chunk_size(chunk_size) or chunk_rows(rows, C, buffer, device_type)
+
+
+def _check_head(
+    input: Any, weight: Any, bias: Any, spec: LossSpec, shards: ClassShards | None
+) -> None:
     """Raise for tensors that are no head of this input."""
     _check_options(spec)
     for name, tensor in (("input", input), ("linear_weight", weight), ("linear_bias", bias)):
@@ -261,9 +337,11 @@ def _check_head(input: Any, weight: Any, bias: Any, spec: LossSpec) -> None:
     if input.dim() < 1 or input.shape[-1] < 1:
         raise ValueError(f"input must be (..., D) with D >= 1, got shape {tuple(input.shape)}")
     D = input.shape[-1]
-    if weight.dim() != 2 or weight.shape[1] != D or len(weight) < 1:
+    wrong = len(weight) < 1 if shards is None else len(weight) != shards.num_local_classes
+    if weight.dim() != 2 or weight.shape[1] != D or wrong:
+        C = "C" if shards is None else shards.num_local_classes
         raise ValueError(
-            f"linear_weight must have shape (C, {D}) for an input of shape {tuple(input.shape)}, "
+            f"linear_weight must have shape ({C}, {D}) for an input of shape {tuple(input.shape)}, "
             f"got {tuple(weight.shape)}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:

@@ -65,10 +65,10 @@ class LinearLoss(torch.autograd.Function):
         call: LinearCall,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         spec, needed = call.spec, ctx.needs_input_grad[:3]
-        x, head = _cast(input, weight, bias, call.dtype)
+        x, head = cast(input, weight, bias, call.dtype)
         later = any(needed) and spec.recomputes(call.dtype)
         now = (False,) * 3 if later else needed
-        grads = _new_grads(x, head, now)
+        grads = new_grads(x, head, now)
         N, C = len(x), len(weight)
         loss = x.new_empty((N,) if not spec.reduction else (), dtype=compute_dtype(x.dtype))
         saved = loss.new_empty(chunks.saved_numbers(spec) * N) if later else None
@@ -80,7 +80,7 @@ class LinearLoss(torch.autograd.Function):
                 inputs = inputs._replace(weight=None)  # in saved already; it may change in place
             ctx.save_for_backward(input, weight, bias, *inputs.of_gradient(), saved)
         else:
-            ctx.save_for_backward(*_cast_back(grads, input, weight, bias))
+            ctx.save_for_backward(*cast_back(grads, input, weight, bias))
         ctx.later = later
         if stats is not None:
             ctx.mark_non_differentiable(stats)
@@ -91,27 +91,25 @@ class LinearLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives()
         if not ctx.later:
-            return *(_times(grad, grad_loss) for grad in ctx.saved_tensors), None, None
+            return *(times(grad, grad_loss) for grad in ctx.saved_tensors), None, None
         refuse_batches(grad_loss)
         input, weight, bias, target, w, *vectors, saved = ctx.saved_tensors
-        x, head = _cast(input, weight, bias, ctx.call.dtype)
-        grads = _new_grads(x, head, ctx.needs_input_grad[:3])
+        x, head = cast(input, weight, bias, ctx.call.dtype)
+        grads = new_grads(x, head, ctx.needs_input_grad[:3])
         inputs = Inputs(target, w, None, None, *vectors)
         incoming = grad_loss.contiguous()
         _operators.gradient(*_given(x, head, inputs, ctx.call), saved, incoming, *grads)
-        return *_cast_back(grads, input, weight, bias), None, None
+        return *cast_back(grads, input, weight, bias), None, None
 
 
-def _cast(
+def cast(
     input: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Head]:
     """Of values of this dtype, in the type of their products."""
     wide = product_dtype(dtype, input.device.type)
 
-    def cast(tensor: Tensor) -> Tensor:
-        return tensor.to(dtype).to(wide)
-
-    return cast(input), Head(cast(weight), None if bias is None else cast(bias))
+    x, w = (tensor.to(dtype).to(wide) for tensor in (input, weight))
+    return x, Head(w, None if bias is None else bias.to(dtype).to(wide))
 
 
 def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
@@ -124,7 +122,7 @@ def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
     return dtype if dtype == torch.bfloat16 and _HAS_BFLOAT16 else torch.float32
 
 
-def _new_grads(x: Tensor, head: Head, needed: tuple[bool, ...]) -> HeadGradients:
+def new_grads(x: Tensor, head: Head, needed: tuple[bool, ...]) -> HeadGradients:
     wide = compute_dtype(x.dtype)
     dtypes = x.dtype, wide, wide
     return HeadGradients(*(
@@ -133,7 +131,7 @@ def _new_grads(x: Tensor, head: Head, needed: tuple[bool, ...]) -> HeadGradients
     ))  # fmt: skip
 
 
-def _cast_back(grads: HeadGradients, *of: Tensor | None) -> tuple[Tensor | None, ...]:
+def cast_back(grads: HeadGradients, *of: Tensor | None) -> tuple[Tensor | None, ...]:
     """As the tensors whose gradients they are."""
     pairs = zip(grads, of, strict=True)
     return tuple(None if g is None or t is None else g.to(t.dtype) for g, t in pairs)
@@ -144,7 +142,7 @@ def _given(x: Tensor, head: Head, inputs: Inputs, call: LinearCall) -> tuple[Any
     return x, *head, *inputs, *call.spec[1:5], call.backend.name, call.rows
 
 
-def _times(grad: Tensor | None, factor: Tensor) -> Tensor | None:
+def times(grad: Tensor | None, factor: Tensor) -> Tensor | None:
     """grad * factor, in place where no later backward needs grad."""
     if grad is None:
         return None

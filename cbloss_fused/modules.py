@@ -162,7 +162,7 @@ class ClassBalancedLoss(torch.nn.Module):
         buffers = self._buffers  # Module.__getattr__ would take half a microsecond for each
         weight, bias = buffers["weight"], buffers["logit_bias"]
         margin, pos_weight = buffers["margin"], buffers["pos_weight"]
-        if self._group is not None and self._averages_over_ranks(normalizer):
+        if self._group is not None and self.averages_over_ranks(normalizer):
             tensors = target, weight, sample_weight, None, bias, margin, pos_weight
             group = self._group.group
             return loss_over_ranks(input, tensors, self.spec, return_stats, group)
@@ -178,7 +178,8 @@ class ClassBalancedLoss(torch.nn.Module):
     if TYPE_CHECKING:
         __call__ = forward
 
-    def _averages_over_ranks(self, normalizer: float | Tensor | None) -> bool:
+    def averages_over_ranks(self, normalizer: float | Tensor | None) -> bool:
+        """Whether a mean of this call, if there is a group, is over the rows of all its ranks."""
         return self.training and normalizer is None and self.spec.reduction in MEANS
 
     @classmethod

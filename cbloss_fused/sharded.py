@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +36,7 @@ def sharded_loss(
 
     On the CPU all ranks raise what one finds wrong.
     """
-    inputs, r = checked(input, given, spec, return_stats, shards)
+    _, inputs, r = checked(lambda: (input, given), input, spec, return_stats, shards)
     backend = choose(input.device.type, spec.backend, class_by_class(spec.formula, inputs))
     shape = input.shape
     logits = (
@@ -50,27 +51,38 @@ def sharded_loss(
 
 
 def checked(
-    input: Any, given: tuple[Any, ...], spec: LossSpec, return_stats: bool, shards: ClassShards
-) -> tuple[Inputs, Tensor]:
-    """The tensors, and r (rows,) over the denominator, negative where a row is ignored."""
+    make: Callable[[], tuple[Any, tuple[Any, ...]]],
+    input: Any,
+    spec: LossSpec,
+    return_stats: bool,
+    shards: ClassShards,
+) -> tuple[Tensor, Inputs, Tensor]:
+    """(logits, the other tensors, r (rows,) over the denominator, negative where ignored).
+
+    make: gives logits, or what stands for them, and the rest of check_inputs' arguments, or raises.
+    input: whose device decides whether values are looked at.
+    """
+    logits: Any = None
     inputs: Any = None
 
     def check() -> Tensor:
-        nonlocal inputs
-        inputs = _inputs(input, given, spec, return_stats, shards)
+        nonlocal logits, inputs
+        logits, given = make()
+        inputs = _inputs(logits, given, spec, return_stats, shards)
         rows = inputs.target.numel()
         return torch.tensor([rows, -rows], dtype=torch.float64)
 
     if isinstance(input, Tensor) and input.device.type != "cpu":
         check()
     else:
-        most, least = agreed(check, 2, shards.group, torch.device("cpu"), largest=True).tolist()
+        cpu = torch.device("cpu")
+        most, least = agreed(check, 2, shards.group, cpu, largest=True).tolist()
         if most != -least:
             raise ValueError(
                 f"every rank must have the same rows, got {-least:.0f} on one and {most:.0f} on "
                 "another"
             )
-    return inputs, _row_scales(input, inputs, spec, shards)
+    return logits, inputs, _row_scales(logits, inputs, spec, shards)
 
 
 def _inputs(
@@ -155,7 +167,7 @@ class ShardedLoss(torch.autograd.Function):
             if spec.formula.sigmoid and not return_stats:
                 add_up(total, group)
             loss = total.to(losses.dtype)
-        stats = _statistics(losses, at_target, part) if return_stats else None
+        stats = statistics(losses, at_target, part) if return_stats else None
         ctx.call = call
         if stats is not None:
             ctx.mark_non_differentiable(stats)
@@ -199,7 +211,7 @@ def _sigmoid_forward(ctx: Any, logits: Tensor, call: ShardedCall) -> Tensor:
     return losses
 
 
-def _statistics(losses: Tensor, at_target: tuple[Tensor, ...], part: Part) -> Tensor:
+def statistics(losses: Tensor, at_target: tuple[Tensor, ...], part: Part) -> Tensor:
     """(4, columns) of the rows whose targets are here, see stats.py."""
     found = losses.new_zeros(4, part.columns(), dtype=torch.float64)
     if part.columns():

@@ -57,7 +57,7 @@ class ClassShards:
         self._set([int(size) for size in gathered(own(), group).tolist()], group)
 
     @classmethod
-    def of(cls, sizes: list[int], group: ProcessGroup) -> ClassShards:
+    def of(cls, sizes: list[int], group: ProcessGroup | None) -> ClassShards:
         """Of sizes that every rank knows: no communication."""
         shards = cls.__new__(cls)
         shards._set(sizes, group)

@@ -9,12 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from support.backends import DEVICE, INTERPRETED
 from support.marks import REDUCTIONS, name_of
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
-from cbloss_fused import ClassShards, class_balanced_loss, sharded_softmax
+from cbloss_fused import (
+    ClassShards,
+    LinearClassBalancedLoss,
+    class_balanced_loss,
+    linear_class_balanced_loss,
+    sharded_softmax,
+)
 from cbloss_fused.options import Options, check_options
 from cbloss_fused.sharded import checked
 from cbloss_fused.sharded_sigmoid import sigmoid_gradient, sigmoid_losses
@@ -95,16 +102,15 @@ def test_parts(backend, dtype, kind, columns, K, monkeypatch):
     vectors = {n: options.pop(n, None) for n in ("logit_bias", "margin", "pos_weight")}
     spec = check_options(Options(**options))
     want, want_grad = expected(x, y, w, **options, **vectors)
-    shards = [ClassShards.of([columns, C - columns], Any) for _ in range(2)]
+    shards = [ClassShards.of([columns, C - columns], None) for _ in range(2)]
     shards[1].start, shards[1].stop = columns, C
-    for each in shards:
-        each._group = None
     record, parts, rows = backend.record, [], None
     if not record.soft and (spec.formula.per_class or vectors["pos_weight"] is not None):
         pytest.skip("no kernel: a call takes another backend")
     for each in shards:
         local = x[:, each.start : each.stop].contiguous()
-        inputs, rows = checked(local, (y, w, None, None, *vectors.values()), spec, False, each)
+        given = local, (y, w, None, None, *vectors.values())
+        _, inputs, rows = checked(lambda given=given: given, local, spec, False, each)
         parts.append((local, Part.of(inputs, spec, each)))
     assert rows is not None
     if spec.formula.sigmoid:
@@ -158,6 +164,8 @@ def on_a_rank(rank: int, store: str, ranks: int) -> None:
     infinite(shards)
     errors_of_one_rank(shards)
     copies(shards)
+    heads(shards)
+    heads_of_rows()
     torch.distributed.destroy_process_group()
 
 
@@ -295,3 +303,62 @@ def copies(shards: ClassShards) -> None:
     again = ClassShards(shards.num_local_classes, torch.distributed.group.WORLD)
     assert copy.deepcopy(again).group is again.group
     assert pickle.loads(pickle.dumps(again)).group is None
+
+
+def heads(shards: ClassShards) -> None:
+    """The linear head of this rank's classes; the gradient of the input is that of all classes."""
+    C, D = shards.num_classes, 6
+    _, y, w = data(C)
+    leaves = [draw(5, N, D) - 0.5, draw(6, C, D) - 0.5, draw(7, C) - 0.5]
+    for kind in ("smooth", "adjusted", "sigmoid"):
+        options = options_of(kind, C)
+        for reduction in ("none", "mean"):
+            for dtype in (torch.float64, torch.float16):
+                input, head, bias = (t.to(dtype).double().requires_grad_() for t in leaves)
+                given: dict[str, Any] = {"reduction": reduction, **options}
+                want = class_balanced_loss(F.linear(input, head, bias), y, w, **given)
+                grads = torch.autograd.grad((want * factors(want)).sum(), (input, head, bias))
+                own = [input, mine(shards, head), mine(shards, bias)]
+                own = [t.detach().to(dtype).requires_grad_() for t in own]
+                loss = linear_class_balanced_loss(
+                    own[0], own[1], y, w, linear_bias=own[2], shards=shards, chunk_size=4, **given
+                )
+                near(loss.detach(), want.detach(), torch.float32 if dtype.itemsize < 8 else dtype)
+                same_everywhere(loss.detach())
+                found = torch.autograd.grad((loss * factors(loss)).sum(), own)
+                rights = grads[0], mine(shards, grads[1]), mine(shards, grads[2])
+                for got, right in zip(found, rights, strict=True):
+                    near(got, right, dtype)
+    input, head, _ = leaves
+    local = mine(shards, head)
+    loss, stats = linear_class_balanced_loss(
+        input, local, y, w, shards=shards, chunk_size=4, return_stats=True
+    )
+    want, right_stats = class_balanced_loss(F.linear(input, head), y, w, return_stats=True)
+    near(loss, want, torch.float64)
+    for got, right in zip(stats, right_stats, strict=True):
+        torch.testing.assert_close(got, mine(shards, right), equal_nan=True)
+    with pytest.raises(ValueError, match=r"linear_weight must have|raised ValueError"):
+        wrong = head[:, :5] if torch.distributed.get_rank() == 0 else local
+        linear_class_balanced_loss(input, wrong, y, w, shards=shards)
+
+
+def heads_of_rows() -> None:
+    """A module with a group: uneven rows of the ranks have one mean."""
+    C, D, rank = 5, 6, torch.distributed.get_rank()
+    _, y, _ = data(C)
+    input, ranks = draw(5, N, D), torch.distributed.get_world_size()
+    for reduction in ("mean", "weighted_mean"):
+        torch.manual_seed(0)
+        group: Any = torch.distributed.group.WORLD
+        module = LinearClassBalancedLoss(
+            D, [9, 5, 3, 2, 1], 0.9, dtype=torch.float64, group=group, reduction=reduction
+        )
+        rows = torch.arange(N).tensor_split([2, 9, 11][: ranks - 1])[rank]
+        module(input[rows], y[rows]).backward()
+        grad = module.linear.weight.grad
+        assert grad is not None
+        torch.distributed.all_reduce(grad)
+        module.eval()
+        (want,) = torch.autograd.grad(module(input, y), module.linear.weight)
+        torch.testing.assert_close(grad / ranks, want)
