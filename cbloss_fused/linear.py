@@ -273,6 +273,34 @@ class LinearClassBalancedLoss(torch.nn.Module):
         """(..., C) of an input (..., D)."""
         return self.linear(input)
 
+    @overload
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        sample_weight: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+        return_stats: Literal[False] = False,
+    ) -> Tensor: ...
+    @overload
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        sample_weight: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+        *,
+        return_stats: Literal[True],
+    ) -> tuple[Tensor, ClassStats]: ...
+    @overload
+    def forward(
+        self,
+        input: Tensor,
+        target: Tensor,
+        sample_weight: Tensor | None = None,
+        normalizer: float | Tensor | None = None,
+        return_stats: bool = False,
+    ) -> Tensor | tuple[Tensor, ClassStats]: ...
     def forward(
         self,
         input: Tensor,

@@ -44,7 +44,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("ranks", PARTS)
+@pytest.mark.parametrize("ranks", [3, pytest.param(2, marks=pytest.mark.long)])
 def test_ranks(ranks: int, tmp_path: Path) -> None:
     spawn(on_a_rank, (ranks, str(tmp_path / "store")), ranks)
 
@@ -479,7 +479,14 @@ def test_a_module_of_before_groups() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:cbloss_fused runs in eager PyTorch")  # a build without kernels
-@pytest.mark.parametrize("name", ["train_ddp.py", "train_fsdp2.py"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "train_ddp.py",
+        pytest.param("train_fsdp2.py", marks=pytest.mark.long),
+        pytest.param("train_tensor_parallel.py", marks=pytest.mark.long),
+    ],
+)
 def test_example(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """Two ranks print and have the losses of one process."""
     for extra in ("matplotlib", "sklearn", "tabulate", "tqdm"):

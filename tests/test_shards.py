@@ -109,8 +109,9 @@ def test_parts(backend, dtype, kind, columns, K, monkeypatch):
         pytest.skip("no kernel: a call takes another backend")
     for each in shards:
         local = x[:, each.start : each.stop].contiguous()
-        given = local, (y, w, None, None, *vectors.values())
-        _, inputs, rows = checked(lambda given=given: given, local, spec, False, each)
+        given: Any = local, (y, w, None, None, *vectors.values())
+        make: Any = lambda given=given: given  # noqa: E731
+        _, inputs, rows = checked(make, local, spec, False, each)
         parts.append((local, Part.of(inputs, spec, each)))
     assert rows is not None
     if spec.formula.sigmoid:
@@ -145,7 +146,9 @@ PROCESSES = pytest.mark.skipif(
 
 
 @PROCESSES
-@pytest.mark.parametrize("ranks", SIZES)
+@pytest.mark.parametrize(
+    "ranks", [3, *(pytest.param(ranks, marks=pytest.mark.long) for ranks in (2, 4))]
+)
 def test_ranks(ranks: int, tmp_path: Path) -> None:
     spawn(on_a_rank, (str(tmp_path / "store"), ranks), ranks)
 

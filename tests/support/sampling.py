@@ -26,6 +26,9 @@ def select(items: list[Item], long: bool) -> tuple[list[Item], list[Item]]:
     covered: set[tuple[object, ...]] = set()
     kept, left_out = set(), []
     for item in sorted(items, key=_hash):
+        if item.get_closest_marker("long") and not long:
+            left_out.append(item)
+            continue
         parameters = getattr(getattr(item, "callspec", None), "params", {})
         backend = parameters.get("backend", parameters.get("gpu"))
         if not isinstance(backend, Backend) and not item.get_closest_marker("sampled"):
