@@ -82,7 +82,7 @@ class StoredGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        return _scaled(ctx, grad_loss), None, None, None
+        return scaled(ctx, grad_loss), None, None, None
 
 
 class StoredGradientAndStats(torch.autograd.Function):
@@ -107,7 +107,7 @@ class StoredGradientAndStats(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return _scaled(ctx, grad_loss), None, None, None
+        return scaled(ctx, grad_loss), None, None, None
 
 
 class RecomputedGradient(torch.autograd.Function):
@@ -198,7 +198,7 @@ def _recomputed(ctx: Any, grad_loss: Tensor) -> Tensor:
     return grad
 
 
-def _scaled(ctx: Any, grad_loss: Tensor) -> Tensor:
+def scaled(ctx: Any, grad_loss: Tensor) -> Tensor:
     """The stored gradient times grad_loss."""
     refuse_second_derivatives()
     grad: Tensor = ctx.saved_tensors[0]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .arguments import check_inplace, check_inputs, check_vector
-from .autograd import keeps_graph, product, refuse_batches, refuse_second_derivatives
+from .autograd import refuse_batches, refuse_second_derivatives, scaled
 from .backends import Backend, choose
 from .groups import add_up, agreed
 from .inputs import Inputs, class_by_class, compute_dtype, is_soft
@@ -176,15 +176,12 @@ class ShardedLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, None]:
-        refuse_second_derivatives()
-        refuse_batches(grad_loss)
         part, _, backend, _ = ctx.call
         logits, *saved = ctx.saved_tensors
         if not saved:  # of sigmoid, stored
-            grad: Tensor = logits
-            if grad_loss.is_cpu and grad_loss.item() == 1 and not keeps_graph():
-                return grad, None
-            return product(grad, grad_loss), None
+            return scaled(ctx, grad_loss), None
+        refuse_second_derivatives()
+        refuse_batches(grad_loss)
         grad = logits.detach() if part.spec.inplace else backend.new_grad(logits)
         incoming = grad_loss.contiguous()
         if part.spec.formula.sigmoid:
@@ -205,6 +202,7 @@ def _sigmoid_forward(ctx: Any, logits: Tensor, call: ShardedCall) -> Tensor:
     elif ctx.needs_input_grad[0]:
         grad = logits.detach() if part.spec.inplace else backend.new_grad(logits)
         ctx.save_for_backward(grad)
+        ctx.owned, ctx.scale_gradient = not part.spec.inplace, backend.scale_gradient
     losses = sigmoid_losses(logits, part, backend, r, grad)
     if grad is not None and part.spec.inplace:
         torch.autograd.graph.increment_version(logits)
