@@ -12,7 +12,7 @@ SANITIZED := "cuda and (C1000 or C7 or C9 or split or otherwise or scaling)"
 CUDA_PATHS = PATH="$$PATH:$$CUDA_HOME/bin:/usr/local/cuda/bin"; export PATH
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo help test test-all test-here test-interpreted planted oldest bench codegen roofline gpu gpu-build gpu-test gpu-bench sanitize-gpu lint clean
+.PHONY: demo help test test-all test-here test-interpreted planted oldest bench codegen roofline scaling gpu gpu-build gpu-test gpu-bench sanitize-gpu lint clean
 demo: $(VENV)/ready  ## train on long-tailed digits, with and without class balance
 	$(BIN)/python -m cbloss_fused.demo
 help:  ## this list
@@ -44,6 +44,8 @@ codegen: $(VENV)/ready $(VENV)/bench  ## what the GPU kernels compile to, counte
 	! command -v nvcc > /dev/null || $(BIN)/python -m bench.machine_code.nvcc
 roofline: $(VENV)/ready  ## predictions of the GPU kernels, into bench/machine_code/
 	$(BIN)/python -m bench.machine_code.roofline > bench/machine_code/roofline.md
+scaling: $(VENV)/ready  ## up to 10^8 classes and 1024 GPUs, computed, into bench/scaling.md
+	$(BIN)/python -m bench.scaling
 gpu:  ## smoke test, benchmarks and tests on a GPU, with what is there
 	PYTHON="$(PYTHON)" bench/gpu_run.sh
 gpu-build:  ## build the CUDA kernels in place
