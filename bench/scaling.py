@@ -24,8 +24,10 @@ RANKS = (1, 8, 64, 1024)
 LOGIT, COMPUTE, NUMBER = 2, 4, 8  # bytes: bfloat16, its float32 compute type, float64
 LONG = 16_384  # classes of a row that a softmax kernel reads twice
 Family = Literal["softmax", "sigmoid"]
-Way = Literal["a", "b", "c"]
-WAYS: dict[Way, str] = {"a": "(a) rows", "b": "(b) classes", "c": "(c) rows, chunks"}
+Way = Literal["a", "b", "c", "d"]
+WAYS: dict[Way, str] = {
+    "a": "(a) rows", "b": "(b) classes", "c": "(c) rows, chunks", "d": "(d) classes, chunks",
+}  # fmt: skip
 
 
 # On the wire --------------------------------------------------------------------------------------
@@ -171,9 +173,7 @@ def loss_bytes(family: Family, over_classes: bool, classes: int) -> int:
     """What the loss and its gradient read and write for each logit."""
     if not over_classes:
         return LOGIT * (3 if family == "softmax" and classes > LONG else 2)
-    if family == "softmax":
-        return 3 * LOGIT
-    return 2 * LOGIT + 20  # times the incoming gradient: to float32, the product, and back
+    return LOGIT * (3 if family == "softmax" else 2)
 
 
 def loss_seconds(
@@ -191,20 +191,21 @@ def loss_seconds(
 def head_step(way: Way, classes: int, ranks: int, setting: Setting) -> Step:
     """Softmax: the head's products, the loss, Adam."""
     N, D = setting.rows, setting.features
-    over_classes = way == "b"
+    over_classes = way in ("b", "d")
     rows = N if over_classes else ceil(N / ranks)
     own = ceil(classes / ranks) if over_classes else classes
     cast = LOGIT * own * D
     memory = {"head": head_state(own, D) + cast, "input": 2 * LOGIT * rows * D}
     chunks = 1
     exchanged = [normalizer(), head_gradient(classes, D)]
-    if way == "c":
+    if way in ("c", "d"):
         memory["buffer"], chunks = chunk_buffer(rows, own), chunk_count(rows, own)
     else:
         memory["logits"] = logits_and_gradient(rows, own)
     if over_classes:
-        exchanged = [softmax_rows(N), input_gradient(N, D)]
-        memory["gathered rows"] = exchanged[0].held(ranks) if ranks > 1 else 0
+        gather = softmax_rows(ceil(N / chunks))  # of a chunk
+        exchanged = [*[gather] * chunks, input_gradient(N, D)]
+        memory["gathered rows"] = gather.held(ranks) if ranks > 1 else 0
     # A logit is written, and its gradient read by two products. A parameter: Adam reads 16 bytes
     # and writes 12, its copy in bfloat16 costs 6 and is read by two products of each chunk, its
     # gradient is written by the first and read and written by others.
@@ -230,16 +231,17 @@ those of the buffer and of Adam's state, and compares the formulas with them. No
 times.
 
 A step has N = {rows:,} rows on all GPUs together, D = {features:,} features, logits in bfloat16 by
-autocast, parameters in float32, Adam. Three ways:
+autocast, parameters in float32, Adam. Four ways:
 
 - (a) rows over ranks: each GPU has N / GPUs rows and the whole head, whose gradient
   DistributedDataParallel adds up; the loss adds up one float64, its denominator.
 - (b) classes over ranks (`ClassShards`): each GPU has all N rows and C / GPUs classes. Softmax
   gathers 3 numbers of each row (4 with label smoothing), sigmoid adds up one number; the backward
-  of the loss exchanges nothing. The gradient of the head's input, N x D, is added up by the caller.
+  of the loss exchanges nothing. The gradient of the head's input, N x D, is added up too.
   The rows' features are taken to be on every GPU: where data parallel training makes them, their
   all-gather and a reduce-scatter, in place of the all-reduce, together move as much as it does.
 - (c) as (a), by `linear_class_balanced_loss`: of the logits a buffer of some rows is in memory.
+- (d) as (b), by `linear_class_balanced_loss` with shards: chunk by chunk, each with its gather.
 
 How to read it: of a step's parts that do not fit into a GPU the tables name the head, if it is too
 large alone, else the largest of the others; in brackets stands what takes longest where all fits.
@@ -288,13 +290,14 @@ def memory_table(setting: Setting) -> str:
     lines = []
     for classes in CLASSES:
         for ranks in RANKS:
-            a, b, c = (head_step(way, classes, ranks, setting) for way in WAYS)
+            a, b, c, d = (head_step(way, classes, ranks, setting) for way in WAYS)
             line = {"classes": power(classes), "GPUs": str(ranks)}
             values = {
-                "head (a, c)": a.memory["head"], "head (b)": b.memory["head"],
+                "head (a, c)": a.memory["head"], "head (b, d)": b.memory["head"],
                 "logits (a, b)": a.memory["logits"], "buffer (c)": c.memory["buffer"],
-                "gathered (b)": b.memory["gathered rows"],
+                "buffer (d)": d.memory["buffer"], "gathered (b)": b.memory["gathered rows"],
                 "all (a)": a.total(), "all (b)": b.total(), "all (c)": c.total(),
+                "all (d)": d.total(),
             }  # fmt: skip
             lines.append(line | {name: number(value / 1e9) for name, value in values.items()})
     return markdown_table(lines)
@@ -304,12 +307,12 @@ def wire_table(setting: Setting) -> str:
     N, D = setting.rows, setting.features
     collectives = {
         "denominator (a, c)": normalizer(),
-        "softmax (b)": softmax_rows(N),
-        "softmax, smoothing (b)": softmax_rows(N, smoothing=True),
-        "sigmoid (b)": sigmoid_rows(N),
-        'sigmoid, "none" or statistics (b)': sigmoid_rows(N, per_row=True),
-        "weight of own classes (b)": own_weight(N),
-        "input's gradient (b)": input_gradient(N, D),
+        "softmax (b, d)": softmax_rows(N),
+        "softmax, smoothing (b, d)": softmax_rows(N, smoothing=True),
+        "sigmoid (b, d)": sigmoid_rows(N),
+        'sigmoid, "none" or statistics (b, d)': sigmoid_rows(N, per_row=True),
+        "weight of own classes (b, d)": own_weight(N),
+        "input's gradient (b, d)": input_gradient(N, D),
     }
     collectives |= {
         f"head's gradient, {power(classes)} classes (a, c)": head_gradient(classes, D)
@@ -374,7 +377,8 @@ def page(setting: Setting) -> str:
         f"- (c) has logits of at least {least:,} rows in its buffer, or of all its rows if they "
         f"are fewer: of\n  {power(CLASSES[-1])} classes "
         f"{number(chunk_buffer(least, CLASSES[-1]) / 1e9)} GB. A smaller chunk_size needs less "
-        "and reads the head more often.",
+        "and reads the head more often.\n"
+        "- (d) divides the head and has chunks; its gathers are as large in all as that of (b).",
         "## Memory of a GPU, GB",
         memory_table(setting),
         "## Wire, MB",
@@ -390,9 +394,8 @@ def page(setting: Setting) -> str:
         "In memory + on the wire. Softmax (b) reads logits twice and writes once; with label "
         "smoothing it\ntakes twice as long. "
         f"Softmax (a) of more than {LONG:,} classes is counted so too, unless the second\nread "
-        "comes from L2. Sigmoid (b) multiplies its stored gradient in eager PyTorch: 20 bytes of "
-        "traffic a\nlogit and 8 of temporaries; `recompute=True` reads the logits once more "
-        "instead.",
+        f"Softmax (a) of more than {LONG:,} classes is counted so too, unless the second\nread "
+        "comes from L2.",
         loss_table(setting),
         "## Head, softmax loss and Adam, ms",
         "Products + memory + wire. Where the limit has no brackets the step does not fit: the time "

@@ -199,6 +199,18 @@ def test_tied_weights_and_two_backwards(backend):
         torch.autograd.grad(loss_of(True), input, create_graph=True)
 
 
+def test_weights_change_before_the_backward(backend):
+    """As a schedule may do: a row's weight is part of what the forward left."""
+    input, head_weight, _ = head(torch.float32)
+    target, weight = targets("softmax"), draw(5, C).abs().float().to(DEVICE)
+    options: dict[str, Any] = {"reduction": "none", "backend": backend.argument}
+    loss = linear_class_balanced_loss(input, head_weight, target, weight, **options)
+    (want,) = torch.autograd.grad(loss.sum(), input, retain_graph=True)
+    weight.mul_(2)
+    (got,) = torch.autograd.grad(loss.sum(), input)
+    assert torch.equal(got, want)
+
+
 def test_leading_dimensions(backend):
     leaves, target = head(torch.float32, rows=(2, 3)), targets("softmax", (2, 3))
     sample = draw(6, 2, 3).abs().to(DEVICE)

@@ -44,7 +44,7 @@ def test_buffer(C: int, dtype: torch.dtype, kind: str) -> None:
     for rows in (1, 100, 1024, 65_536):
         x, head = (torch.empty(n, D, dtype=dtype, device="meta") for n in (rows, C))
         at_once = chunks.chunk_rows(rows, C, dtype, kind)
-        found = [logits for _, logits in chunks._chunks(x, chunks.Head(head, None), at_once)]
+        found = [logits for _, logits in chunks.by_chunk(x, chunks.Head(head, None), at_once)]
         assert len(found) == scaling.chunk_count(rows, C, dtype, kind)
         assert found[0].untyped_storage().nbytes() == scaling.chunk_buffer(rows, C, dtype, kind)
 
@@ -62,7 +62,7 @@ def test_head_state() -> None:
 
 @pytest.mark.skipif(DEVICE != "cpu" or INTERPRETED, reason="processes of the CPU")
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
-@pytest.mark.parametrize("ranks", (2, 4))
+@pytest.mark.parametrize("ranks", (2, pytest.param(4, marks=pytest.mark.long)))
 def test_wire(ranks: int, tmp_path: Path) -> None:
     spawn(on_a_rank, (str(tmp_path / "store"), ranks), ranks)
 
