@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
 import pickle
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +153,27 @@ PROCESSES = pytest.mark.skipif(
 )
 def test_ranks(ranks: int, tmp_path: Path) -> None:
     spawn(on_a_rank, (str(tmp_path / "store"), ranks), ranks)
+
+
+@PROCESSES
+@pytest.mark.long
+def test_a_rank_that_dies(tmp_path: Path) -> None:
+    """The others end with an error."""
+    spawn(beside_a_dead_rank, (str(tmp_path / "store"),), 2)
+
+
+def beside_a_dead_rank(rank: int, store: str) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=2,
+        timeout=timedelta(seconds=20),
+    )  # fmt: skip
+    shards = ClassShards(4)
+    x, y, w = data(8)
+    if rank == 1:
+        os._exit(0)
+    with pytest.raises(RuntimeError):
+        class_balanced_loss(x[:, :4], y, w, shards=shards)
+    os._exit(0)  # without a farewell to the other
 
 
 def on_a_rank(rank: int, store: str, ranks: int) -> None:
@@ -347,7 +370,9 @@ def heads(shards: ClassShards) -> None:
 
 
 def heads_of_rows() -> None:
-    """A module with a group: uneven rows of the ranks have one mean."""
+    """A module with a group, as of DDP and of FSDP2: uneven rows of the ranks have one mean."""
+    from torch.distributed.fsdp import fully_shard
+
     C, D, rank = 5, 6, torch.distributed.get_rank()
     _, y, _ = data(C)
     input, ranks = draw(5, N, D), torch.distributed.get_world_size()
@@ -362,6 +387,12 @@ def heads_of_rows() -> None:
         grad = module.linear.weight.grad
         assert grad is not None
         torch.distributed.all_reduce(grad)
+        sharded = copy.deepcopy(module)
+        fully_shard(sharded)  # its head's parameters are over the ranks
+        sharded.zero_grad()
+        sharded(input[rows], y[rows]).backward()
+        own: Any = sharded.linear.weight.grad
+        torch.testing.assert_close(own.full_tensor(), grad / ranks)
         module.eval()
         (want,) = torch.autograd.grad(module(input, y), module.linear.weight)
         torch.testing.assert_close(grad / ranks, want)
