@@ -141,8 +141,7 @@ def linear_class_balanced_loss(
         NotImplementedError: DTensors. Where FSDP shards the head, call a module that holds it:
             `LinearClassBalancedLoss`.
 
-    Source: as `class_balanced_loss`; chunks of rows as in Wijmans et al., Cut Your Losses in
-    Large-Vocabulary Language Models, ICLR 2025 (arXiv 2411.09009), section 3, and others.
+    Source: as `class_balanced_loss`.
 
     >>> import torch
     >>> from cbloss_fused import linear_class_balanced_loss
@@ -167,18 +166,26 @@ def _loss(
     """given: the rest of check_inputs' arguments; group: ranks whose rows have one mean."""
     inputs: Any = None
 
-    def denominator() -> Tensor:
+    def check() -> Tensor:
         nonlocal inputs
-        logits, flat = _checked(input, head, given, spec)
-        inputs = check_inputs(logits, *flat, spec, return_stats)  # type: ignore[call-arg]
-        if group is None:
-            return torch.empty(())
-        if input.device.type == "cpu":
+        logits, (target, weight, sample_weight, normalizer, *vectors) = _checked(
+            input, head, given, spec
+        )
+        bias, margin, pos_weight = vectors
+        inputs = check_inputs(
+            logits, target, weight, sample_weight, normalizer, bias, margin, pos_weight, spec,
+            return_stats,
+        )  # fmt: skip
+        return logits
+
+    def denominator() -> Tensor:
+        logits = check()
+        if logits.is_cpu:
             check_values(logits, inputs, spec.formula, spec.ignore_index)
         return denominator_of(inputs, logits.shape[1], spec, torch.float64)
 
     if group is None:
-        denominator()
+        check()
     else:
         normalizer = over_ranks(denominator, input, group)
         dtype = compute_dtype(_logits_dtype(input))

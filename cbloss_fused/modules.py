@@ -20,6 +20,8 @@ from .distributed import MEANS, loss_over_ranks
 from .dtensor import is_dtensor, loss_of_dtensor
 from .groups import Kept, ProcessGroup, agreed, check_group, device_of, number_of_ranks
 from .options import LossOptions, LossSpec, Options, check_options, lists_options, options_of
+from .sharded import sharded_loss
+from .shards import ClassShards
 from .stats import ClassStats
 from .weights import Empty, beta_from_prototypes, class_balanced_weights
 
@@ -126,6 +128,7 @@ class ClassBalancedLoss(torch.nn.Module):
         sample_weight: Tensor | None = None,
         normalizer: float | Tensor | None = None,
         return_stats: Literal[False] = False,
+        shards: ClassShards | None = None,
     ) -> Tensor: ...
     @overload
     def forward(
@@ -136,6 +139,7 @@ class ClassBalancedLoss(torch.nn.Module):
         normalizer: float | Tensor | None = None,
         *,
         return_stats: Literal[True],
+        shards: ClassShards | None = None,
     ) -> tuple[Tensor, ClassStats]: ...
     @overload
     def forward(
@@ -145,6 +149,7 @@ class ClassBalancedLoss(torch.nn.Module):
         sample_weight: Tensor | None = None,
         normalizer: float | Tensor | None = None,
         return_stats: bool = False,
+        shards: ClassShards | None = None,
     ) -> Tensor | tuple[Tensor, ClassStats]: ...
     def forward(
         self,
@@ -153,15 +158,22 @@ class ClassBalancedLoss(torch.nn.Module):
         sample_weight: Tensor | None = None,
         normalizer: float | Tensor | None = None,
         return_stats: bool = False,
+        shards: ClassShards | None = None,
     ) -> Tensor | tuple[Tensor, ClassStats]:
         """The loss, or (loss, ClassStats); what changes from batch to batch comes here.
 
         With a group the loss's mean over ranks is that of all rows, and the statistics are those of
         a rank's own rows. No rank communicates in evaluation mode, nor with a normalizer given.
+        With shards, which in training leave a group no mean of its own: pass a normalizer.
         """
         buffers = self._buffers  # Module.__getattr__ would take half a microsecond for each
         weight, bias = buffers["weight"], buffers["logit_bias"]
         margin, pos_weight = buffers["margin"], buffers["pos_weight"]
+        if shards is not None:
+            given = target, weight, sample_weight, normalizer, bias, margin, pos_weight
+            if self._group is not None and self.averages_over_ranks(normalizer):
+                raise ValueError("a group and shards: pass normalizer=global_normalizer(...)")
+            return sharded_loss(input, given, self.spec, return_stats, shards)
         if self._group is not None and self.averages_over_ranks(normalizer):
             tensors = target, weight, sample_weight, None, bias, margin, pos_weight
             group = self._group.group

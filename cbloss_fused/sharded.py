@@ -38,10 +38,9 @@ def sharded_loss(
     """
     _, inputs, r = checked(lambda: (input, given), input, spec, return_stats, shards)
     backend = choose(input.device.type, spec.backend, class_by_class(spec.formula, inputs))
-    shape = input.shape
-    logits = (
-        input.unsqueeze(0) if len(shape) == 1 else input.flatten(2) if len(shape) > 2 else input
-    )
+    logits = input.unsqueeze(0) if input.dim() == 1 else input
+    if logits.dim() > 2:
+        logits = logits.flatten(2)
     part = Part.of(inputs, spec, shards)
     apply: Any = ShardedLoss.apply
     loss, stats = apply(logits, ShardedCall(part, r, backend, return_stats))

@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
 from cbloss_fused import (
+    ClassBalancedLoss,
     ClassShards,
     LinearClassBalancedLoss,
     class_balanced_loss,
@@ -184,6 +185,7 @@ def on_a_rank(rank: int, store: str, ranks: int) -> None:
     shards = ClassShards(SIZES[ranks][rank])
     assert shards.sizes == SIZES[ranks]
     every_formula(shards)
+    module(shards)
     images_in_place(shards)
     small_gradients(shards)
     statistics(shards)
@@ -229,6 +231,18 @@ def same_everywhere(tensor: Tensor) -> None:
     torch.distributed.all_gather(found, tensor.contiguous())
     for other in found:
         assert torch.equal(other, tensor)
+
+
+def module(shards: ClassShards) -> None:
+    """Whose vectors are those of all classes."""
+    C = shards.num_classes
+    x, y, _ = data(C)
+    loss_fn = ClassBalancedLoss(range(C, 0, -1), 0.9, logit_bias=draw(2, C))
+    loss = loss_fn(mine(shards, x.T).T, y, shards=shards)
+    torch.testing.assert_close(loss, loss_fn(x, y))
+    loss_fn.group = torch.distributed.group.WORLD
+    with pytest.raises(ValueError, match="a group and shards"):
+        loss_fn(mine(shards, x.T).T, y, shards=shards)
 
 
 def images_in_place(shards: ClassShards) -> None:
@@ -379,20 +393,20 @@ def heads_of_rows() -> None:
     for reduction in ("mean", "weighted_mean"):
         torch.manual_seed(0)
         group: Any = torch.distributed.group.WORLD
-        module = LinearClassBalancedLoss(
+        head = LinearClassBalancedLoss(
             D, [9, 5, 3, 2, 1], 0.9, dtype=torch.float64, group=group, reduction=reduction
         )
         rows = torch.arange(N).tensor_split([2, 9, 11][: ranks - 1])[rank]
-        module(input[rows], y[rows]).backward()
-        grad = module.linear.weight.grad
+        head(input[rows], y[rows]).backward()
+        grad = head.linear.weight.grad
         assert grad is not None
         torch.distributed.all_reduce(grad)
-        sharded = copy.deepcopy(module)
+        sharded = copy.deepcopy(head)
         fully_shard(sharded)  # its head's parameters are over the ranks
         sharded.zero_grad()
         sharded(input[rows], y[rows]).backward()
         own: Any = sharded.linear.weight.grad
         torch.testing.assert_close(own.full_tensor(), grad / ranks)
-        module.eval()
-        (want,) = torch.autograd.grad(module(input, y), module.linear.weight)
+        head.eval()
+        (want,) = torch.autograd.grad(head(input, y), head.linear.weight)
         torch.testing.assert_close(grad / ranks, want)
