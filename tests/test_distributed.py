@@ -479,14 +479,8 @@ def test_a_module_of_before_groups() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:cbloss_fused runs in eager PyTorch")  # a build without kernels
-@pytest.mark.parametrize(
-    "name",
-    [
-        "train_ddp.py",
-        pytest.param("train_fsdp2.py", marks=pytest.mark.long),
-        pytest.param("train_tensor_parallel.py", marks=pytest.mark.long),
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["train_ddp.py", "train_fsdp2.py", "train_tensor_parallel.py"])
 def test_example(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """Two ranks print and have the losses of one process."""
     for extra in ("matplotlib", "sklearn", "tabulate", "tqdm"):

@@ -62,7 +62,8 @@ def test_head_state() -> None:
 
 @pytest.mark.skipif(DEVICE != "cpu" or INTERPRETED, reason="processes of the CPU")
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
-@pytest.mark.parametrize("ranks", (2, pytest.param(4, marks=pytest.mark.long)))
+@pytest.mark.long
+@pytest.mark.parametrize("ranks", (2, 4))
 def test_wire(ranks: int, tmp_path: Path) -> None:
     spawn(on_a_rank, (str(tmp_path / "store"), ranks), ranks)
 

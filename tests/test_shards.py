@@ -91,7 +91,7 @@ def near(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("K", (None, 2), ids="K{}".format)
-@pytest.mark.parametrize("columns", (1, 5, 40), ids="at{}".format)
+@pytest.mark.parametrize("columns", (1, 40), ids="at{}".format)
 @pytest.mark.parametrize("kind", FORMULAS)
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=name_of)
 def test_parts(backend, dtype, kind, columns, K, monkeypatch):
