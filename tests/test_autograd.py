@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.backends import DEVICE, INTERPRETED
+from support.backends import DEVICE, INTERPRETED, long_if_interpreted
 from support.marks import DTYPES, FAMILIES, name_of
 from support.oracle import oracle, sample
 from support.tolerances import assert_grad, same_bits
@@ -20,6 +20,7 @@ MODES = pytest.mark.parametrize("recompute", (False, True), ids=("stored", "reco
 HALF = pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=name_of)
 
 
+@long_if_interpreted
 @pytest.mark.parametrize("reduction", ("none", "sum", "mean", "weighted_mean"))
 @pytest.mark.parametrize("gamma", (0.0, 0.1, 0.5, 1.0, 2.0, 5.0), ids="g{}".format)
 @MODES

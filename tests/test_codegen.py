@@ -243,6 +243,7 @@ def test_at_most_three_launches_and_one_backward(activation, shape):
     assert len(launches(shape, torch.float32, activation, 0.5, recompute=True)) == 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "shape", ((32, 10), (64, 8142), (4096, 40_000), (3, 70_000), (4, 19, 100)), ids=str
 )

@@ -106,6 +106,7 @@ def test_nothing_is_touched_outside_the_buffers(emulated, pytestconfig):
     assert checked(build.emulated(), "--share", share) == f"{cases} cases\n"
 
 
+@pytest.mark.long
 def test_under_sanitizers(emulated, pytestconfig):
     names = [subprocess.run(["g++", f"-print-file-name=lib{kind}san.so"], capture_output=True,
                             text=True).stdout.strip() for kind in ("a", "ub")]  # fmt: skip

@@ -44,7 +44,7 @@ pytestmark = [
 ]
 
 
-@pytest.mark.parametrize("ranks", [3, pytest.param(2, marks=pytest.mark.long)])
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_ranks(ranks: int, tmp_path: Path) -> None:
     spawn(on_a_rank, (ranks, str(tmp_path / "store")), ranks)
 

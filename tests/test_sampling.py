@@ -64,6 +64,7 @@ def test_what_takes_no_backend_always_runs() -> None:
     assert select(items, False) == (items, [])
 
 
+@pytest.mark.long
 def test_a_test_that_is_named_runs() -> None:
     """One that a quick run leaves out."""
     file, mark = "tests/test_layouts.py", "named:"

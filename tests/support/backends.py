@@ -29,6 +29,11 @@ MARKS = IGNORED, None  # ignore_index and background_index of operators that tes
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 
 
+def long_if_interpreted(test: Any) -> Any:
+    """A test that runs with --long alone where Triton is interpreted, which is slow."""
+    return pytest.mark.long(test) if INTERPRETED else test
+
+
 @dataclass(frozen=True)
 class Backend:
     """What a test needs to know about an implementation of the two operators."""
