@@ -146,8 +146,8 @@ def worker(
 
 class Process:
     def __init__(self, size: Size, contender: Contender, threads: int) -> None:
-        self.pipe, other = multiprocessing.get_context("spawn").Pipe()
         context = multiprocessing.get_context("spawn")
+        self.pipe, other = context.Pipe()
         arguments = other, size, contender.loss, threads
         self.process = context.Process(target=worker, args=arguments, daemon=True)
         self.process.start()
@@ -163,7 +163,7 @@ class Process:
 
 
 def lines(size: Size, chunks: list[int], threads: int, rounds: int) -> list[dict[str, str]]:
-    """A line for each contender; the first two, which agree, are compared with all."""
+    """A line for each contender; all agree with the first."""
     found = contenders(chunks)
     large = size.nbytes() > MOST_BYTES
     fits = {n: c for n, c in found.items() if not large or (c.tensors == 0 and n not in SLOW)}
@@ -191,17 +191,13 @@ def lines(size: Size, chunks: list[int], threads: int, rounds: int) -> list[dict
     table = []
     for name, contender in found.items():
         line = {"N, D, C": f"{size.N}, {size.D}, {size.C:,}", "loss": name}
+        computed = contender.tensors * size.nbytes() / 2**20
+        line |= {"s": "-", "/ unfused": "-"}
+        line["MiB"] = f"{computed:,.0f} (computed)" if computed else "not run"
         if name in fits:
             took = median(seconds[name])
-            line |= {
-                "s": f"{took:.3f}",
-                "/ unfused": f"{took / base:.2f}" if "unfused" in fits else "-",
-                "MiB": f"{memory[name] / 2**20:,.0f}",
-            }
-        else:
-            line |= {"s": "-", "/ unfused": "-", "MiB": ""}
-            mib = contender.tensors * size.nbytes() / 2**20
-            line["MiB"] = f"{mib:,.0f} (computed)" if mib else "not run"
+            line |= {"s": f"{took:.3f}", "MiB": f"{memory[name] / 2**20:,.0f}"}
+            line["/ unfused"] = f"{took / base:.2f}" if "unfused" in fits else "-"
         table.append(line)
     return table
 

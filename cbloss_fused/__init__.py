@@ -4,7 +4,8 @@ from .backends import backends
 from .counts import class_counts
 from .distributed import global_normalizer
 from .functional import check_target, class_balanced_loss
-from .linear import LinearClassBalancedLoss, linear_class_balanced_loss
+from .linear import linear_class_balanced_loss
+from .linear_module import LinearClassBalancedLoss
 from .modules import ClassBalancedLoss
 from .schedules import DeferredReweighting
 from .shards import ClassShards

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 from math import inf
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ INTEGERS = (
     *(torch.int64, torch.int32, torch.int16, torch.int8),
     *(torch.uint8, torch.uint16, torch.uint32, torch.uint64),
 )
+
+# What a call gives beside the logits, unchecked, in the order of Inputs.
+Given: TypeAlias = tuple[Any, Any, Any, Any, Any, Any, Any]
 
 
 def check_inputs(

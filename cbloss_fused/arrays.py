@@ -94,3 +94,13 @@ def device(values: Any) -> torch.device:
         return values.device
     default = torch.get_default_device()
     return torch.device("cpu") if default.type == "meta" else default
+
+
+def integer_or_none(name: str, value: Any) -> int | None:
+    """An argument of any integer type, as Python's."""
+    if value is None:
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(f"{name} must be an int or None, got {value!r}") from None

@@ -82,7 +82,8 @@ class StoredGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        return scaled(ctx, grad_loss), None, None, None
+        (grad,) = ctx.saved_tensors
+        return scaled(grad, grad_loss, ctx.owned, ctx.scale_gradient), None, None, None
 
 
 class StoredGradientAndStats(torch.autograd.Function):
@@ -107,7 +108,8 @@ class StoredGradientAndStats(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return scaled(ctx, grad_loss), None, None, None
+        (grad,) = ctx.saved_tensors
+        return scaled(grad, grad_loss, ctx.owned, ctx.scale_gradient), None, None, None
 
 
 class RecomputedGradient(torch.autograd.Function):
@@ -198,17 +200,20 @@ def _recomputed(ctx: Any, grad_loss: Tensor) -> Tensor:
     return grad
 
 
-def scaled(ctx: Any, grad_loss: Tensor) -> Tensor:
-    """The stored gradient times grad_loss."""
+def scaled(grad: Tensor, grad_loss: Tensor, owned: bool, scale_gradient: Any) -> Tensor:
+    """A stored gradient times grad_loss: in place where no later backward needs it.
+
+    owned, scale_gradient: see _scaled_unseen and Backend.
+    """
     refuse_second_derivatives()
-    grad: Tensor = ctx.saved_tensors[0]
     if is_compiling() or type(grad_loss) is not Tensor or is_batched(grad_loss):
         return product(grad, grad_loss)  # whose value cannot be looked at
-    if grad_loss.is_cpu:  # where looking costs nothing
-        if grad_loss.item() != 1:
-            return grad * grad_loss
-        return grad.clone() if keeps_graph() else grad  # a later backward reads the saved one
-    return _scaled_unseen(grad, grad_loss, ctx.owned, ctx.scale_gradient)
+    if not grad_loss.is_cpu:
+        return _scaled_unseen(grad, grad_loss, owned, scale_gradient)
+    kept = keeps_graph()
+    if grad_loss.item() != 1:  # looking costs nothing here
+        return grad * grad_loss if kept or type(grad) is not Tensor else grad.mul_(grad_loss)
+    return grad.clone() if kept else grad
 
 
 def _scaled_unseen(grad: Tensor, grad_loss: Tensor, owned: bool, scale_gradient: Any) -> Tensor:

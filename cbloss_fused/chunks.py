@@ -92,11 +92,10 @@ def forward(
         stats.zero_()
     for part, logits in by_chunk(x, head, rows):
         of_part, kept = _part(inputs, part), _saved_part(saved, spec, part)
-        if x.is_cpu and is_soft(inputs.target):
-            check_soft_target(of_part.target, x.dtype, spec.formula, spec.ignore_index, part.start)
         own = loss[part] if loss.dim() else losses[part.start // rows]
         if stats is None:
-            backend.loss(logits, *of_part, *spec[1:5], own, logits if needed else None, kept)
+            grad = logits if needed else None
+            _loss(logits, of_part, spec, backend, own, grad, kept, part.start)
         else:
             kept = new_saved(logits, spec.formula.sigmoid) if kept is None else kept
             _loss_and_stats(logits, of_part, spec, backend, own, kept, stats)
@@ -183,6 +182,20 @@ def _with_denominator(
         part = slice(start, start + step)
         total += denominator_of(_part(inputs, part), C, spec, dtype)
     return inputs._replace(normalizer=total.to(dtype)), spec._replace(reduction=MEAN)
+
+
+def _loss(
+    logits: Tensor, inputs: Inputs, spec: LossSpec, backend: Backend, loss: Tensor,
+    grad: Tensor | None, saved: Tensor | None, start: int,
+) -> None:  # fmt: skip
+    """A chunk's loss; start: its first row, from which an error counts."""
+    try:
+        backend.loss(logits, *inputs, *spec[1:5], loss, grad, saved)
+    except Exception:
+        if start and logits.is_cpu and is_soft(inputs.target):
+            given = inputs.target, logits.dtype, spec.formula, spec.ignore_index
+            check_soft_target(*given, start)
+        raise
 
 
 def _gradient(

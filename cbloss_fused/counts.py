@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from .arrays import Array, device, require
+from .arrays import Array, device, integer_or_none, require
 from .groups import ProcessGroup, add_up, agreed, check_group, device_of
 from .labels import bits_by_row, bits_error, label_chunks
 
@@ -89,8 +88,11 @@ def _counted(
     background_index: int | None,
 ) -> Tensor:
     """The counts on the CPU; none without labels and num_classes."""
-    C = _int("num_classes", num_classes)
-    marks = _int("ignore_index", ignore_index), _int("background_index", background_index)
+    C = integer_or_none("num_classes", num_classes)
+    marks = (
+        integer_or_none("ignore_index", ignore_index),
+        integer_or_none("background_index", background_index),
+    )
     no_class = [mark for mark in marks if mark is not None]
     if C is not None and C < 1:
         raise ValueError(f"num_classes = {C}: expected at least 1, or None")
@@ -115,15 +117,6 @@ def _counted(
         seen += len(labels)
     _refuse_bits(bits, C)
     return counts
-
-
-def _int(name: str, value: Any) -> int | None:
-    if value is None:
-        return None
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{name} must be an int or None, got {value!r}") from None
 
 
 def _refuse_bits(found: set[tuple[int, bool]], C: int | None) -> None:

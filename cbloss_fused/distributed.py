@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import INTEGERS, check_inputs, check_vector
+from .arguments import INTEGERS, Given, check_inputs, check_vector
 from .dispatch import dispatch
 from .dtensor import is_dtensor
 from .groups import ProcessGroup, add_up, agreed, check_group, number_of_ranks
@@ -95,14 +95,14 @@ def global_normalizer(
 
 def loss_over_ranks(
     input: Tensor,
-    given: tuple[Any, ...],
+    given: Given,
     spec: LossSpec,
     return_stats: bool,
     group: ProcessGroup,
 ) -> Tensor | tuple[Tensor, ClassStats]:
     """`class_balanced_loss` with the denominator of all ranks' rows; the reduction is a mean.
 
-    given: the other arguments of `check_inputs`, normalizer None.
+    given: its normalizer is None.
     """
     inputs = None
 
@@ -113,11 +113,7 @@ def loss_over_ranks(
                 "a loss with a group needs plain logits, got a DTensor, whose mean is that of its "
                 "own mesh: pass group=None, or input.to_local()"
             )
-        target, weight, sample_weight, normalizer, logit_bias, margin, pos_weight = given
-        inputs = check_inputs(
-            input, target, weight, sample_weight, normalizer, logit_bias, margin, pos_weight, spec,
-            return_stats,
-        )  # fmt: skip
+        inputs = check_inputs(input, *given, spec, return_stats)
         C = input.shape[min(1, input.dim() - 1)]
         if input.device.type == "cpu" and not tracing():
             check_values(input, inputs, spec.formula, spec.ignore_index)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arguments import check_inputs
+from .arguments import Given, check_inputs
 from .dispatch import dispatch
 from .inputs import Inputs, compute_dtype
 from .options import MEAN, REDUCTIONS, LossSpec
@@ -31,9 +31,9 @@ def is_dtensor(tensor: Any) -> bool:
 
 
 def loss_of_dtensor(
-    input: Any, given: tuple[Any, ...], spec: LossSpec, return_stats: bool
+    input: Any, given: Given, spec: LossSpec, return_stats: bool
 ) -> Tensor | tuple[Tensor, ClassStats]:
-    """`class_balanced_loss` of a DTensor; given: the other arguments of `check_inputs`.
+    """`class_balanced_loss` of a DTensor.
 
     Raises:
         NotImplementedError: another placement, as rows and classes sharded together.
@@ -52,15 +52,12 @@ def loss_of_dtensor(
         return _loss_of_classes(input, given, spec, return_stats, of_classes[0])
     of_rows = _row_sharded(input)
     everywhere = (Replicate(),) * mesh.ndim
-    target, weight, sample_weight, normalizer, logit_bias, margin, pos_weight = (
+    own = Inputs(*(
         _own(name, tensor, placements if name in ("target", "sample_weight") else everywhere)
         for name, tensor in zip(Inputs._fields, given, strict=True)
-    )
+    ))  # fmt: skip
     logits = input.to_local()
-    inputs = check_inputs(
-        logits, target, weight, sample_weight, normalizer, logit_bias, margin, pos_weight, spec,
-        return_stats,
-    )  # fmt: skip
+    inputs = check_inputs(logits, *own, spec, return_stats)
     if of_rows and spec.reduction and REDUCTIONS[spec.reduction] != "sum":
         if inputs.normalizer is None:
             inputs = inputs._replace(normalizer=_denominator(logits, inputs, spec, mesh, of_rows))
@@ -80,7 +77,7 @@ def loss_of_dtensor(
 
 
 def _loss_of_classes(
-    input: Any, given: tuple[Any, ...], spec: LossSpec, return_stats: bool, over: int
+    input: Any, given: Given, spec: LossSpec, return_stats: bool, over: int
 ) -> Tensor | tuple[Tensor, ClassStats]:
     """Of classes sharded over a dimension of the mesh: the loss is replicated."""
     from torch.distributed.tensor import DTensor, Replicate
@@ -91,7 +88,7 @@ def _loss_of_classes(
     sizes = [min(max(C - rank * most, 0), most) for rank in range(ranks)]
     shards = ClassShards.of(sizes, mesh.get_group(over))
     everywhere = (Replicate(),) * mesh.ndim
-    own = tuple(
+    own: Any = tuple(
         _own(name, tensor, everywhere) for name, tensor in zip(Inputs._fields, given, strict=True)
     )
     result = sharded_loss(input.to_local(), own, spec, return_stats, shards)

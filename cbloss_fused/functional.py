@@ -158,7 +158,8 @@ def class_balanced_loss(
             margin and pos_weight are of all classes or of this rank's. Class indices alone.
             Softmax communicates 12 bytes per row and rank (16 with label_smoothing; twice that for
             float64), sigmoid one number (with "none" or return_stats one per row), the backward
-            nothing. return_stats gives this rank's classes.
+            nothing; a weight of this rank's classes alone one number per row more. return_stats
+            gives this rank's classes. There are no second derivatives.
         return_stats: return (loss, `ClassStats`) from the same pass: which classes drive training.
             Class indices alone; not with "none", inplace or "reference".
 
@@ -198,16 +199,12 @@ def class_balanced_loss(
     tensor(2.6000, grad_fn=<StoredGradientBackward>)
     """
     spec = spec_of("class_balanced_loss", options)
+    given = target, weight, sample_weight, normalizer, logit_bias, margin, pos_weight
     if shards is not None:
-        given = target, weight, sample_weight, normalizer, logit_bias, margin, pos_weight
         return sharded_loss(input, given, spec, return_stats, shards)
     if type(input) is not Tensor and is_dtensor(input):
-        given = target, weight, sample_weight, normalizer, logit_bias, margin, pos_weight
         return loss_of_dtensor(input, given, spec, return_stats)
-    inputs = check_inputs(
-        input, target, weight, sample_weight, normalizer, logit_bias, margin, pos_weight, spec,
-        return_stats,
-    )  # fmt: skip
+    inputs = check_inputs(input, *given, spec, return_stats)
     return dispatch(input, inputs, spec, return_stats)
 
 

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import operator
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, cast, overload
+from typing import Any, Literal, cast, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Unpack
 
-from .arguments import check_inputs, refuse_transforms
-from .arrays import Vector
+from .arguments import Given, check_inputs, refuse_transforms
+from .arrays import integer_or_none
 from .backends import choose
 from .chunks import chunk_rows
 from .dispatch import dispatch
@@ -21,7 +20,6 @@ from .dtensor import is_dtensor
 from .groups import ProcessGroup
 from .inputs import class_by_class, compute_dtype, is_soft
 from .linear_autograd import LinearCall, linear_loss, product_dtype
-from .modules import ClassBalancedLoss, ModuleOptions
 from .options import MEAN, LossOptions, LossSpec, lists_options, spec_of
 from .row_weights import denominator_of
 from .sharded import checked
@@ -156,26 +154,20 @@ def linear_class_balanced_loss(
     head = linear_weight, linear_bias
     if shards is not None:
         return _sharded(input, head, given, spec, return_stats, chunk_size, shards)
-    return _loss(input, head, given, spec, return_stats, chunk_size)
+    return linear_loss_of(input, head, given, spec, return_stats, chunk_size)
 
 
-def _loss(
-    input: Tensor, head: tuple[Any, Any], given: tuple[Any, ...], spec: LossSpec,
+def linear_loss_of(
+    input: Tensor, head: tuple[Any, Any], given: Given, spec: LossSpec,
     return_stats: bool, chunk_size: int | None, group: ProcessGroup | None = None,
 ) -> Tensor | tuple[Tensor, ClassStats]:  # fmt: skip
-    """given: the rest of check_inputs' arguments; group: ranks whose rows have one mean."""
+    """Of checked options; group: ranks whose rows have one mean."""
     inputs: Any = None
 
     def check() -> Tensor:
         nonlocal inputs
-        logits, (target, weight, sample_weight, normalizer, *vectors) = _checked(
-            input, head, given, spec
-        )
-        bias, margin, pos_weight = vectors
-        inputs = check_inputs(
-            logits, target, weight, sample_weight, normalizer, bias, margin, pos_weight, spec,
-            return_stats,
-        )  # fmt: skip
+        logits, flat = _checked(input, head, given, spec)
+        inputs = check_inputs(logits, *flat, spec, return_stats)
         return logits
 
     def denominator() -> Tensor:
@@ -209,7 +201,7 @@ def _loss(
 
 
 def _sharded(
-    input: Tensor, head: tuple[Any, Any], given: tuple[Any, ...], spec: LossSpec,
+    input: Tensor, head: tuple[Any, Any], given: Given, spec: LossSpec,
     return_stats: bool, chunk_size: int | None, shards: ClassShards,
 ) -> Tensor | tuple[Tensor, ClassStats]:  # fmt: skip
     """head: of this rank's classes."""
@@ -227,135 +219,31 @@ def _sharded(
     return loss if stats is None else (loss, ClassStats.of(stats))
 
 
-class LinearClassBalancedLoss(torch.nn.Module):
-    """A linear layer and its `ClassBalancedLoss` in one, the logits never all in memory.
-
-    Args:
-        in_features: D >= 1, features of a row of the input.
-        counts, beta: as in `ClassBalancedLoss`; out_features is C, the number of counts.
-        bias, device, dtype: as in torch.nn.Linear.
-        chunk_size: as in `linear_class_balanced_loss`.
-        options: all others as in `ClassBalancedLoss`, but for inplace and recompute.
-
-    Shape: input (..., D); target (...) or (..., C).
-    Attributes: linear, the torch.nn.Linear, whose weight may be shared with another layer; loss_fn,
-        the `ClassBalancedLoss`; chunk_size.
-    `logits(input)` is for evaluation. Under FSDP wrap this module, not its linear layer, whose own
-    forward is never called.
-
-    >>> head = LinearClassBalancedLoss(16, [500, 50, 5], beta=0.99)
-    >>> loss = head(torch.randn(4, 16), torch.tensor([0, 1, 2, 2]))
-    >>> loss.backward()
-    >>> head.logits(torch.randn(4, 16)).shape
-    torch.Size([4, 3])
-    """
-
-    linear: torch.nn.Linear
-    loss_fn: ClassBalancedLoss
-
-    @lists_options
-    def __init__(
-        self,
-        in_features: int,
-        counts: Vector,
-        beta: float | Vector = 0.999,
-        *,
-        bias: bool = True,
-        device: torch.device | str | int | None = None,
-        dtype: torch.dtype | None = None,
-        chunk_size: int | None = None,
-        **options: Unpack[ModuleOptions],
-    ) -> None:
-        super().__init__()
-        self.loss_fn = ClassBalancedLoss(counts, beta, **options)
-        _check_options(self.loss_fn.spec)
-        _chunk_size(chunk_size)
-        if device is not None:
-            self.loss_fn.to(device)
-        C = len(self.loss_fn.counts)
-        self.linear = torch.nn.Linear(in_features, C, bias, device, dtype)
-        self.chunk_size = chunk_size
-
-    def logits(self, input: Tensor) -> Tensor:
-        """(..., C) of an input (..., D)."""
-        return self.linear(input)
-
-    @overload
-    def forward(
-        self,
-        input: Tensor,
-        target: Tensor,
-        sample_weight: Tensor | None = None,
-        normalizer: float | Tensor | None = None,
-        return_stats: Literal[False] = False,
-    ) -> Tensor: ...
-    @overload
-    def forward(
-        self,
-        input: Tensor,
-        target: Tensor,
-        sample_weight: Tensor | None = None,
-        normalizer: float | Tensor | None = None,
-        *,
-        return_stats: Literal[True],
-    ) -> tuple[Tensor, ClassStats]: ...
-    @overload
-    def forward(
-        self,
-        input: Tensor,
-        target: Tensor,
-        sample_weight: Tensor | None = None,
-        normalizer: float | Tensor | None = None,
-        return_stats: bool = False,
-    ) -> Tensor | tuple[Tensor, ClassStats]: ...
-    def forward(
-        self,
-        input: Tensor,
-        target: Tensor,
-        sample_weight: Tensor | None = None,
-        normalizer: float | Tensor | None = None,
-        return_stats: bool = False,
-    ) -> Tensor | tuple[Tensor, ClassStats]:
-        """The loss, or (loss, ClassStats)."""
-        loss_fn, linear = self.loss_fn, self.linear
-        vectors = loss_fn.logit_bias, loss_fn.margin, loss_fn.pos_weight
-        given = target, loss_fn.weight, sample_weight, normalizer, *vectors
-        group = loss_fn.group if loss_fn.averages_over_ranks(normalizer) else None
-        head = linear.weight, linear.bias
-        return _loss(input, head, given, loss_fn.spec, return_stats, self.chunk_size, group)
-
-    if TYPE_CHECKING:
-        __call__ = forward
-
-    def extra_repr(self) -> str:
-        return "" if self.chunk_size is None else f"chunk_size={self.chunk_size}"
-
-
 def _checked(
-    input: Any, head: tuple[Any, Any], given: tuple[Any, ...], spec: LossSpec,
+    input: Any, head: tuple[Any, Any], given: Given, spec: LossSpec,
     shards: ClassShards | None = None,
-) -> tuple[Tensor, tuple[Any, ...]]:  # fmt: skip
+) -> tuple[Tensor, Given]:  # fmt: skip
     """What stands for the logits (N, C), and what goes with them, one row after the other."""
     _check_head(input, *head, spec, shards)
-    C, (target, weight, sample_weight, *rest) = len(head[0]), given
+    C, (target, weight, sample_weight, normalizer, bias, margin, pos_weight) = len(head[0]), given
     x = input.detach().reshape(-1, input.shape[-1])
     logits = x.new_empty((), dtype=_logits_dtype(input)).expand(len(x), C)
     target, sample_weight = _flat(input.shape[:-1], C, target, sample_weight)
-    return logits, (target, weight, sample_weight, *rest)
+    return logits, (target, weight, sample_weight, normalizer, bias, margin, pos_weight)
 
 
 def _rows_of_chunk(chunk_size: int | None, input: Tensor, C: int) -> int:
     device_type = input.device.type
     buffer = product_dtype(_logits_dtype(input), device_type)
     rows = input.shape[:-1].numel()
-    return _chunk_size(chunk_size) or chunk_rows(rows, C, buffer, device_type)
+    return check_chunk_size(chunk_size) or chunk_rows(rows, C, buffer, device_type)
 
 
 def _check_head(
     input: Any, weight: Any, bias: Any, spec: LossSpec, shards: ClassShards | None
 ) -> None:
     """Raise for tensors that are no head of this input."""
-    _check_options(spec)
+    check_linear_options(spec)
     for name, tensor in (("input", input), ("linear_weight", weight), ("linear_bias", bias)):
         if tensor is None and name == "linear_bias":
             continue
@@ -385,7 +273,7 @@ def _check_head(
         )
 
 
-def _check_options(spec: LossSpec) -> None:
+def check_linear_options(spec: LossSpec) -> None:
     if spec.inplace or spec.recompute is not None:
         raise ValueError(
             "inplace and recompute are about logits that are given: here they lie in a buffer, got "
@@ -393,14 +281,9 @@ def _check_options(spec: LossSpec) -> None:
         )
 
 
-def _chunk_size(given: Any) -> int | None:
-    if given is None:
-        return None
-    try:
-        size = operator.index(given)
-    except TypeError:
-        raise TypeError(f"chunk_size must be an int or None, got {given!r}") from None
-    if size < 1:
+def check_chunk_size(given: Any) -> int | None:
+    size = integer_or_none("chunk_size", given)
+    if size is not None and size < 1:
         raise ValueError(f"chunk_size must be at least 1, got {size}")
     return size
 

@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from . import chunks
-from .autograd import is_batched, keeps_graph, product, refuse_batches, refuse_second_derivatives
+from .autograd import refuse_batches, refuse_second_derivatives, scaled
 from .backends import REGISTRY, Backend
 from .chunks import Head, HeadGradients, Result
 from .inputs import Inputs, compute_dtype, weights_classes
@@ -33,8 +32,6 @@ _SCHEMAS = {
     "_linear_loss": f"{_GIVEN}, Tensor(a!) loss, {_GRADS}, Tensor(e!)? saved, Tensor(f!)? stats",
     "_linear_gradient": f"{_GIVEN}, Tensor saved, Tensor grad_loss, {_GRADS}",
 }
-
-
 _HAS_BFLOAT16: bool = torch.cpu._is_avx512_bf16_supported()  # instructions that multiply
 
 
@@ -74,14 +71,13 @@ class LinearLoss(torch.autograd.Function):
         saved = loss.new_empty(chunks.saved_numbers(spec) * N) if later else None
         stats = loss.new_empty(4, C, dtype=torch.float64) if call.return_stats else None
         _operators.loss(*_given(x, head, inputs, call), loss, *grads, saved, stats)
-        ctx.call, ctx.inputs = call, None
         if later:
             if not weights_classes(spec.formula, inputs.target):
                 inputs = inputs._replace(weight=None)  # in saved already; it may change in place
             ctx.save_for_backward(input, weight, bias, *inputs.of_gradient(), saved)
         else:
             ctx.save_for_backward(*cast_back(grads, input, weight, bias))
-        ctx.later = later
+        ctx.call, ctx.later = call, later
         if stats is not None:
             ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)  # no zeros for stats
@@ -91,7 +87,7 @@ class LinearLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives()
         if not ctx.later:
-            return *(times(grad, grad_loss) for grad in ctx.saved_tensors), None, None
+            return *all_scaled(ctx.saved_tensors, grad_loss, ctx.call.backend), None, None
         refuse_batches(grad_loss)
         input, weight, bias, target, w, *vectors, saved = ctx.saved_tensors
         x, head = cast(input, weight, bias, ctx.call.dtype)
@@ -107,16 +103,12 @@ def cast(
 ) -> tuple[Tensor, Head]:
     """Of values of this dtype, in the type of their products."""
     wide = product_dtype(dtype, input.device.type)
-
     x, w = (tensor.to(dtype).to(wide) for tensor in (input, weight))
     return x, Head(w, None if bias is None else bias.to(dtype).to(wide))
 
 
 def product_dtype(dtype: torch.dtype, device_type: str) -> torch.dtype:
-    """float32 for half types on a CPU without instructions for them.
-
-    There torch's products of half types take 10 to 200 times as long.
-    """
+    """float32 for half types on a CPU without instructions for them, where torch's are slow."""
     if device_type != "cpu" or dtype.itemsize > 2:
         return dtype
     return dtype if dtype == torch.bfloat16 and _HAS_BFLOAT16 else torch.float32
@@ -142,15 +134,12 @@ def _given(x: Tensor, head: Head, inputs: Inputs, call: LinearCall) -> tuple[Any
     return x, *head, *inputs, *call.spec[1:5], call.backend.name, call.rows
 
 
-def times(grad: Tensor | None, factor: Tensor) -> Tensor | None:
-    """grad * factor, in place where no later backward needs grad."""
-    if grad is None:
-        return None
-    if is_compiling() or is_batched(factor) or keeps_graph() or grad.dtype != factor.dtype:
-        return product(grad, factor)
-    if factor.is_cpu and factor.item() == 1:
-        return grad
-    return grad.mul_(factor)
+def all_scaled(
+    grads: tuple[Tensor | None, ...], grad_loss: Tensor, backend: Backend
+) -> tuple[Tensor | None, ...]:
+    """Stored gradients of a head times grad_loss."""
+    scale = backend.scale_gradient
+    return tuple(None if g is None else scaled(g, grad_loss, True, scale) for g in grads)
 
 
 # The operators
@@ -166,10 +155,8 @@ def _spec_of(
 def _loss(x: Tensor, linear_weight: Tensor, linear_bias: Tensor | None, *given: Any) -> None:
     inputs, spec = Inputs(*given[:7]), _spec_of(*given[7:11])
     backend, rows, loss, *grads, saved, stats = given[11:]
-    head, result = (
-        Head(linear_weight, linear_bias),
-        Result(loss, HeadGradients(*grads), saved, stats),
-    )
+    head = Head(linear_weight, linear_bias)
+    result = Result(loss, HeadGradients(*grads), saved, stats)
     chunks.forward(x, head, inputs, spec, REGISTRY[backend], rows, result)
 
 

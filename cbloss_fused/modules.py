@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -13,32 +12,30 @@ from torch.utils.data import DataLoader, Dataset
 from typing_extensions import Self, Unpack
 
 from .arguments import check_background, check_class_vector, check_inputs, check_pos_weight
-from .arrays import Array, Vector, class_vector, copied, device, reals
+from .arrays import Array, Vector, class_vector, copied, reals
 from .counts import class_counts
 from .dispatch import dispatch
 from .distributed import MEANS, loss_over_ranks
 from .dtensor import is_dtensor, loss_of_dtensor
 from .groups import Kept, ProcessGroup, agreed, check_group, device_of, number_of_ranks
+from .module_state import (
+    ModuleOptions,
+    further_samples,
+    kept_vector,
+    misfits,
+    no_classes,
+    weights_on_the_way,
+)
 from .options import LossOptions, LossSpec, Options, check_options, lists_options, options_of
 from .sharded import sharded_loss
 from .shards import ClassShards
 from .stats import ClassStats
-from .weights import Empty, beta_from_prototypes, class_balanced_weights
+from .weights import Empty, class_balanced_weights
 
 GIVEN = ("logit_bias", "margin", "pos_weight")  # by the caller, or None
 VECTORS = ("weight", *GIVEN)  # buffers of (C,)
 OWN_STATE = ("counts", "beta", "schedule")
 KEPT = (torch.float32, torch.float64)  # dtypes that hold a weight
-
-
-class ModuleOptions(LossOptions, total=False):
-    """All keywords of `ClassBalancedLoss`, for type checkers."""
-
-    empty: Empty
-    logit_bias: Vector | None
-    margin: Vector | None
-    pos_weight: Vector | None
-    group: ProcessGroup | None
 
 
 class ClassBalancedLoss(torch.nn.Module):
@@ -113,7 +110,7 @@ class ClassBalancedLoss(torch.nn.Module):
             weight = weight.to(torch.get_default_device())  # meta, too: reset_parameters follows
         self._given: dict[str, Tensor] = {}  # for reset_parameters
         for name, vector in zip(GIVEN, (logit_bias, margin, pos_weight), strict=True):
-            buffer = None if vector is None else _kept(name, vector, len(weight))
+            buffer = None if vector is None else kept_vector(name, vector, len(weight))
             if buffer is not None:
                 self._given[name] = buffer.cpu().clone()
             self.register_buffer(name, buffer)
@@ -169,22 +166,17 @@ class ClassBalancedLoss(torch.nn.Module):
         buffers = self._buffers  # Module.__getattr__ would take half a microsecond for each
         weight, bias = buffers["weight"], buffers["logit_bias"]
         margin, pos_weight = buffers["margin"], buffers["pos_weight"]
+        given = target, weight, sample_weight, normalizer, bias, margin, pos_weight
         if shards is not None:
-            given = target, weight, sample_weight, normalizer, bias, margin, pos_weight
             if self._group is not None and self.averages_over_ranks(normalizer):
                 raise ValueError("a group and shards: pass normalizer=global_normalizer(...)")
             return sharded_loss(input, given, self.spec, return_stats, shards)
         if self._group is not None and self.averages_over_ranks(normalizer):
-            tensors = target, weight, sample_weight, None, bias, margin, pos_weight
             group = self._group.group
-            return loss_over_ranks(input, tensors, self.spec, return_stats, group)
+            return loss_over_ranks(input, given, self.spec, return_stats, group)
         if type(input) is not Tensor and is_dtensor(input):
-            given = target, weight, sample_weight, normalizer, bias, margin, pos_weight
             return loss_of_dtensor(input, given, self.spec, return_stats)
-        inputs = check_inputs(
-            input, target, weight, sample_weight, normalizer, bias, margin, pos_weight, self.spec,
-            return_stats,
-        )  # fmt: skip
+        inputs = check_inputs(input, *given, self.spec, return_stats)
         return dispatch(input, inputs, self.spec, return_stats)
 
     if TYPE_CHECKING:
@@ -210,7 +202,7 @@ class ClassBalancedLoss(torch.nn.Module):
         tensor([2., 1., 1.], dtype=torch.float64)
         """
         group = options.get("group")
-        counts = class_counts(labels, num_classes, **_marks(options), group=group)
+        counts = class_counts(labels, num_classes, **no_classes(options), group=group)
         return cls(counts, beta, **options)
 
     @classmethod
@@ -227,7 +219,7 @@ class ClassBalancedLoss(torch.nn.Module):
         all ranks.
         """
         group = options.get("group")
-        counts = class_counts(dataset, num_classes, **_marks(options), group=group)
+        counts = class_counts(dataset, num_classes, **no_classes(options), group=group)
         return cls(counts, beta, **options)
 
     @property
@@ -284,22 +276,12 @@ class ClassBalancedLoss(torch.nn.Module):
         tensor([9., 3.], dtype=torch.float64)
         """
         if self._group is None:
-            more = self._further(new)
+            more = further_samples(new, self.counts)
         else:
             group = self._group.group
-            further, C = partial(self._further, new), len(self.counts)
-            more = agreed(further, C, group, device_of(group)).cpu()
+            further = partial(further_samples, new, self.counts)
+            more = agreed(further, len(self.counts), group, device_of(group)).cpu()
         self._reweight(self.counts + more, self.beta, self._share)
-
-    def _further(self, new: Vector) -> Tensor:
-        more = class_vector(new, "new", least=len(self.counts))
-        if more.shape != self.counts.shape:
-            raise ValueError(
-                f"new must have shape {tuple(self.counts.shape)}, got {tuple(more.shape)}"
-            )
-        if not (more >= 0).all():
-            raise ValueError(f"new must be >= 0, got {more.min().item()}")
-        return more
 
     def reset_parameters(self) -> None:
         """Rebuild the buffers from what the module was made of, after `to_empty` for example."""
@@ -310,8 +292,8 @@ class ClassBalancedLoss(torch.nn.Module):
         self._reweight(self.counts, self.beta, self._share)
 
     def _reweight(self, counts: Tensor, beta: Tensor, share: float) -> None:
-        """The weights of these, in place; share: how far they are re-weighted, see _weights."""
-        self.weight.copy_(_weights(counts, beta, self.empty, share))
+        """The weights of these, in place; share: see weights_on_the_way."""
+        self.weight.copy_(weights_on_the_way(counts, beta, self.empty, share))
         self.counts, self.beta, self._share = counts, beta, share
 
     def _defer(self, epoch: int, share: float) -> None:
@@ -362,7 +344,7 @@ class ClassBalancedLoss(torch.nn.Module):
             if prefix + name in state_dict
         }
         state |= state.pop("_extra_state", {})  # of 0.1: a dict
-        problems = self._misfits(state, prefix)
+        problems = misfits(state, prefix, len(self.counts))
         expected = [name for name in VECTORS if self._buffers[name] is not None]
         missing = [prefix + name for name in expected if name not in state]
         known = {prefix + name for name in (*expected, *OWN_STATE, "_extra_state")}
@@ -391,28 +373,6 @@ class ClassBalancedLoss(torch.nn.Module):
             epoch, self._share = state["schedule"].tolist()
             self._epoch = int(epoch)
 
-    def _misfits(self, state: dict[str, Any], prefix: str) -> list[str]:
-        """What of a state cannot be loaded."""
-        C = len(self.counts)
-        shapes: dict[str, list[Any]] = {"beta": [(), (C,)], "schedule": [(2,)]}
-        found = []
-        for name, value in state.items():
-            allowed = shapes.get(name, [(C,)])
-            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            if shape not in allowed:
-                found.append(
-                    f"size mismatch for {prefix}{name}: the checkpoint has {shape}, expected "
-                    f"{' or '.join(map(str, allowed))}"
-                )
-        if ("counts" in state) != ("beta" in state):
-            found.append(f"{prefix}counts and {prefix}beta come together, got one of them")
-        largest = torch.finfo(torch.float64).max
-        for name, most in (("counts", largest), ("beta", 1), ("schedule", largest)):
-            values = state.get(name)
-            if values is not None and not found and not ((values >= 0) & (values <= most)).all():
-                found.append(f"{prefix}{name} has values outside [0, {most:g}]")
-        return found
-
     def extra_repr(self) -> str:
         """num_classes and beta, then whatever is not the default."""
         beta = f"beta={self.beta.item()}" if self.beta.dim() == 0 else "beta per class"
@@ -421,39 +381,6 @@ class ClassBalancedLoss(torch.nn.Module):
         if self.group is not None:
             changed.append(f"group of {number_of_ranks(self.group)}")
         return ", ".join([f"num_classes={len(self.counts)}", beta, *changed])
-
-
-def _kept(name: str, values: Vector, C: int) -> Tensor:
-    """A checked copy of (C,) numbers in any form; float32 unless they are a tensor."""
-    if not isinstance(values, Tensor):
-        values = class_vector(values, name).float().to(device(values))
-    if values.is_meta:
-        raise TypeError(f"{name} is a meta tensor: it has no values to keep, expected (C,) numbers")
-    return check_class_vector(name, values, C).detach().clone()
-
-
-def _marks(options: ModuleOptions) -> dict[str, int | None]:
-    """The labels that are no class."""
-    defaults = Options()
-    return {
-        "ignore_index": options.get("ignore_index", defaults.ignore_index),
-        "background_index": options.get("background_index", defaults.background_index),
-    }
-
-
-def _weights(counts: Tensor, beta: Tensor, empty: Empty, share: float) -> Tensor:
-    """Weights on the way from those of beta = 0, at share 0, to those of beta, at 1.
-
-    N = 1/(1 - beta) grows from 1 by a power: N**share.
-    """
-    if share == 1:
-        return class_balanced_weights(counts, beta, empty=empty)
-    if share and bool((beta == 1).any()):
-        raise ValueError("anneal_epochs needs beta < 1: N = 1/(1 - beta) is infinite")
-    between = reals(beta_from_prototypes((1 - beta) ** -share), "beta")
-    with warnings.catch_warnings():  # of a beta that moves no weight yet: it grows
-        warnings.simplefilter("ignore")
-        return class_balanced_weights(counts, between, empty=empty)
 
 
 def _property(name: str) -> property:

@@ -332,13 +332,13 @@ def _rows(
             L, grad = (torch.where(known, v, 0.0) for v in (L, grad))
         L, grad = weighted(r, L.sum(1, keepdim=True)), r * grad
     else:
-        infinite = (z == inf).any(1, keepdim=True)
-        z = _limit(z)
+        unlimited, z = z, _limit(z)
         top = z.argmax(1, keepdim=True) if soft else y.unsqueeze(1)
         others = z.scatter(1, top, -inf)
         M = torch.maximum(others.amax(1, keepdim=True), z.gather(1, top))
         M = M.clamp(min=torch.finfo(z.dtype).min)  # NaN stays; -inf - -inf would be NaN
         if sums is not None:
+            infinite = (unlimited == inf).any(1, keepdim=True)  # then M is the limit's, 0
             M = torch.where(infinite, M, sums[0].unsqueeze(1))
         e = (others - M).exp()
         D = (z - M).sum(1, keepdim=True) if eps else 0.0

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .arguments import check_inplace, check_inputs, check_vector
+from .arguments import Given, check_inplace, check_inputs, check_vector
 from .autograd import refuse_batches, refuse_second_derivatives, scaled
 from .backends import Backend, choose
 from .groups import add_up, agreed
 from .inputs import Inputs, class_by_class, compute_dtype, is_soft
 from .options import REDUCTIONS, LossSpec
 from .row_weights import row_scales
-from .sharded_sigmoid import sigmoid_gradient, sigmoid_losses, target_statistics
+from .sharded_sigmoid import saved_scale, sigmoid_gradient, sigmoid_losses, target_statistics
 from .sharded_softmax import SoftmaxRows, softmax_gradient, softmax_losses
 from .shards import ClassShards, Part
 from .stats import ClassStats
@@ -30,9 +30,9 @@ class ShardedCall(NamedTuple):
 
 
 def sharded_loss(
-    input: Any, given: tuple[Any, ...], spec: LossSpec, return_stats: bool, shards: ClassShards
+    input: Any, given: Given, spec: LossSpec, return_stats: bool, shards: ClassShards
 ) -> Tensor | tuple[Tensor, ClassStats]:
-    """The loss of all classes, from this rank's logits; given: the rest of check_inputs' arguments.
+    """The loss of all classes, from this rank's logits.
 
     On the CPU all ranks raise what one finds wrong.
     """
@@ -50,7 +50,7 @@ def sharded_loss(
 
 
 def checked(
-    make: Callable[[], tuple[Any, tuple[Any, ...]]],
+    make: Callable[[], tuple[Any, Given]],
     input: Any,
     spec: LossSpec,
     return_stats: bool,
@@ -58,7 +58,7 @@ def checked(
 ) -> tuple[Tensor, Inputs, Tensor]:
     """(logits, the other tensors, r (rows,) over the denominator, negative where ignored).
 
-    make: gives logits, or what stands for them, and the rest of check_inputs' arguments, or raises.
+    make: gives logits, or what stands for them, and the rest, or raises.
     input: whose device decides whether values are looked at.
     """
     logits: Any = None
@@ -85,7 +85,7 @@ def checked(
 
 
 def _inputs(
-    input: Any, given: tuple[Any, ...], spec: LossSpec, return_stats: bool, shards: ClassShards
+    input: Any, given: Given, spec: LossSpec, return_stats: bool, shards: ClassShards
 ) -> Inputs:
     """As check_inputs of all classes, where vectors may be the rank's own."""
     if not isinstance(input, Tensor):
@@ -96,25 +96,19 @@ def _inputs(
             f"input must have this rank's {own} classes in dimension {dim}, got shape "
             f"{tuple(input.shape)}"
         )
-    target, weight, sample_weight, normalizer, *vectors = given
-    if isinstance(target, Tensor) and is_soft(target):
+    whole, parts = Inputs(*given), dict[str, Any]()
+    if isinstance(whole.target, Tensor) and is_soft(whole.target):
         raise ValueError("soft targets lie on every rank's classes: with shards pass class indices")
-    logits = input.detach().new_empty(()).expand(*input.shape[:dim], C, *input.shape[dim + 1 :])
-    whole, parts = dict(zip(("logit_bias", "margin", "pos_weight"), vectors, strict=True)), {}
-    for name, vector in (("weight", weight), *whole.items()):
+    for name in ("weight", "logit_bias", "margin", "pos_weight"):
+        vector = getattr(whole, name)
         if isinstance(vector, Tensor) and vector.shape == (own,) and own != C:
             check_vector(name, vector, (own,), input.device)
             parts[name] = vector.to(compute_dtype(input.dtype)).contiguous()
-            whole[name] = None
-    weight = None if "weight" in parts else weight
-    bias, margin, pos_weight = (whole[name] for name in ("logit_bias", "margin", "pos_weight"))
-    inputs = check_inputs(
-        logits, target, weight, sample_weight, normalizer, bias, margin, pos_weight, spec,
-        return_stats,
-    )  # fmt: skip
-    inputs = inputs._replace(**parts)
+    logits = input.detach().new_empty(()).expand(*input.shape[:dim], C, *input.shape[dim + 1 :])
+    rest: dict[str, Any] = whole._asdict() | dict.fromkeys(parts)
+    inputs = check_inputs(logits, **rest, spec=spec, return_stats=return_stats)._replace(**parts)
     if spec.inplace and input.numel():
-        check_inplace(input, target)
+        check_inplace(input, whole.target)
     if input.device.type == "cpu" and not tracing():
         check_target(inputs.target, C, spec.ignore_index, spec.background_index)
         check_values(input, inputs, spec.formula, spec.ignore_index)
@@ -122,6 +116,7 @@ def _inputs(
 
 
 def _row_scales(input: Tensor, inputs: Inputs, spec: LossSpec, shards: ClassShards) -> Tensor:
+    """r (rows,) over the denominator; the rank that has a target gives its own weight of it."""
     dtype, f = compute_dtype(input.dtype), spec.formula
     if shards.is_own(inputs.weight) and not f.per_class:
         part = Part.of(inputs, spec, shards)
@@ -159,7 +154,7 @@ class ShardedLoss(torch.autograd.Function):
         else:
             losses, rows, p = softmax_losses(logits, part, backend, r)
             at_target = (spec.formula.logit_scale * rows.g_y).abs(), p
-            ctx.save_for_backward(logits, *rows)
+            ctx.save_for_backward(logits, *part.kept(), *rows)
         loss = losses
         if spec.reduction:
             total = losses.sum(dtype=torch.float64)
@@ -176,12 +171,14 @@ class ShardedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, None]:
         part, _, backend, _ = ctx.call
-        logits, *saved = ctx.saved_tensors
-        if not saved:  # of sigmoid, stored
-            return scaled(ctx, grad_loss), None
+        logits, *kept = ctx.saved_tensors
+        if not kept:  # the gradient alone, of sigmoid
+            owned = not part.spec.inplace
+            return scaled(logits, grad_loss, owned, backend.scale_gradient), None
         refuse_second_derivatives()
         refuse_batches(grad_loss)
-        grad = logits.detach() if part.spec.inplace else backend.new_grad(logits)
+        part, saved = part.again(kept)
+        grad: Tensor = logits.detach() if part.spec.inplace else backend.new_grad(logits)
         incoming = grad_loss.contiguous()
         if part.spec.formula.sigmoid:
             sigmoid_gradient(logits, part, backend, saved[0], incoming, grad)
@@ -197,18 +194,17 @@ def _sigmoid_forward(ctx: Any, logits: Tensor, call: ShardedCall) -> Tensor:
     part, r, backend, _ = call
     grad = None
     if ctx.needs_input_grad[0] and part.spec.recomputes(logits.dtype):
-        ctx.save_for_backward(logits, torch.where(r < 0, -1.0, r).unsqueeze(0))
+        ctx.save_for_backward(logits, *part.kept(), saved_scale(r))
     elif ctx.needs_input_grad[0]:
         grad = logits.detach() if part.spec.inplace else backend.new_grad(logits)
         ctx.save_for_backward(grad)
-        ctx.owned, ctx.scale_gradient = not part.spec.inplace, backend.scale_gradient
     losses = sigmoid_losses(logits, part, backend, r, grad)
     if grad is not None and part.spec.inplace:
         torch.autograd.graph.increment_version(logits)
     return losses
 
 
-def statistics(losses: Tensor, at_target: tuple[Tensor, ...], part: Part) -> Tensor:
+def statistics(losses: Tensor, at_target: Sequence[Tensor], part: Part) -> Tensor:
     """(4, columns) of the rows whose targets are here, see stats.py."""
     found = losses.new_zeros(4, part.columns(), dtype=torch.float64)
     if part.columns():

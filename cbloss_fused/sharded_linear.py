@@ -16,9 +16,9 @@ from .autograd import refuse_batches, refuse_second_derivatives
 from .backends import Backend
 from .chunks import HeadGradients, by_chunk
 from .groups import add_up
-from .linear_autograd import cast, cast_back, new_grads, times
+from .linear_autograd import all_scaled, cast, cast_back, new_grads
 from .sharded import statistics
-from .sharded_sigmoid import sigmoid_gradient, sigmoid_losses, target_statistics
+from .sharded_sigmoid import saved_scale, sigmoid_gradient, sigmoid_losses, target_statistics
 from .sharded_softmax import SoftmaxRows, softmax_gradient, softmax_losses
 from .shards import Part
 
@@ -64,17 +64,17 @@ class ShardedLinearLoss(torch.autograd.Function):
         if now:
             _finish(grads, len(x), call)
             ctx.save_for_backward(*cast_back(grads, input, weight, bias))
-        else:
+        elif later:
             rows = [torch.cat(v) for v in zip(*(c.rows for c in found if c.rows), strict=True)]
-            ctx.save_for_backward(input, weight, bias, *rows)
+            ctx.save_for_backward(input, weight, bias, *call.part.kept(), *rows)
         ctx.call, ctx.later = call, later
         loss = losses
         if spec.reduction:
             loss = losses.sum(dtype=torch.float64).to(losses.dtype)
         stats = None
         if call.return_stats:
-            pairs = zip(*(chunk.at_target for chunk in found), strict=True)
-            stats = statistics(losses, tuple(torch.cat(v) for v in pairs), call.part)
+            at_target = [torch.cat(v) for v in zip(*(c.at_target for c in found), strict=True)]
+            stats = statistics(losses, at_target or [losses, losses], call.part)
             ctx.mark_non_differentiable(stats)
         ctx.set_materialize_grads(False)  # no zeros for stats
         return loss, stats
@@ -83,21 +83,21 @@ class ShardedLinearLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         refuse_second_derivatives()
         if not ctx.later:
-            return *(times(grad, grad_loss) for grad in ctx.saved_tensors), None
+            return *all_scaled(ctx.saved_tensors, grad_loss, ctx.call.backend), None
         refuse_batches(grad_loss)
         call: ShardedLinearCall = ctx.call
-        input, weight, bias, *rows = ctx.saved_tensors
+        input, weight, bias, *kept = ctx.saved_tensors
+        of_all, rows = call.part.again(kept)
         x, head = cast(input, weight, bias, call.dtype)
         grads = new_grads(x, head, ctx.needs_input_grad[:3])
         incoming = grad_loss.contiguous()
         for part, logits in by_chunk(x, head, call.rows):
-            own, factor = call.part.rows(part), incoming[part] if incoming.dim() else incoming
+            own, factor = of_all.rows(part), incoming[part] if incoming.dim() else incoming
             if rows:
                 of_chunk = SoftmaxRows(*(v[part] for v in rows))
                 softmax_gradient(logits, own, call.backend, of_chunk, factor, logits)
             else:
-                r = call.r[part]
-                saved = torch.where(r < 0, -1.0, r).unsqueeze(0)
+                saved = saved_scale(call.r[part])
                 sigmoid_gradient(logits, own, call.backend, saved, factor, logits)
             grads.add(logits, x[part], head.weight, part)
         _finish(grads, len(x), call)
@@ -116,7 +116,7 @@ def _forward(logits: Tensor, rows: slice, call: ShardedLinearCall, now: bool) ->
         return Chunk(losses, at_target, None)
     losses, found, p = softmax_losses(logits, part, backend, r)
     if now:
-        softmax_gradient(logits, part, backend, found, torch.ones_like(r[:1]).squeeze(), logits)
+        softmax_gradient(logits, part, backend, found, r.new_ones(()), logits)
     return Chunk(losses, ((f.logit_scale * found.g_y).abs(), p), found)
 
 

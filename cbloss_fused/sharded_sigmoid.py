@@ -13,7 +13,7 @@ from .backends import Backend
 from .options import REDUCTIONS, Formula
 from .reference import sigmoid_element
 from .row_weights import weighted
-from .shards import ELSEWHERE, IGNORED, Part, put, target_logit
+from .shards import ELSEWHERE, IGNORED, Part, at, put, target_logit
 
 SUM = REDUCTIONS.index("sum")
 MARKS = IGNORED, ELSEWHERE
@@ -30,10 +30,12 @@ def sigmoid_losses(
     if not part.columns():
         return losses
     used = torch.where(r < 0, 0.0, r)
-    z = target_logit(logits, part, part.column(), True, r.dtype)
+    z = (
+        target_logit(logits, part, part.column()) if _smooths(part) else None
+    )  # before grad is there
     numbers, inputs = _own(part).numbers(), part.inputs._replace(sample_weight=used)
     backend.loss(logits, *inputs, numbers, *MARKS, SUM, losses, grad, None)
-    if _smooths(part):
+    if z is not None:
         more, g_y = _at_target(z, part)
         losses += torch.where(part.here, weighted(used, more), 0.0)
         if grad is not None:
@@ -47,17 +49,23 @@ def sigmoid_gradient(
     """Fill grad, which may be logits, once more, for an incoming gradient: 0-d, or one per row."""
     if not part.columns():
         return
-    z = target_logit(logits, part, part.column(), True, saved.dtype)
-    vectors = part.inputs.of_gradient()
-    numbers = _own(part).numbers()
+    z = (
+        target_logit(logits, part, part.column()) if _smooths(part) else None
+    )  # before grad is there
+    numbers, vectors = _own(part).numbers(), part.inputs.of_gradient()
     backend.gradient(logits, *vectors, saved, incoming, numbers, *MARKS, grad)
-    if _smooths(part):
+    if z is not None:
         _put(grad, part, saved[0] * incoming * _at_target(z, part)[1])
+
+
+def saved_scale(r: Tensor) -> Tensor:
+    """What sigmoid_gradient takes as saved, (1, rows)."""
+    return torch.where(r < 0, -1.0, r).unsqueeze(0)
 
 
 def target_statistics(logits: Tensor, part: Part, r: Tensor) -> tuple[Tensor, Tensor]:
     """(rows,) |gradient at the target| and p of the target, of the rows that are here."""
-    z = target_logit(logits, part, part.column(), True, r.dtype)
+    z = target_logit(logits, part, part.column())
     return (r * _at_target(z, part)[1]).abs(), torch.sigmoid(z)
 
 
@@ -93,6 +101,4 @@ def _at_target(z: Tensor, part: Part) -> tuple[Tensor, Tensor]:
 def _put(grad: Tensor, part: Part, g_y: Tensor) -> None:
     """At the targets that are here."""
     column = part.column()
-    index = column.view(grad.shape[:1] + grad.shape[2:]).unsqueeze(1)
-    old = grad.gather(1, index).flatten()
-    put(grad, column, torch.where(part.here, g_y.to(grad.dtype), old))
+    put(grad, column, torch.where(part.here, g_y.to(grad.dtype), at(grad, column)))

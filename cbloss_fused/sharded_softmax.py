@@ -19,7 +19,6 @@ from torch import Tensor
 from .backends import Backend
 from .buffers import new_saved
 from .groups import gathered
-from .inputs import compute_dtype
 from .options import REDUCTIONS, Formula
 from .reference import softmax_row
 from .shards import Part, put, target_logit
@@ -69,9 +68,8 @@ def softmax_gradient(
     if not part.columns():
         return
     f, (ignored, M, k, g_y, uniform) = part.spec.formula, rows
-    factor, inputs = incoming * torch.ones_like(M), part.inputs
-    column = _stand_in(part)
-    z, raw = (target_logit(logits, part, column, m, M.dtype) for m in (True, False))
+    factor, inputs, column = incoming.expand_as(M), part.inputs, _stand_in(part)
+    z, raw = (target_logit(logits, part, column, margin) for margin in (True, False))
     e, e_raw = (torch.where(v == M, 1.0, (v - M).exp()) for v in (z, raw))
     # The kernel writes scale / (R + e) e^{z - M}, here of R = 1.
     saved = torch.stack((torch.where(ignored, -1.0, 1.0), M, torch.ones_like(M)))
@@ -89,34 +87,28 @@ def softmax_gradient(
 
 def _of_part(logits: Tensor, part: Part, backend: Backend) -> Tensor:
     """(3 or 4, rows): M, R, z_y, which is -inf elsewhere, and for smoothing D."""
-    f, dtype, smooth = (
-        part.spec.formula,
-        compute_dtype(logits.dtype),
-        part.spec.formula.label_smoothing,
-    )
-    saved = new_saved(logits, False)
-    rows = saved.shape[1]
+    f, saved = part.spec.formula, new_saved(logits, False)
     if not part.columns():
-        lowest = torch.finfo(dtype).min
-        found = [saved.new_full((rows,), v) for v in (lowest, 0.0, -inf, 0.0)]
-        return torch.stack(found if smooth else found[:3])
+        lowest = torch.finfo(saved.dtype).min
+        found = [torch.full_like(saved[0], v) for v in (lowest, 0.0, -inf, 0.0)]
+        return torch.stack(found if f.label_smoothing else found[:3])
     column, inputs = _stand_in(part), part.inputs
-    losses = saved.new_empty(rows)
+    losses = torch.empty_like(saved[0])
     vectors = column, None, None, None, inputs.logit_bias, inputs.margin, None
     backend.loss(logits, *vectors, _plain(f).numbers(), None, None, NONE, losses, None, saved)
     _, M, R = saved.unbind()
-    z, raw = (target_logit(logits, part, column, margin, dtype) for margin in (True, False))
+    z, raw = (target_logit(logits, part, column, margin) for margin in (True, False))
     top = torch.where(part.here, M, torch.maximum(M, raw))  # which the margin may have lowered
     R = torch.where(top == M, R, R * (M - top).exp())
     e_raw = torch.where(raw == top, 1.0, (raw - top).exp())
     R = torch.where(part.here, R, R + e_raw)
     found = [top, R, torch.where(part.here, z, -inf)]
-    if smooth:
+    if f.label_smoothing:
         total = logits.sum(1, dtype=torch.float64).flatten()
         if inputs.logit_bias is not None:
             total = total + inputs.logit_bias.sum(dtype=torch.float64)
         total = f.logit_scale * total - part.columns() * top.double()
-        found.append((total + torch.where(part.here, z - raw, 0.0)).to(dtype))
+        found.append((total + torch.where(part.here, z - raw, 0.0)).to(M.dtype))
     return torch.stack(found)
 
 
@@ -128,4 +120,4 @@ def _stand_in(part: Part) -> Tensor:
 
 def _plain(f: Formula) -> Formula:
     """Cross entropy of the same logits."""
-    return Formula(False, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, 0.0, f.logit_scale, False)
+    return f._replace(gamma=0.0, gamma_neg=0.0, label_smoothing=0.0, z_loss=0.0)

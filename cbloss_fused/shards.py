@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .arrays import integer_or_none
 from .groups import Kept, ProcessGroup, agreed, check_group, device_of, gathered, number_of_ranks
-from .inputs import Inputs
+from .inputs import Inputs, compute_dtype
 from .options import LossSpec
 
 IGNORED, ELSEWHERE, INVALID = -1, -2, -3  # a part's own targets that are none of its columns
@@ -44,12 +46,10 @@ class ClassShards:
         where = device_of(group)
 
         def own() -> Tensor:
-            if isinstance(num_local_classes, bool) or not isinstance(num_local_classes, int):
-                kind = type(num_local_classes).__name__
-                raise TypeError(f"num_local_classes must be an int, got {kind}")
-            if num_local_classes < 0:
+            size = integer_or_none("num_local_classes", num_local_classes)
+            if size is None or size < 0:
                 raise ValueError(f"num_local_classes must be >= 0, got {num_local_classes}")
-            return torch.tensor(num_local_classes, device=where)
+            return torch.tensor(size, device=where)
 
         total = int(agreed(own, 1, group, where))
         if total < 1:
@@ -130,9 +130,20 @@ class Part(NamedTuple):
         y = self.y[part]
         return self._replace(y=y, here=self.here[part], inputs=self.inputs._replace(target=y))
 
-    def column(self, missing: int = 0) -> Tensor:
-        """The target's column, or another where it is elsewhere."""
-        return torch.where(self.here, self.y, missing)
+    def column(self) -> Tensor:
+        """The target's column, or the first where it is elsewhere."""
+        return torch.where(self.here, self.y, 0)
+
+    def kept(self) -> tuple[Tensor | None, ...]:
+        """What autograd keeps of it: who changes a vector in place is told so by the backward."""
+        return self.inputs.of_gradient()
+
+    def again(self, saved: Sequence[Tensor | None]) -> tuple[Part, list[Any]]:
+        """In the backward, of what was kept, and what was saved after it."""
+        target, weight, logit_bias, margin, pos_weight, *rest = saved
+        assert target is not None
+        inputs = Inputs(target, weight, None, None, logit_bias, margin, pos_weight)
+        return self._replace(inputs=inputs), rest
 
 
 def at(values: Tensor, column: Tensor) -> Tensor:
@@ -142,14 +153,14 @@ def at(values: Tensor, column: Tensor) -> Tensor:
 
 
 def put(values: Tensor, column: Tensor, at_column: Tensor) -> None:
-    """The inverse, in place."""
+    """Write (rows,) values at a column of each row."""
     index = column.view(values.shape[:1] + values.shape[2:]).unsqueeze(1)
     values.scatter_(1, index, at_column.to(values.dtype).view(index.shape))
 
 
-def target_logit(logits: Tensor, part: Part, column: Tensor, margin: bool, dtype: Any) -> Tensor:
+def target_logit(logits: Tensor, part: Part, column: Tensor, margin: bool = True) -> Tensor:
     """logit_scale (x_j + bias_j - margin_j) of a column j of each row; margin: with it."""
-    z = at(logits, column).to(dtype)
+    z = at(logits, column).to(compute_dtype(logits.dtype))
     if part.inputs.logit_bias is not None:
         z = z + part.inputs.logit_bias[column]
     if margin and part.inputs.margin is not None:

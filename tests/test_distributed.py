@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
-import json
-import os
 import pickle
-import runpy
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -32,7 +27,6 @@ from cbloss_fused import (
     global_normalizer,
 )
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 N, C, D = 12, 5, 4
 PARTS = {2: (8, 4), 3: (7, 0, 5)}  # rows of each rank
 COUNTS, BETA = [50, 20, 9, 4, 1], 0.9
@@ -473,34 +467,3 @@ def test_a_module_of_before_groups() -> None:
     assert old.group is None
     x, y, _, _ = data()
     assert torch.equal(old(head()(x), y), made()(head()(x), y))
-
-
-# The examples -------------------------------------------------------------------------------------
-
-
-@pytest.mark.filterwarnings("ignore:cbloss_fused runs in eager PyTorch")  # a build without kernels
-@pytest.mark.long
-@pytest.mark.parametrize("name", ["train_ddp.py", "train_fsdp2.py", "train_tensor_parallel.py"])
-def test_example(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    """Two ranks print and have the losses of one process."""
-    for extra in ("matplotlib", "sklearn", "tabulate", "tqdm"):
-        pytest.importorskip(extra)
-    one, two = tmp_path / "1.json", tmp_path / "2.json"
-    given = [str(EXAMPLES / name), "--epochs", "3", "--out"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {
-        "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent), "CUDA_VISIBLE_DEVICES": "",
-    }  # fmt: skip
-    command = [sys.executable, *torchrun, *given, str(two)]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-    with monkeypatch.context() as patch, torch.random.fork_rng():
-        patch.setattr(sys, "argv", [*given, str(one)])
-        runpy.run_path(given[0], run_name="__main__")
-    printed, _ = process.communicate(timeout=120)
-    assert process.returncode == 0
-    assert printed == capsys.readouterr().out
-    assert printed.count("\n") == 3
-    losses = json.loads(one.read_text())
-    assert json.loads(two.read_text()) == pytest.approx(losses, rel=1e-4)
-    third = len(losses) // 3
-    assert sum(losses[-third:]) < sum(losses[:third])

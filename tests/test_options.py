@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import pytest
 
 from cbloss_fused import ClassBalancedLoss, class_balanced_loss
-from cbloss_fused.modules import ModuleOptions
+from cbloss_fused.module_state import ModuleOptions
 from cbloss_fused.options import REDUCTIONS, RULES, LossOptions, Options
 
 TYPES = get_type_hints(Options)

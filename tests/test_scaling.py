@@ -1,4 +1,4 @@
-"""The formulas of bench/scaling.py: what processes exchange, what is allocated."""
+"""The formulas of bench/step.py: what processes exchange, what is allocated."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from support.backends import DEVICE, INTERPRETED
 from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 
-from bench import scaling
-from bench.scaling import Collective
+from bench import scaling, step
+from bench.step import Collective
 from cbloss_fused import (
     ClassBalancedLoss,
     ClassShards,
@@ -32,8 +32,8 @@ DTYPES = {torch.float32: 4, torch.bfloat16: 4, torch.float64: 8}  # bytes of the
 
 def test_page() -> None:
     """It is the one of the defaults, which say where they come from."""
-    assert scaling.page(scaling.Setting()) == scaling.PAGE.read_text()
-    assert scaling.SOURCES.keys() == scaling.Setting._field_defaults.keys()
+    assert scaling.page(step.Setting()) == scaling.PAGE.read_text()
+    assert scaling.SOURCES.keys() == step.Setting._field_defaults.keys()
 
 
 @pytest.mark.parametrize("kind", ("cpu", "cuda"))
@@ -45,8 +45,8 @@ def test_buffer(C: int, dtype: torch.dtype, kind: str) -> None:
         x, head = (torch.empty(n, D, dtype=dtype, device="meta") for n in (rows, C))
         at_once = chunks.chunk_rows(rows, C, dtype, kind)
         found = [logits for _, logits in chunks.by_chunk(x, chunks.Head(head, None), at_once)]
-        assert len(found) == scaling.chunk_count(rows, C, dtype, kind)
-        assert found[0].untyped_storage().nbytes() == scaling.chunk_buffer(rows, C, dtype, kind)
+        assert len(found) == step.chunk_count(rows, C, dtype, kind)
+        assert found[0].untyped_storage().nbytes() == step.chunk_buffer(rows, C, dtype, kind)
 
 
 def test_head_state() -> None:
@@ -57,7 +57,7 @@ def test_head_state() -> None:
     state = adam.state[head.weight]
     assert head.weight.grad is not None
     tensors = head.weight, head.weight.grad, state["exp_avg"], state["exp_avg_sq"]
-    assert sum(t.nbytes for t in tensors) == scaling.head_state(N, D)
+    assert sum(t.nbytes for t in tensors) == step.head_state(N, D)
 
 
 @pytest.mark.skipif(DEVICE != "cpu" or INTERPRETED, reason="processes of the CPU")
@@ -110,13 +110,13 @@ def counted() -> Iterator[list[Collective]]:
 
 
 def classes_over_ranks(shards: ClassShards, dtype: torch.dtype, itemsize: int) -> None:
-    softmax = scaling.softmax_rows(N, itemsize=itemsize)
-    sigmoid = scaling.sigmoid_rows(N, itemsize=itemsize)
-    losses = scaling.sigmoid_rows(N, per_row=True, itemsize=itemsize)
+    softmax = step.softmax_rows(N, itemsize=itemsize)
+    sigmoid = step.sigmoid_rows(N, itemsize=itemsize)
+    losses = step.sigmoid_rows(N, per_row=True, itemsize=itemsize)
     of_sigmoid = {"activation": "sigmoid", "label_smoothing": 0.1}
-    smooth = scaling.softmax_rows(N, smoothing=True, itemsize=itemsize)
+    smooth = step.softmax_rows(N, smoothing=True, itemsize=itemsize)
     own = torch.ones(shards.num_local_classes)
-    with_own = [scaling.own_weight(N, itemsize=itemsize), softmax]
+    with_own = [step.own_weight(N, itemsize=itemsize), softmax]
     for expected, options in (
         ([softmax], {}),
         ([softmax], {"reduction": "none"}),
@@ -134,9 +134,9 @@ def classes_over_ranks(shards: ClassShards, dtype: torch.dtype, itemsize: int) -
             with counted() as found:
                 result: Any = class_balanced_loss(x, y, shards=shards, **options)
                 loss = result[0] if options.get("return_stats") else result
-                assert found == [scaling.agreement(2), *expected]
+                assert found == [step.agreement(2), *expected]
                 loss.sum().backward()
-                assert found == [scaling.agreement(2), *expected]  # nothing in the backward
+                assert found == [step.agreement(2), *expected]  # nothing in the backward
 
 
 def rows_over_ranks() -> None:
@@ -145,12 +145,12 @@ def rows_over_ranks() -> None:
     with counted() as found:
         global_normalizer(y)
         loss_fn(x, y).backward()
-    assert found == 2 * [scaling.agreement(1)]
+    assert found == 2 * [step.agreement(1)]
     with counted() as found, pytest.MonkeyPatch.context() as patch:  # where a GPU would branch
         patch.setattr(distributed, "_device", lambda tensor: torch.device("cuda"))
         global_normalizer(y, torch.ones(3))
         loss_fn(x, y).backward()
-    assert found == 2 * [scaling.normalizer()]
+    assert found == 2 * [step.normalizer()]
     with counted() as found:
         loss_fn.eval()(x, y).backward()
     assert not found
@@ -171,7 +171,7 @@ def gradient_of_the_head() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         logits = head(torch.ones(N, D))
     class_balanced_loss(logits, torch.zeros(N, dtype=torch.int64)).backward()
-    assert found == [scaling.head_gradient(C, D)]
+    assert found == [step.head_gradient(C, D)]
 
 
 def gradient_of_the_input(shards: ClassShards) -> None:
@@ -187,5 +187,5 @@ def gradient_of_the_input(shards: ClassShards) -> None:
     assert part.grad is not None
     with counted() as found:
         torch.distributed.all_reduce(part.grad)
-    assert found == [scaling.input_gradient(N, D, itemsize=4)]
+    assert found == [step.input_gradient(N, D, itemsize=4)]
     torch.testing.assert_close(part.grad, whole.grad)

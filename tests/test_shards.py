@@ -190,6 +190,8 @@ def on_a_rank(rank: int, store: str, ranks: int) -> None:
     small_gradients(shards)
     statistics(shards)
     infinite(shards)
+    nothing(shards)
+    changed_in_place(shards)
     errors_of_one_rank(shards)
     copies(shards)
     heads(shards)
@@ -297,6 +299,7 @@ def infinite(shards: ClassShards) -> None:
     last = C - 1
     x[0, 0], x[1, last], x[2, 0], x[2, last] = torch.inf, torch.inf, torch.inf, torch.inf
     x[4, last], x[5, :], x[5, 1], x[6, 0] = torch.nan, -torch.inf, 0.0, -torch.inf
+    x[3] = torch.nan  # an ignored row
     y[0], y[1], y[5], y[6] = 0, 0, 1, last
     local = mine(shards, x.T).T.clone().requires_grad_()
     leaf = x.clone().requires_grad_()
@@ -308,6 +311,40 @@ def infinite(shards: ClassShards) -> None:
     assert local.grad is not None
     assert leaf.grad is not None
     torch.testing.assert_close(local.grad, mine(shards, leaf.grad.T).T, equal_nan=True)
+
+
+def nothing(shards: ClassShards) -> None:
+    """A batch without rows."""
+    C = shards.num_classes
+    y, head = torch.zeros(0, dtype=torch.int64), torch.ones(shards.num_local_classes, 3)
+    for activation in ("softmax", "sigmoid"):
+        options: dict[str, Any] = {"activation": activation, "shards": shards}
+        options |= {"label_smoothing": 0.1, "return_stats": True}
+        local = torch.zeros(0, shards.num_local_classes, requires_grad=True)
+        weight = head.clone().requires_grad_()
+        for loss, stats in (
+            class_balanced_loss(local, y, torch.ones(C), **options),
+            linear_class_balanced_loss(torch.zeros(0, 3), weight, y, torch.ones(C), **options),
+        ):
+            assert loss == 0
+            assert stats.rows.tolist() == [0] * shards.num_local_classes
+            loss.backward()
+        assert weight.grad is not None
+        assert not weight.grad.any()
+
+
+def changed_in_place(shards: ClassShards) -> None:
+    """A vector that the backward needs must be what it was in the forward."""
+    C = shards.num_classes
+    x, y, _ = data(C)
+    for activation in ("softmax", "sigmoid"):
+        bias = draw(2, C)
+        local = mine(shards, x.T).T.clone().requires_grad_()
+        options: dict[str, Any] = {"activation": activation, "reduction": "none"}
+        loss = class_balanced_loss(local, y, logit_bias=bias, shards=shards, **options)
+        bias.add_(1)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.sum().backward()
 
 
 def errors_of_one_rank(shards: ClassShards) -> None:

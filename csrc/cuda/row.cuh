@@ -51,8 +51,8 @@ CB_FN T* row_of(T* base, const Strides& stride, int K, int i) {
   return base + n * stride.n + (i - n * K) * stride.k;
 }
 
-// How many rows a block of a kernel with THREADS threads per row has: one, or as many as four warps
-// have, if a row has a warp or a part of one.
+// How many rows one block of a kernel with THREADS threads per row has: one, or as many as four
+// warps have, if a row has a warp or a part of one.
 template <int THREADS>
 constexpr int TOGETHER = THREADS <= WARP ? 4 * WARP / THREADS : 1;
 template <int THREADS>
