@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
 from . import ClassBalancedLoss, backends, class_counts, effective_number, init_head_bias_
+from .experiments.long_tail import long_tailed_counts
 
 MISSING = ""
 try:
@@ -51,11 +52,6 @@ class Split(NamedTuple):
     train_y: Tensor
     test_x: Tensor  # sorted by class
     counts: Tensor
-
-
-def long_tailed_counts(n_max: int, imbalance: float, num_classes: int) -> list[int]:
-    """The paper's rule, n_i = int(n_max mu^(i / (C - 1))) with mu = 1 / imbalance."""
-    return [int(n_max * (1 / imbalance) ** (i / (num_classes - 1))) for i in range(num_classes)]
 
 
 def long_tailed_split(imbalance: float, seed: int) -> Split:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cbloss_fused import demo
+from cbloss_fused.experiments.long_tail import long_tailed_counts
 
 for extra in ("matplotlib", "sklearn", "tabulate", "tqdm"):
     pytest.importorskip(extra)
@@ -64,13 +65,13 @@ def test_runs_repeat():
 
 @pytest.mark.parametrize("imbalance, counts", COUNTS.items())
 def test_counts_follow_the_rule(imbalance, counts):
-    assert demo.long_tailed_counts(120, imbalance, 10) == counts
+    assert long_tailed_counts(120, imbalance, 10) == counts
     assert demo.long_tailed_split(imbalance, seed=0).counts.tolist() == counts
 
 
 def test_counts_of_long_tailed_cifar():
     published = [5000, 3237, 2096, 1357, 878, 568, 368, 238, 154, 100]
-    assert demo.long_tailed_counts(5000, 50, 10) == published
+    assert long_tailed_counts(5000, 50, 10) == published
 
 
 def test_split_is_balanced_disjoint_and_permuted():

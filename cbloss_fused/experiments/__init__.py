@@ -1,0 +1,1 @@
+"""Experiments: which class-balanced loss pays where, by commands that anyone can repeat."""

@@ -1,0 +1,133 @@
+"""The figures of the kanji experiment."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from .evaluation import BIN_EDGES
+from .figures import STYLES, panels
+from .kanji_data import PIXELS, Kanji
+from .runs import Record
+from .settings import ALL_SETTINGS, DEFERRED_FROM
+
+BASELINE = "cross-entropy"
+SHOWN = (
+    BASELINE,
+    "cb-softmax-0.9999",
+    "cb-softmax-0.9999-drw",
+    "cb-focal-0.9999-drw",
+    "logit-adjustment",
+    "ldam-drw",
+)
+CURVE = {0.0: BASELINE} | {b: f"cb-softmax-{b}-drw" for b in (0.9, 0.99, 0.999, 0.9999)}
+DRIVERS = (BASELINE, "cb-softmax-0.9999", "cb-softmax-0.9999-drw", "logit-adjustment")
+BINS = [
+    str(first) if last == first else f"{first}-{last}" if last else f"{first}+"
+    for first, last in zip(BIN_EDGES, [e - 1 for e in BIN_EDGES[1:]] + [0], strict=True)
+]
+SAMPLE_ROWS = 12
+SAMPLE_COLUMNS = 8
+
+
+def mean_of(records: list[Record], loss: str, *keys: str) -> np.ndarray | None:
+    """The mean over a loss's runs of a value or a list of values; None if there is no run."""
+    values = []
+    for record in records:
+        if record["loss"] == loss:
+            value = record
+            for key in keys:
+                value = value[key]
+            values.append(np.array(value, dtype=float))
+    return np.mean(values, axis=0) if values else None
+
+
+def accuracy_by_frequency(records: list[Record], data: Kanji) -> Figure:
+    """Accuracy over a class's number of training images, and what a loss gains or costs."""
+    figure, (left, right) = panels(2, width=6)
+    baseline = mean_of(records, BASELINE, "bins")
+    for loss, style in zip(SHOWN, STYLES, strict=True):
+        accuracy = mean_of(records, loss, "bins")
+        if accuracy is None:
+            continue
+        left.plot(BINS, accuracy, label=ALL_SETTINGS[loss].title, **style)
+        if baseline is not None:
+            right.plot(BINS, accuracy - baseline, **style)
+    left.set(title="Test accuracy, %", xlabel="training images of the class")
+    right.set(title="Points above cross entropy", xlabel="training images of the class")
+    left.legend(loc="lower right", fontsize=9)
+    return figure
+
+
+def beta_curve(records: list[Record], data: Kanji) -> Figure:
+    """Accuracy over beta, CB softmax deferred; beta = 0 is cross entropy."""
+    figure, (ax,) = panels(1, width=6)
+    betas = [b for b, loss in CURVE.items() if mean_of(records, loss, "natural") is not None]
+    for group, style in zip(("all", "many", "medium", "few", "one"), STYLES, strict=False):
+        means, deviations = [], []
+        for beta in betas:
+            values = [r["groups"][group] for r in records if r["loss"] == CURVE[beta]]
+            runs = np.array(values, dtype=float)
+            means.append(np.mean(runs))
+            deviations.append(np.std(runs, ddof=1) if len(runs) > 1 else 0)
+        ax.errorbar([str(b) for b in betas], means, deviations, label=group, capsize=3, **style)
+    ax.set(title="CB softmax, deferred: test accuracy, %", xlabel="β (0: cross entropy)")
+    ax.legend(ncols=3, fontsize=9, loc="best")
+    return figure
+
+
+def drivers(records: list[Record], data: Kanji) -> Figure:
+    """Which classes drive the loss: shares of the gradient at the targets, epoch by epoch."""
+    shown = [loss for loss in DRIVERS if mean_of(records, loss, "natural") is not None]
+    figure, axes = panels(len(shown), width=3.6)
+    groups = {"1 to 5 images": (0, 3), "6 to 20": (3, 5), "21 to 100": (5, 7), "more": (7, 9)}
+    fills = [("#D55E00", ""), ("#F0B090", "//"), ("#A0C8E8", ".."), ("#0072B2", "")]
+    for ax, loss in zip(axes, shown, strict=True):
+        runs = [r["history"] for r in records if r["loss"] == loss]
+        shares = 100 * np.mean([[epoch["gradient"] for epoch in run] for run in runs], axis=0)
+        epochs, base = np.arange(1, len(shares) + 1), np.zeros(len(shares))
+        for (name, (first, end)), (color, hatch) in zip(groups.items(), fills, strict=True):
+            top = base + shares[:, first:end].sum(1)
+            ax.fill_between(
+                epochs, base, top, label=name, color=color, hatch=hatch, edgecolor="white"
+            )
+            base = top
+        ax.set(title=ALL_SETTINGS[loss].title, xlabel="epoch", ylim=(0, 100))
+        ax.set_xlim(1, len(shares))
+        if ALL_SETTINGS[loss].deferred:
+            ax.axvline(int(DEFERRED_FROM * len(shares)) + 0.5, color="black", linestyle=":")
+    axes[0].set_ylabel("share of the gradient at the targets, %")
+    axes[0].legend(fontsize=8, loc="upper left", frameon=True, framealpha=0.9)
+    return figure
+
+
+def sample(records: list[Record], data: Kanji) -> Figure:
+    """Test images on the left, all or the first eight training images on the right."""
+    ranks = np.linspace(0, len(data.counts) - 1, SAMPLE_ROWS).astype(int)
+    blank = torch.zeros(SAMPLE_COLUMNS, PIXELS, PIXELS, dtype=torch.uint8)
+    figure, axes = panels(2, width=4, height=6.2)
+    for ax, x, y, title in (
+        (axes[0], data.test_x, data.test_y, "test: designs never trained on"),
+        (axes[1], data.train_x, data.train_y, f"training, {SAMPLE_COLUMNS} at most"),
+    ):
+        rows = [torch.cat([x[y == c, 0], blank])[:SAMPLE_COLUMNS] for c in ranks]
+        image = torch.cat([torch.cat(list(row), 1) for row in rows])
+        ax.imshow(255 - image.numpy(), cmap="gray", vmin=0, vmax=255)
+        ax.set(title=title, xticks=[], yticks=(np.arange(SAMPLE_ROWS) + 0.5) * PIXELS)
+        ax.spines[:].set_visible(False)
+        ax.tick_params(length=0)
+    axes[0].set_yticklabels([f"{int(data.counts[c])}" for c in ranks])
+    axes[0].set_ylabel("training images of the class")
+    axes[1].set_yticklabels([])
+    return figure
+
+
+FIGURES: dict[str, Callable[[list[Record], Kanji], Figure]] = {
+    "accuracy": accuracy_by_frequency,
+    "beta": beta_curve,
+    "drivers": drivers,
+    "sample": sample,
+}
