@@ -143,9 +143,11 @@ def _of_npy(source: str) -> list[int]:
         array = np.load(source, mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise InputError(f"expected an .npy file of integers ({error})") from None
-    if not isinstance(array, np.ndarray) or array.ndim != 1 or array.dtype.kind not in "iu":
-        given = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else "an archive"
-        raise InputError(f"{given}: expected integers (C,)")
+    if not isinstance(array, np.ndarray):
+        array.close()
+        raise InputError("a .npz archive: expected an .npy file of integers")
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise InputError(f"{array.dtype} {array.shape}: expected integers (C,)")
     return [_count(value, f"[{i}]") for i, value in enumerate(array.tolist())]
 
 
