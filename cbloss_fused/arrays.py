@@ -84,6 +84,8 @@ def tensor(values: Any, what: str, dtype: torch.dtype | None = None) -> Tensor:
         if hasattr(values, "__array__"):  # copied: it may be read-only, or reversed
             return torch.as_tensor(values.__array__().copy(), device="cpu")
         return torch.as_tensor(values, dtype=dtype, device="cpu")
+    except OverflowError as error:  # beyond the largest float
+        raise ValueError(f"{what}, got {type(values).__name__}: {error}") from error
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{what}, got {type(values).__name__}: {error}") from error
 
