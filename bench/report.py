@@ -28,7 +28,7 @@ faster. Every number belongs to a loss and gradient that agreed with the float64
 within 2e-5 of the row's largest gradient, the others within 1e-3; half types half a spacing more).
 `wrong` and `failed` were not timed, `-` does not apply or was not tried.
 
-- eager: the fastest of the formulas of `bench/losses.py`, named behind the time.
+- eager: the fastest of the formulas of `cbloss_fused/plain.py`, named behind the time.
 - compile: torch.compile of them (fullgraph, dynamic=False): of both formulas at 256x8142 float32,
   elsewhere of the first one for the family. The reference compiles to slower code.
 - F.cross_entropy(weight=w) divides by the sum of the weights: its ratio is to fused with

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-# Debian packages, 145 MB in all, of some 25 designs; all are free to use and to embed.
+# Debian packages, 138 MB in all, of 22 designs; all are free to use and to embed.
 PACKAGES = [
     "aoyagi-kouzan-t",
     "aoyagi-soseki",
@@ -37,7 +37,6 @@ PACKAGES = [
     "sawarabi-gothic",
     "sawarabi-mincho",
     "seto",
-    "train",
     "vlgothic",
     "wqy-microhei",
     "wqy-zenhei",
