@@ -125,10 +125,17 @@ CB_FN Vec log(Vec x) {
   return x < FLT_MAX ? y : x;  // log of infinity and NaN: unchanged
 }
 
-// e^{-z/2}, bounded so that its square is finite. For smaller z, L and g underflow to exactly 0.
+// e^{-z/2}, bounded where L and g are 0: by a number whose square is infinite, which makes sigma
+// and its root 0, too. Of smaller ones they would be so small that their products are subnormal,
+// and slow. But the Newton step of rsqrt needs a finite square.
 template <bool SHORT>
 CB_FN Vec exp_minus_half(Vec z) {
-  return exp<SHORT>(min(Vec{} + 43.5f, z * -0.5f));
+#if defined(__AVX512F__)
+  constexpr float MOST = 43.5f;
+#else
+  constexpr float MOST = 44.5f;
+#endif
+  return exp<SHORT>(min(Vec{} + MOST, z * -0.5f));
 }
 // q^gamma for q in [0, 1]. Other gammas than 1, 2 and 4 replace a q below the smallest normal
 // number by that number.
