@@ -125,6 +125,14 @@ def test_strides(backend, family, dtype, layout, options):
     check(backend, strided(dtype)[layout], activation=family, **options)
 
 
+@pytest.mark.parametrize("layout", ("channels-last", "odd-pixels", "pixels-of-many"))
+@FAMILY
+def test_strides_of_adjusted_logits(backend, family, layout):
+    logits = strided()[layout]
+    vectors = {name: torch.rand(logits.shape[1]) for name in ("logit_bias", "margin")}
+    check(backend, logits, activation=family, logit_scale=2.0, **vectors)
+
+
 @FAMILY
 def test_strides_of_targets_and_sample_weights(backend, family):
     logits = random(4, 5, 6)
