@@ -109,6 +109,8 @@ def strided(dtype=torch.float32):
         "sequence": random(4, 6, 80, dtype=dtype).transpose(1, 2),
         "many-rows": random(5000, 3, dtype=dtype),
         "many-pixels": random(2, 3, 50, 60, dtype=dtype),
+        "odd-pixels": random(2, 3, 7, 21, dtype=dtype),
+        "pixels-of-many": random(1, 150, 5, 15, dtype=dtype),
     }
 
 
@@ -121,6 +123,14 @@ LAYOUTS = tuple(strided())
 @FAMILY
 def test_strides(backend, family, dtype, layout, options):
     check(backend, strided(dtype)[layout], activation=family, **options)
+
+
+@pytest.mark.parametrize("layout", ("channels-last", "odd-pixels", "pixels-of-many"))
+@FAMILY
+def test_strides_of_adjusted_logits(backend, family, layout):
+    logits = strided()[layout]
+    vectors = {name: torch.rand(logits.shape[1]) for name in ("logit_bias", "margin")}
+    check(backend, logits, activation=family, logit_scale=2.0, **vectors)
 
 
 @FAMILY
@@ -216,7 +226,7 @@ def test_nothing_outside_is_read_or_written(backend, family, dtype, C, pytestcon
 
 
 @pytest.mark.parametrize(
-    "layout", ("channels-last", "cropped", "permuted", "few-of-many", "transposed")
+    "layout", ("channels-last", "cropped", "permuted", "few-of-many", "transposed", "odd-pixels")
 )
 @DTYPE
 @FAMILY
@@ -241,7 +251,9 @@ def test_nothing_outside_a_strided_gradient_is_written(backend, family, dtype, l
 
 
 @pytest.mark.parametrize("recompute", (False, True), ids=("stored", "recomputed"))
-@pytest.mark.parametrize("shape", ((33, 3), (9, 200), (2, 5, 3, 4), (2, 70, 5)), ids=str)
+@pytest.mark.parametrize(
+    "shape", ((33, 3), (9, 200), (2, 5, 3, 4), (2, 70, 5), (2, 3, 147)), ids=str
+)
 @DTYPE
 @FAMILY
 def test_in_place_gives_the_same_bits(backend, family, dtype, shape, recompute):

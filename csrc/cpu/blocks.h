@@ -33,13 +33,12 @@ CB_FN Quad load_quad(const uint8_t* p) {
 }
 CB_FN void store_quad(float* p, Quad q) { _mm_storeu_ps(p, q); }
 CB_FN void store_8_bytes(void* p, __m128i v) { _mm_storel_epi64(reinterpret_cast<__m128i*>(p), v); }
-CB_FN void store_quad(BFloat16* p, Quad q) {  // rounded as by narrow()
+CB_FN void store_quad(BFloat16* p, Quad q) {
 #if defined(__AVX512BF16__)
   store_8_bytes(p, (__m128i)_mm_cvtneps_pbh(q));
 #else
-  const __m128i u = (__m128i)q, odd = _mm_and_si128(_mm_srli_epi32(u, 16), _mm_set1_epi32(1));
-  const __m128i up = _mm_add_epi32(_mm_add_epi32(u, _mm_set1_epi32(0x7fff)), odd);
-  const __m128i rounded = _mm_srli_epi32(up, 16);
+  typedef uint32_t UQuad __attribute__((vector_size(16)));
+  const __m128i rounded = (__m128i)bfloat16_bits((UQuad)q);
   store_8_bytes(p, _mm_packus_epi32(rounded, rounded));
 #endif
 }

@@ -132,20 +132,72 @@ CB_FN void for_classes(int64_t C, const Body& body, const Flush& flush) {
   }
 }
 
+// Tiles that are read together, and written together, where rows lie side by side and classes do
+// not. Of one tile alone a class has a part of a cache line, which may be gone when the next tile
+// wants the rest: where classes are a power of two apart, as in images, their lines all compete for
+// the same few places of a cache.
+template <class S>
+class Group {
+  using V = typename Lanes<S>::V;
+  static constexpr int64_t N = Lanes<S>::N;
+  // Rows of a group, whose logits fit into the smallest first-level caches. Fewer do not pay: the
+  // hardware fetches one tile after the other better.
+  static constexpr int64_t ROWS = 64, BYTES = 1 << 15;
+  const Call& a;
+
+ public:
+  int64_t most = 1;  // tiles
+
+  Group(const Call& a, Mode mode) : a(a) {
+    const auto fits = [&](const Strides& s) { return row_step(s, a.K) == 1 && s.c != 1; };
+    const bool in_cache = a.C * ROWS * int64_t(sizeof(typename Lanes<S>::T)) <= BYTES;
+    if (in_cache && fits(a.logits_stride) && (mode == Mode::LOSS || fits(a.grad_stride)))
+      most = ROWS / N;
+  }
+  // From row i on: whole tiles of one sample, or one.
+  int64_t tiles(int64_t i, int64_t end) const {
+    const int64_t left = a.K == 1 ? end - i : std::min(end - i, a.K - i % a.K);
+    return std::clamp(left / N, int64_t(1), most);
+  }
+  // z[t * C + c] = class c of tile t.
+  void read(int64_t i, int64_t tiles, V* z) const {
+    const Strides& s = a.logits_stride;
+    const S* x = static_cast<const S*>(a.logits) + row_offset(s, a.K, i);
+    for (int64_t c = 0; c < a.C; ++c, x += s.c)
+      for (int64_t t = 0; t < tiles; ++t) {
+        prefetch(x + (tiles + t) * N);  // of the next group
+        z[t * a.C + c] = load_as<V>(x + t * N);
+      }
+  }
+  void write(int64_t i, int64_t tiles, const V* z) const {
+    const Strides& s = a.grad_stride;
+    S* g = static_cast<S*>(a.grad) + row_offset(s, a.K, i);
+    for (int64_t c = 0; c < a.C; ++c, g += s.c)
+      for (int64_t t = 0; t < tiles; ++t) store(g + t * N, z[t * a.C + c]);
+  }
+};
+
 // Calls run(tile, z) for all tiles, with their adjusted logits, over which it writes the gradient.
 template <class S, Mode MODE, class Run>
 void for_tiles(const Call& a, int64_t begin, int64_t end, const Run& run) {
   using V = typename Lanes<S>::V;
   constexpr int64_t N = Lanes<S>::N;
   const Adjustment<typename Lanes<S>::T> adjustment(a);
-  const std::unique_ptr<V[]> z(new V[a.C]);
+  const Group<S> group(a, MODE);
+  const std::unique_ptr<V[]> z(new V[a.C * group.most]);
   const std::unique_ptr<S[]> gathered(new S[a.C * N]);
-  for (int64_t i = begin; i < end; i += N) {
-    const Tile<S> tile(a, i, end);
-    tile.load_logits(z.get(), gathered.get());
-    if (adjustment.any) tile.adjust(adjustment, z.get());
-    run(tile, z.get());
-    if constexpr (MODE != Mode::LOSS) tile.store_grad(z.get(), gathered.get());
+  for (int64_t first = begin, tiles; first < end; first += tiles * N) {
+    tiles = group.tiles(first, end);
+    if (tiles > 1) group.read(first, tiles, z.get());
+    for (int64_t t = 0; t < tiles; ++t) {
+      const Tile<S> tile(a, first + t * N, end);
+      V* z_t = z.get() + t * a.C;
+      if (tiles == 1) tile.load_logits(z_t, gathered.get());
+      if (adjustment.any) tile.adjust(adjustment, z_t);
+      run(tile, z_t);
+      if (MODE != Mode::LOSS && tiles == 1) tile.store_grad(z_t, gathered.get());
+    }
+    if (MODE != Mode::LOSS && tiles > 1) group.write(first, tiles, z.get());
   }
 }
 

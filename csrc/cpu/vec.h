@@ -125,10 +125,17 @@ CB_FN Vec log(Vec x) {
   return x < FLT_MAX ? y : x;  // log of infinity and NaN: unchanged
 }
 
-// e^{-z/2}, bounded so that its square is finite. For smaller z, L and g underflow to exactly 0.
+// e^{-z/2}, bounded where L and g are 0: by a number whose square is infinite, which makes sigma
+// and its root 0, too. Of smaller ones they would be so small that their products are subnormal,
+// and slow. But the Newton step of rsqrt needs a finite square.
 template <bool SHORT>
 CB_FN Vec exp_minus_half(Vec z) {
-  return exp<SHORT>(min(Vec{} + 43.5f, z * -0.5f));
+#if defined(__AVX512F__)
+  constexpr float MOST = 43.5f;
+#else
+  constexpr float MOST = 44.5f;
+#endif
+  return exp<SHORT>(min(Vec{} + MOST, z * -0.5f));
 }
 // q^gamma for q in [0, 1]. Other gammas than 1, 2 and 4 replace a q below the smallest normal
 // number by that number.
@@ -167,6 +174,10 @@ CB_FN Vec rsqrt(Vec x) {
 }
 
 // From half types to float, and back with rounding to nearest even.
+template <class U>  // the bits of floats, in a vector of any length
+CB_FN U bfloat16_bits(U u) {
+  return (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+}
 #if defined(__AVX512F__)
 CB_FN Vec widen(HVec h, BFloat16) {  // 16-bit lane 2l + 1 is h[l]: one shuffle, no shift
   const __m512i spread = _mm512_set_epi16(15, 0, 14, 0, 13, 0, 12, 0, 11, 0, 10, 0, 9, 0, 8, 0,  //
@@ -189,17 +200,13 @@ CB_FN Vec widen(HVec h, BFloat16) {
   return (Vec)_mm256_slli_epi32(_mm256_cvtepu16_epi32((__m128i)h), 16);
 }
 CB_FN HVec narrow(Vec x, BFloat16) {
-  const UVec u = (UVec)x;
-  const __m256i rounded = (__m256i)((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+  const __m256i rounded = (__m256i)bfloat16_bits((UVec)x);
   return (HVec)_mm_packus_epi32(_mm256_castsi256_si128(rounded),
                                 _mm256_extracti128_si256(rounded, 1));
 }
 #else
 CB_FN Vec widen(HVec h, BFloat16) { return (Vec)(__builtin_convertvector(h, UVec) << 16); }
-CB_FN HVec narrow(Vec x, BFloat16) {
-  const UVec u = (UVec)x;
-  return __builtin_convertvector((u + 0x7fff + ((u >> 16) & 1)) >> 16, HVec);
-}
+CB_FN HVec narrow(Vec x, BFloat16) { return __builtin_convertvector(bfloat16_bits((UVec)x), HVec); }
 #endif
 #if defined(__AVX512F__)
 CB_FN Vec widen(HVec h, Float16) { return _mm512_cvtph_ps((__m256i)h); }
