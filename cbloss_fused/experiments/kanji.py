@@ -45,8 +45,7 @@ def make_model(setting: Setting, C: int) -> nn.Sequential:
 
     model = nn.Sequential(
         *convolution(1, 16, 5, stride=2),
-        *convolution(16, 32, 3, stride=1),
-        nn.MaxPool2d(2),
+        *convolution(16, 32, 3, stride=2),
         *convolution(32, 64, 3, stride=1),
         nn.MaxPool2d(2),
         nn.Flatten(),
