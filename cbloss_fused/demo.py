@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
@@ -11,17 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
-from . import ClassBalancedLoss, backends, class_counts, effective_number, init_head_bias_
+from . import backends, class_counts, effective_number
 from .experiments.long_tail import long_tailed_counts
+from .experiments.settings import Setting
+from .plain import plain_formulas
 
 MISSING = ""
 try:
-    from matplotlib import rc_context
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure  # without pyplot it draws by Agg and needs no display
+    from matplotlib.figure import Figure
     from sklearn.datasets import load_digits
     from tabulate import tabulate
     from tqdm import tqdm
+
+    from .experiments.figures import STYLES, panels
 except ImportError as error:
     MISSING = f'the demo needs more packages ({error}): pip install "cbloss_fused[demo]"'
 
@@ -33,14 +36,19 @@ BATCH = 64
 TIMING_SECONDS = 0.6  # for each loss, at least
 BETAS = (0.9, 0.99, 0.999, 0.9999)  # the paper's
 BETA = 0.99  # N = 1 / (1 - beta) = 100 ~ N_MAX; 0.9 is flat from n = 30, 0.999 nearly n
-PLAIN = "softmax"
-LOSSES: dict[str, dict[str, Any]] = {
-    PLAIN: {"beta": 0},  # all weights 1
-    "CB softmax": {"beta": BETA},
-    "CB sigmoid": {"beta": BETA, "activation": "sigmoid"},
-    "CB focal": {"beta": BETA, "activation": "sigmoid", "gamma": 0.5},
+_SIGMOID: dict[str, Any] = {"beta": BETA, "activation": "sigmoid"}
+LOSSES = {
+    setting.title: setting
+    for setting in (
+        Setting("softmax", {"beta": 0.0}),  # all weights 1: cross entropy
+        Setting("CB softmax", {"beta": BETA}),
+        Setting("CB sigmoid", _SIGMOID),
+        Setting("CB focal", _SIGMOID | {"gamma": 0.5}),
+        Setting("CB softmax, deferred", {"beta": BETA}, deferred=True),
+        Setting("logit adjustment", {"beta": 0.0}, adjusted=True),
+    )
 }
-STYLES = ("#000000 o", "#0072B2 s", "#D55E00 D", "#009E73 ^")  # Okabe and Ito's safe colours
+TIMED = tuple(LOSSES)[:4]  # the others take the same kernels
 CLASSES = range(1, C + 1)
 Results: TypeAlias = dict[tuple[int, str], Tensor]  # (imbalance, loss): accuracies (seeds, C)
 
@@ -68,35 +76,28 @@ def long_tailed_split(imbalance: float, seed: int) -> Split:
     return Split(images[train], labels[train], images[test], class_counts(labels[train], C))
 
 
-def make_model(sigmoid: bool) -> nn.Sequential:
+def make_model(setting: Setting = LOSSES["softmax"]) -> nn.Sequential:
     """A small convolutional network; with sigmoid it starts at p = 1 / C, as the paper's do."""
-    head = nn.Linear(32 * 2 * 2, C)
     return nn.Sequential(
         *(nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)),
         *(nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten()),
-        init_head_bias_(head) if sigmoid else head,
+        setting.make_head(32 * 2 * 2, C),
     )
-
-
-def eager_loss(name: str, counts: Tensor) -> nn.Module:
-    """One of LOSSES as PyTorch operators; the plain one is PyTorch's own."""
-    if name == PLAIN:
-        return nn.CrossEntropyLoss()
-    return ClassBalancedLoss(counts, **LOSSES[name], backend="reference")
 
 
 def train(name: str, split: Split, seed: int, epochs: int) -> nn.Module:
     """A model trained with one loss; all losses of a seed share initial weights and batches."""
     torch.manual_seed(seed)
-    model = make_model(sigmoid="activation" in LOSSES[name])
-    cb_loss = ClassBalancedLoss(split.counts, **LOSSES[name])
-    loss_fn = nn.CrossEntropyLoss() if name == PLAIN else cb_loss
+    model = make_model(LOSSES[name])
+    loss_fn, schedule = LOSSES[name].make_loss(split.counts, epochs)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)  # steps free of a loss's scale
     for _ in range(epochs):
         for i in torch.split(torch.randperm(len(split.train_y)), BATCH):
             optimizer.zero_grad()
             loss_fn(model(split.train_x[i]), split.train_y[i]).backward()
             optimizer.step()
+        if schedule is not None:
+            schedule.step()
     return model
 
 
@@ -135,22 +136,26 @@ def accuracy_table(results: Results, imbalance: int) -> str:
     return tabulate(rows, ["loss", "overall %", "head %", "tail %"], tablefmt="github")
 
 
-def milliseconds(loss_fn: nn.Module, logits: Tensor, target: Tensor) -> float:
+def milliseconds(loss_fn: Callable[..., Tensor], *args: Any) -> float:
     """Median time of forward and backward of the loss alone, in one thread."""
-    statement = "logits.grad = None; loss_fn(logits, target).backward()"
-    timer = Timer(statement, globals={"loss_fn": loss_fn, "logits": logits, "target": target})
-    return 1e3 * timer.blocked_autorange(min_run_time=TIMING_SECONDS).median
+    statement = "args[0].grad = None; loss_fn(*args).backward()"
+    timer = Timer(statement, globals={"loss_fn": loss_fn, "args": args})
+    return 1e3 * timer.blocked_autorange(min_run_time=TIMING_SECONDS / 3).median
 
 
 def time_losses(counts: list[int], N: int) -> list[list[Any]]:
-    """A table row for every loss on random logits (N, C)."""
-    count, target = torch.tensor(counts), torch.randint(len(counts), (N,))
+    """A table row for every loss on random logits (N, C): the faster plain formula counts."""
+    target = torch.randint(len(counts), (N,))
     logits = torch.randn(N, len(counts), requires_grad=True)
     rows = []
-    for name in LOSSES:
-        pair = ClassBalancedLoss(count, **LOSSES[name]), eager_loss(name, count)
-        fused, eager = (milliseconds(loss_fn, logits, target) for loss_fn in pair)
-        rows.append([f"{(N, len(counts))}", name, fused, eager, eager / fused])
+    for name in TIMED:
+        loss_fn, _ = LOSSES[name].make_loss(torch.tensor(counts), 1)
+        formulas = plain_formulas(loss_fn.options.activation, gamma := loss_fn.options.gamma)
+        plain = [milliseconds(f, logits, target, loss_fn.weight, gamma) for f in formulas]
+        if name == "softmax":
+            plain.append(milliseconds(nn.CrossEntropyLoss(), logits, target))
+        fused = milliseconds(loss_fn, logits, target)
+        rows.append([f"{(N, len(counts))}", name, fused, min(plain), min(plain) / fused])
     return rows
 
 
@@ -158,7 +163,7 @@ def timing_table() -> str:
     """Loss times on the demo's batches and on a batch of iNaturalist 2018: 8142 classes, 1/500."""
     small, large = long_tailed_counts(N_MAX, 20, C), long_tailed_counts(1000, 500, 8142)
     rows = time_losses(small, BATCH) + time_losses(large, 256)
-    header = ["logits", "loss", "fused ms", "eager ms", "eager / fused"]
+    header = ["logits", "loss", "fused ms", "plain ms", "plain / fused"]
     return tabulate(rows, header, tablefmt="github", floatfmt=("", "", ".3f", ".3f", ".1f"))
 
 
@@ -183,29 +188,25 @@ def plot_counts(ax: Axes) -> None:
     ax.set(title="Training images", xlabel="class, head to tail", xticks=CLASSES)
     ax.set_yticks(ticks := [2, 5, 10, 20, 50, 100], map(str, ticks))
     ax.minorticks_off()
-    ax.legend(frameon=False)
+    ax.legend()
 
 
 def plot_accuracies(ax: Axes, results: Results, imbalance: int) -> None:
     """Mean test accuracy of every class by loss."""
     for name, style in zip(LOSSES, STYLES, strict=True):
-        color, marker = style.split()
-        accuracy = 100 * results[imbalance, name].mean(0)
-        ax.plot(CLASSES, accuracy, color=color, marker=marker, label=name)
+        ax.plot(CLASSES, 100 * results[imbalance, name].mean(0), label=name, **style)
     title = f"Test accuracy in %, μ = 1/{imbalance}"
     ax.set(title=title, xlabel="class, head to tail", xticks=CLASSES)
-    ax.legend(frameon=False, loc="lower left")
+    ax.legend(loc="lower left")
 
 
-def save_figure(results: Results, path: Path) -> None:
-    """The three panels as a PNG."""
-    with rc_context({"font.size": 12, "axes.spines.top": False, "axes.spines.right": False}):
-        figure = Figure(figsize=(15, 4.5), layout="constrained")
-        left, middle, right = figure.subplots(1, 3)
-        plot_effective_numbers(left)
-        plot_counts(middle)
-        plot_accuracies(right, results, IMBALANCES[-1])
-        figure.savefig(path, dpi=120, format="png")
+def draw_figure(results: Results) -> Figure:
+    """The three panels."""
+    figure, (left, middle, right) = panels(3, height=4.5)
+    plot_effective_numbers(left)
+    plot_counts(middle)
+    plot_accuracies(right, results, IMBALANCES[-1])
+    return figure
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -236,9 +237,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(accuracy_table(results, imbalance))
     print("\nForward and backward of the loss alone, median, 1 thread")
     print(f"fused: {backends()['cpu']}")
-    print("eager: backend='reference'; for softmax nn.CrossEntropyLoss\n")
+    print("plain: the fastest of two formulas of PyTorch operators, as in bench/; of")
+    print("nn.CrossEntropyLoss too for softmax. A loss is a small part of a training step.\n")
     print(timing_table())
-    save_figure(results, options.output)
+    draw_figure(results).savefig(options.output, dpi=120, format="png")
     print(f"\nFigure: {options.output}")
 
 

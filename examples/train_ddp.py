@@ -34,7 +34,7 @@ rank, ranks = dist.get_rank(), dist.get_world_size()
 torch.manual_seed(0)  # every rank makes the same model and draws the same batches
 x, y, _, _ = long_tailed_split(imbalance=50, seed=0)
 y[::7] = -100  # images without a label: ignored, and not counted
-model = DistributedDataParallel(make_model(sigmoid=False).to(device))
+model = DistributedDataParallel(make_model().to(device))
 own = y[rank::ranks]  # every rank counts a part
 loss_fn = ClassBalancedLoss.from_labels(own, C, 0.99, gamma=0.5, group=dist.group.WORLD).to(device)
 optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)

@@ -35,7 +35,7 @@ rank, ranks = dist.get_rank(), dist.get_world_size()
 torch.manual_seed(0)  # every rank makes the same model and draws the same batches
 x, y, _, _ = long_tailed_split(imbalance=50, seed=0)
 y[::7] = -100  # images without a label: ignored, and not counted
-mesh, model = init_device_mesh(device.type, (ranks,)), make_model(sigmoid=False).to(device)
+mesh, model = init_device_mesh(device.type, (ranks,)), make_model().to(device)
 for module in (model[0], model[3], model[-1], model):
     fully_shard(module, mesh=mesh)
 own = y[rank::ranks]  # every rank counts a part

@@ -33,7 +33,7 @@ rank, ranks = dist.get_rank(), dist.get_world_size()
 torch.manual_seed(0)  # every rank makes the same model and draws the same batches
 split = long_tailed_split(imbalance=50, seed=0)
 x, y = split.train_x.to(device), split.train_y.to(device)
-model = make_model(sigmoid=False).to(device)
+model = make_model().to(device)
 layers, head = model[:-1], dict(model[-1].named_parameters())
 own = {name: t.detach().tensor_split(ranks)[rank].clone() for name, t in head.items()}
 weight, bias = own["weight"].requires_grad_(), own["bias"].requires_grad_()
