@@ -12,7 +12,7 @@ SANITIZED := "cuda and (C1000 or C7 or C9 or split or otherwise or scaling)"
 CUDA_PATHS = PATH="$$PATH:$$CUDA_HOME/bin:/usr/local/cuda/bin"; export PATH
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo help test test-all test-here test-interpreted planted oldest bench codegen roofline scaling gpu gpu-build gpu-test gpu-bench sanitize-gpu lint clean
+.PHONY: demo help test test-all test-here test-interpreted planted oldest bench codegen roofline scaling fonts experiment figures gpu gpu-build gpu-test gpu-bench sanitize-gpu lint clean
 demo: $(VENV)/ready  ## train on long-tailed digits, with and without class balance
 	$(BIN)/python -m cbloss_fused.demo
 help:  ## this list
@@ -46,6 +46,12 @@ roofline: $(VENV)/ready  ## predictions of the GPU kernels, into bench/machine_c
 	$(BIN)/python -m bench.machine_code.roofline > bench/machine_code/roofline.md
 scaling: $(VENV)/ready  ## up to 10^8 classes and 1024 GPUs, computed, into bench/scaling.md
 	$(BIN)/python -m bench.scaling
+fonts: $(VENV)/ready  ## fonts with kanji for the experiment, from Debian's packages, without root
+	$(BIN)/python -m cbloss_fused.experiments.fonts build/fonts
+experiment: fonts  ## fifteen losses on 2,300 classes, into bench/results/kanji; hours, can be cut off
+	$(BIN)/python -m cbloss_fused.experiments.kanji --output bench/results/kanji
+figures: $(VENV)/ready  ## the figures of the docs, from bench/results/
+	$(BIN)/python -m bench.figures
 gpu:  ## smoke test, benchmarks and tests on a GPU, with what is there
 	PYTHON="$(PYTHON)" bench/gpu_run.sh
 gpu-build:  ## build the CUDA kernels in place
@@ -79,7 +85,7 @@ $(VENV)/torch:
 	$(BIN)/pip install --quiet "$(TORCH)" "$(TRITON)" "setuptools>=77" wheel
 	touch $@
 $(VENV)/ready: $(VENV)/torch $(SOURCES)
-	$(BIN)/pip install --quiet --no-build-isolation --editable ".[test,demo]"
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[test,demo,experiments]"
 	touch $@
 $(VENV)/bench: $(VENV)/ready
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[bench]"

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import doctest
-import importlib
 import pkgutil
 
 import pytest
 
-import cbloss_fused
+import cbloss_fused.experiments
 
 MODULES = ["cbloss_fused"] + [
-    f"cbloss_fused.{module.name}"
-    for module in pkgutil.iter_modules(cbloss_fused.__path__)
-    if module.name not in ("_C", "_cuda", "__main__")
+    module.name
+    for package in (cbloss_fused, cbloss_fused.experiments)
+    for module in pkgutil.iter_modules(package.__path__, f"{package.__name__}.")
+    if module.name.rpartition(".")[2] not in ("_C", "_cuda", "__main__")
 ]
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples(name):
-    failed, _ = doctest.testmod(importlib.import_module(name), raise_on_error=False)
+    module = pytest.importorskip(name, exc_type=ImportError)  # experiments need extras
+    failed, _ = doctest.testmod(module, raise_on_error=False)
     assert failed == 0
 
 

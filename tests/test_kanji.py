@@ -17,6 +17,7 @@ from support.font import make_font
 from cbloss_fused import class_balanced_weights, ldam_margin, logit_adjustment
 from cbloss_fused.experiments import fonts, kanji, kanji_data
 from cbloss_fused.experiments.evaluation import bin_sums, by_bin, calibration_error, evaluate
+from cbloss_fused.experiments.kanji_figures import FIGURES
 from cbloss_fused.experiments.kanji_tables import mean_and_deviation, results_table
 from cbloss_fused.experiments.long_tail import frequency_groups
 from cbloss_fused.experiments.settings import ALL_SETTINGS, SETTINGS
@@ -238,8 +239,10 @@ def test_experiment(folder, tmp_path, capsys, monkeypatch):
     kanji.main(command)
     printed = capsys.readouterr().out
     out = tmp_path / "out"
-    names = {f"{name}.{end}" for name in kanji.FIGURES for end in ("png", "svg")}
-    assert {p.name for p in out.iterdir()} == names | {"runs.jsonl", "results.md"}
+    names = {f"{name}.{end}" for name in FIGURES for end in ("png", "svg")} | {"sample.png"}
+    assert {p.name for p in out.iterdir()} == names | {"runs.jsonl", "results.md", "counts.csv"}
+    header, *lines = (out / "counts.csv").read_text("utf-8").splitlines()
+    assert header == "kanji,count" and len(lines) == 30
     records = [json.loads(line) for line in (out / "runs.jsonl").read_text().splitlines()]
     assert [(r["loss"], r["seed"]) for r in records] == [(n, s) for s in (0, 1) for n in losses]
     for record in records:

@@ -19,9 +19,9 @@ from .settings import ALL_SETTINGS, DEFERRED_FROM, SETTINGS, Setting
 MISSING = ""
 try:
     from .evaluation import bin_sums, evaluate
-    from .figures import save
     from .kanji_data import Kanji, load_kanji, render_kanji
-    from .kanji_figures import FIGURES
+    from .kanji_figures import draw_figures
+    from .kanji_sample import sample
     from .kanji_tables import description, results_table
     from .runs import Record, run_missing
 except ImportError as error:
@@ -185,8 +185,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     report = f"{description(kanji, records)}\n\n{results_table(records)}\n"
     (options.output / "results.md").write_text(report, encoding="utf-8")
     print(report)
-    for name, draw in FIGURES.items():
-        save(draw(records, kanji), options.output / name)
+    counts = zip(kanji.characters, kanji.counts.tolist(), strict=True)
+    lines = [f"{character},{count}" for character, count in counts]
+    (options.output / "counts.csv").write_text("\n".join(["kanji,count", *lines, ""]), "utf-8")
+    sample(kanji).savefig(options.output / "sample.png", dpi=120)
+    draw_figures(records, options.output)
     print(f"Table, figures and runs: {options.output}")
 
 

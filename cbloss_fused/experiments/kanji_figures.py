@@ -1,16 +1,15 @@
-"""The figures of the kanji experiment."""
+"""The figures of the kanji experiment, from its runs alone."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
-import torch
 from matplotlib.figure import Figure
 
 from .evaluation import BIN_EDGES
-from .figures import STYLES, panels
-from .kanji_data import PIXELS, Kanji
+from .figures import STYLES, panels, save
 from .runs import Record
 from .settings import ALL_SETTINGS, DEFERRED_FROM
 
@@ -29,8 +28,6 @@ BINS = [
     str(first) if last == first else f"{first}-{last}" if last else f"{first}+"
     for first, last in zip(BIN_EDGES, [e - 1 for e in BIN_EDGES[1:]] + [0], strict=True)
 ]
-SAMPLE_ROWS = 12
-SAMPLE_COLUMNS = 8
 
 
 def mean_of(records: list[Record], loss: str, *keys: str) -> np.ndarray | None:
@@ -45,7 +42,7 @@ def mean_of(records: list[Record], loss: str, *keys: str) -> np.ndarray | None:
     return np.mean(values, axis=0) if values else None
 
 
-def accuracy_by_frequency(records: list[Record], data: Kanji) -> Figure:
+def accuracy_by_frequency(records: list[Record]) -> Figure:
     """Accuracy over a class's number of training images, and what a loss gains or costs."""
     figure, (left, right) = panels(2, width=6)
     baseline = mean_of(records, BASELINE, "bins")
@@ -62,7 +59,7 @@ def accuracy_by_frequency(records: list[Record], data: Kanji) -> Figure:
     return figure
 
 
-def beta_curve(records: list[Record], data: Kanji) -> Figure:
+def beta_curve(records: list[Record]) -> Figure:
     """Accuracy over beta, CB softmax deferred; beta = 0 is cross entropy."""
     figure, (ax,) = panels(1, width=6)
     betas = [b for b, loss in CURVE.items() if mean_of(records, loss, "natural") is not None]
@@ -79,7 +76,7 @@ def beta_curve(records: list[Record], data: Kanji) -> Figure:
     return figure
 
 
-def drivers(records: list[Record], data: Kanji) -> Figure:
+def drivers(records: list[Record]) -> Figure:
     """Which classes drive the loss: shares of the gradient at the targets, epoch by epoch."""
     shown = [loss for loss in DRIVERS if mean_of(records, loss, "natural") is not None]
     figure, axes = panels(len(shown), width=3.6)
@@ -104,30 +101,14 @@ def drivers(records: list[Record], data: Kanji) -> Figure:
     return figure
 
 
-def sample(records: list[Record], data: Kanji) -> Figure:
-    """Test images on the left, all or the first eight training images on the right."""
-    ranks = np.linspace(0, len(data.counts) - 1, SAMPLE_ROWS).astype(int)
-    blank = torch.zeros(SAMPLE_COLUMNS, PIXELS, PIXELS, dtype=torch.uint8)
-    figure, axes = panels(2, width=4, height=6.2)
-    for ax, x, y, title in (
-        (axes[0], data.test_x, data.test_y, "test: designs never trained on"),
-        (axes[1], data.train_x, data.train_y, f"training, {SAMPLE_COLUMNS} at most"),
-    ):
-        rows = [torch.cat([x[y == c, 0], blank])[:SAMPLE_COLUMNS] for c in ranks]
-        image = torch.cat([torch.cat(list(row), 1) for row in rows])
-        ax.imshow(255 - image.numpy(), cmap="gray", vmin=0, vmax=255)
-        ax.set(title=title, xticks=[], yticks=(np.arange(SAMPLE_ROWS) + 0.5) * PIXELS)
-        ax.spines[:].set_visible(False)
-        ax.tick_params(length=0)
-    axes[0].set_yticklabels([f"{int(data.counts[c])}" for c in ranks])
-    axes[0].set_ylabel("training images of the class")
-    axes[1].set_yticklabels([])
-    return figure
-
-
-FIGURES: dict[str, Callable[[list[Record], Kanji], Figure]] = {
+FIGURES: dict[str, Callable[[list[Record]], Figure]] = {
     "accuracy": accuracy_by_frequency,
     "beta": beta_curve,
     "drivers": drivers,
-    "sample": sample,
 }
+
+
+def draw_figures(records: list[Record], folder: Path) -> None:
+    """All of them, as SVG and PNG."""
+    for name, draw in FIGURES.items():
+        save(draw(records), folder / name)
