@@ -13,7 +13,7 @@ pytest.importorskip("tqdm")
 
 from cbloss_fused import class_balanced_loss, class_balanced_weights
 from cbloss_fused.experiments import large_scale
-from cbloss_fused.experiments.large_scale import SETTINGS, eager_focal
+from cbloss_fused.experiments.large_scale import SETTINGS, softplus
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu" or INTERPRETED, reason="an experiment on the CPU")
 INATURALIST = SETTINGS["inaturalist-2018"]
@@ -73,7 +73,7 @@ def test_losses() -> None:
 def test_plain_formula(gamma: float) -> None:
     logits = (8 * torch.randn(7, 11)).requires_grad_()
     y, weight = torch.randint(11, (7,)), torch.rand(11) + 0.1
-    plain = eager_focal(logits, y, weight, gamma)
+    plain = softplus(logits, y, weight, gamma)
     fused = class_balanced_loss(logits, y, weight, activation="sigmoid", gamma=gamma)
     torch.testing.assert_close(plain, fused)
     torch.testing.assert_close(
@@ -92,9 +92,7 @@ def test_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
     assert f"1 threads, torch {torch.__version__}" in printed
     assert "features (4, 2048), C = 8142" in printed
     monkeypatch.setitem(SETTINGS, "inaturalist-2018", INATURALIST._replace(C=50))
-    monkeypatch.setattr(
-        large_scale, "eager_focal", lambda x, y, w, g: 1.1 * eager_focal(x, y, w, g)
-    )
+    monkeypatch.setattr(large_scale, "softplus", lambda x, y, w, g: 1.1 * softplus(x, y, w, g))
     with pytest.raises(SystemExit, match=r"the two losses differ: their gradients by 9\.\de-02"):
         large_scale.main(["--batch", "4", "--rounds", "1"])
 

@@ -15,7 +15,7 @@ from cbloss_fused import class_balanced_weights
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # What a reader of that recipe has, and the tests need not have.
-OPTIONAL = ("pandas", "accelerate", "lightning")
+OPTIONAL = ("pandas", "accelerate", "lightning", "tensorboard")
 
 
 class Snippet(NamedTuple):

@@ -11,19 +11,21 @@ from matplotlib.figure import Figure  # without pyplot it draws by Agg and needs
 
 # Okabe and Ito's safe colours, each with a line style and a marker of its own.
 STYLES: list[dict[str, Any]] = [
-    {"color": "#000000", "linestyle": "-", "marker": "o"},
-    {"color": "#0072B2", "linestyle": "--", "marker": "s"},
-    {"color": "#D55E00", "linestyle": "-.", "marker": "D"},
-    {"color": "#009E73", "linestyle": ":", "marker": "^"},
-    {"color": "#CC79A7", "linestyle": (0, (5, 1, 1, 1, 1, 1)), "marker": "v"},
-    {"color": "#56B4E9", "linestyle": (0, (8, 2)), "marker": "P"},
+    {"markerfacecolor": "white", **style}
+    for style in (
+        {"color": "#000000", "linestyle": "-", "marker": "o"},
+        {"color": "#0072B2", "linestyle": "--", "marker": "s"},
+        {"color": "#D55E00", "linestyle": "-.", "marker": "D"},
+        {"color": "#009E73", "linestyle": ":", "marker": "^"},
+        {"color": "#CC79A7", "linestyle": (0, (5, 1, 1, 1, 1, 1)), "marker": "v"},
+        {"color": "#56B4E9", "linestyle": (0, (8, 2)), "marker": "P"},
+    )
 ]
 RC: Any = {
     "font.size": 11,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "legend.frameon": False,
-    "lines.markerfacecolor": "white",
     "svg.hashsalt": "cbloss_fused",  # the same figure is the same file
     "svg.fonttype": "none",  # text stays text
 }

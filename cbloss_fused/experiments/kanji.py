@@ -1,4 +1,4 @@
-"""Fifteen losses on some 2,350 kanji at their natural frequency: which one pays, and where."""
+"""Long-tail losses on some 2,350 kanji at their natural frequency: which one pays, and where."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ClassBalancedLoss, __version__
-from .settings import ALL_SETTINGS, DEFERRED_FROM, SETTINGS, Setting
+from .settings import ALL_SETTINGS, DEFERRED_FROM, Setting
 
 MISSING = ""
 try:
@@ -156,7 +156,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--quick", action="store_true", help="one seed, 4 epochs, 10000 images: minutes")
     options = parser.parse_args(argv)
     seeds, epochs, samples = (1, 4, 10_000) if options.quick else (3, 8, 60_000)
-    options.losses = options.losses or list(SETTINGS)
+    options.losses = options.losses or list(ALL_SETTINGS)
     options.seeds = seeds if options.seeds is None else options.seeds
     options.epochs = epochs if options.epochs is None else options.epochs
     options.samples = samples if options.samples is None else options.samples

@@ -89,10 +89,14 @@ SETTINGS: dict[str, Setting] = {
     "logit-adjustment": Setting("logit adjustment, τ = 1", {"beta": 0.0}, adjusted=True),
     "ldam-drw": Setting("LDAM, β = 0.9999, deferred", {"beta": 0.9999}, deferred=True, ldam=True),
 }
-BETA_GRID = (0.9, 0.999)  # beside those above, for the curve of CB softmax, deferred
-BETA_SETTINGS = {
-    name: setting
-    for name, setting in class_balanced_settings(BETA_GRID).items()
-    if name.startswith("cb-softmax") and setting.deferred
+# Beside those: what sigmoids alone do, and more of CB softmax's curve over beta.
+MORE_SETTINGS: dict[str, Setting] = {
+    "sigmoid": Setting("sigmoid", {"beta": 0.0, "activation": "sigmoid"}),
+    "focal": Setting("focal, γ = 0.5", {"beta": 0.0, "activation": "sigmoid", "gamma": 0.5}),
+    **{
+        name: setting
+        for name, setting in class_balanced_settings((0.9, 0.999)).items()
+        if name.startswith("cb-softmax") and setting.deferred
+    },
 }
-ALL_SETTINGS = SETTINGS | BETA_SETTINGS
+ALL_SETTINGS = SETTINGS | MORE_SETTINGS
