@@ -73,7 +73,7 @@ def test_one_design(folder, tmp_path, characters):
     make_font(tmp_path / "empty" / "empty.ttf", text[:-1], design=21, empty=text[-1])
     (tmp_path / "broken.ttf").write_bytes(b"no font")
     (tmp_path / "link.ttf").symlink_to(tmp_path / "3" / "03.ttf")
-    designs = {}
+    designs: dict[str, list[str]] = {}
     for face in fonts.find_faces(tmp_path):
         designs.setdefault(face.design, []).append(face.path.stem)
     assert len(designs) == DESIGNS
@@ -211,9 +211,11 @@ def test_losses_of_the_settings(name):
 def test_heads():
     x = torch.randn(5, 8)
     sigmoid = SETTINGS["cb-focal-0.99"].make_head(8, 100)
-    torch.testing.assert_close(sigmoid.bias.sigmoid(), torch.full((100,), 0.01))
+    torch.testing.assert_close(sigmoid.get_parameter("bias").sigmoid(), torch.full((100,), 0.01))
     cosine = SETTINGS["ldam-drw"].make_head(8, 4)
-    expected = torch.nn.functional.cosine_similarity(x.unsqueeze(1), cosine.weight.unsqueeze(0), 2)
+    expected = torch.nn.functional.cosine_similarity(
+        x.unsqueeze(1), cosine.get_parameter("weight").unsqueeze(0), 2
+    )
     torch.testing.assert_close(cosine(x), expected)
 
 
@@ -294,7 +296,7 @@ def test_no_fonts_is_one_line(tmp_path):
 
 
 def test_fetching_without_debian(tmp_path, monkeypatch):
-    monkeypatch.setattr(fonts.sys, "argv", ["fonts", str(tmp_path)])
+    monkeypatch.setattr("sys.argv", ["fonts", str(tmp_path)])
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(SystemExit, match=r"no fonts: .*apt-get"):
         fonts.main()

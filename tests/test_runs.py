@@ -36,7 +36,12 @@ def test_killed_while_writing(tmp_path, cut):
     path.write_bytes(path.read_bytes()[:-cut])
     assert len(read_runs(path)) == 1
     ran = []
-    records = run_missing(path, JOBS, lambda job: ran.append(job) or {"x": 1})
+
+    def run(job):
+        ran.append(job)
+        return {"x": 1}
+
+    records = run_missing(path, JOBS, run)
     assert ran == JOBS[1:]
     assert read_runs(path) == records
 
@@ -58,6 +63,7 @@ def in_process(job):
     return {"process": os.getpid(), "accuracy": accuracy(job)}
 
 
+@pytest.mark.long
 def test_workers(tmp_path):
     path = tmp_path / "runs.jsonl"
     records = run_missing(path, JOBS, in_process, workers=2)

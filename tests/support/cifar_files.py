@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import pytest
 
-from cbloss_fused.experiments.cifar_data import DATASETS
+from cbloss_fused.experiments import cifar_model
+from cbloss_fused.experiments.cifar_data import DATASETS, load_cifar
 
 Pickler: Any = vars(pickle)["_Pickler"]  # the one in Python, whose parts can be replaced
 
@@ -70,3 +72,22 @@ def write_cifar(name: str, files: dict[str, bytes], folder: Path, packed: bool) 
 
 def pickled(files: dict[str, dict[bytes, Any]]) -> dict[str, bytes]:
     return {file: python2_pickle(content) for file, content in files.items()}
+
+
+N_MAX_PUBLISHED = {name: dataset.n_max for name, dataset in DATASETS.items()}
+N_MAX = {"cifar10": 20, "cifar20": 10, "cifar100": 10}  # of the small files
+
+
+def shrink(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few images, one block a stage; nothing of another test's files."""
+    load_cifar.cache_clear()
+    for name, n in N_MAX.items():
+        monkeypatch.setitem(DATASETS, name, DATASETS[name]._replace(n_max=n))
+    monkeypatch.setattr(cifar_model, "BLOCKS", 1)
+
+
+def written(name: str, folder: Path, packed: bool = False) -> dict[str, dict[bytes, Any]]:
+    """Small files in a folder, and their contents."""
+    files = cifar_files(name, N_MAX[name])
+    write_cifar(name, pickled(files), folder, packed)
+    return files
