@@ -201,11 +201,13 @@ def test_losses_of_the_settings(name):
     assert (setting.options["beta"] == 0) == (not name.startswith(("cb-", "ldam")))
     if name == "logit-adjustment":
         torch.testing.assert_close(loss_fn.logit_bias, logit_adjustment(counts))
+    else:
+        assert loss_fn.logit_bias is None
     if name == "ldam-drw":
         torch.testing.assert_close(loss_fn.margin, ldam_margin(counts))
-        assert options.logit_scale == 30
-    plain = name not in ("logit-adjustment", "ldam-drw")
-    assert ((loss_fn.margin, loss_fn.logit_bias, options.logit_scale) == (None, None, 1)) == plain
+    else:
+        assert loss_fn.margin is None
+    assert options.logit_scale == (30 if name in ("ldam-drw", "cosine") else 1)
 
 
 def test_heads():

@@ -15,7 +15,7 @@ from .. import (
 )
 
 DEFERRED_FROM = 0.7  # of the epochs: where the learning rate falls first
-LDAM_SCALE = 30.0  # of cosine logits, as Cao et al. have it
+COSINE_SCALE = 30.0  # of cosine logits, as Cao et al. have it
 
 
 class Setting(NamedTuple):
@@ -25,7 +25,8 @@ class Setting(NamedTuple):
     options: dict[str, Any]  # of ClassBalancedLoss
     deferred: bool = False
     adjusted: bool = False  # balanced softmax, which is logit adjustment with tau = 1
-    ldam: bool = False  # label-distribution-aware margins on cosine logits
+    cosine: bool = False  # logits are COSINE_SCALE times cosines
+    margins: bool = False  # label-distribution-aware
 
     def make_loss(
         self, counts: Tensor, epochs: int
@@ -34,15 +35,17 @@ class Setting(NamedTuple):
         vectors: dict[str, Any] = {}
         if self.adjusted:
             vectors["logit_bias"] = logit_adjustment(counts)
-        if self.ldam:
-            vectors = {"margin": ldam_margin(counts), "logit_scale": LDAM_SCALE}
+        if self.margins:
+            vectors["margin"] = ldam_margin(counts)
+        if self.cosine:
+            vectors["logit_scale"] = COSINE_SCALE
         loss_fn = ClassBalancedLoss(counts, **self.options, **vectors)
         start = int(DEFERRED_FROM * epochs)
         return loss_fn, DeferredReweighting(loss_fn, start) if self.deferred else None
 
     def make_head(self, features: int, C: int) -> nn.Module:
-        """The last layer: cosine logits for LDAM; p = 1 / C at the start for a sigmoid."""
-        if self.ldam:
+        """The last layer; with a sigmoid every class starts at p = 1 / C."""
+        if self.cosine:
             return CosineHead(features, C)
         head = nn.Linear(features, C)
         return init_head_bias_(head) if "activation" in self.options else head
@@ -87,12 +90,15 @@ SETTINGS: dict[str, Setting] = {
     "cross-entropy": Setting("cross entropy", {"beta": 0.0}),
     **class_balanced_settings((0.99, 0.9999)),
     "logit-adjustment": Setting("logit adjustment, τ = 1", {"beta": 0.0}, adjusted=True),
-    "ldam-drw": Setting("LDAM, β = 0.9999, deferred", {"beta": 0.9999}, deferred=True, ldam=True),
+    "ldam-drw": Setting(
+        "LDAM, β = 0.9999, deferred", {"beta": 0.9999}, deferred=True, cosine=True, margins=True
+    ),
 }
-# Beside those: what sigmoids alone do, and more of CB softmax's curve over beta.
+# Beside those: what sigmoids and cosines do without weights, and more of CB softmax's curve.
 MORE_SETTINGS: dict[str, Setting] = {
     "sigmoid": Setting("sigmoid", {"beta": 0.0, "activation": "sigmoid"}),
     "focal": Setting("focal, γ = 0.5", {"beta": 0.0, "activation": "sigmoid", "gamma": 0.5}),
+    "cosine": Setting("cross entropy of cosines", {"beta": 0.0}, cosine=True),
     **{
         name: setting
         for name, setting in class_balanced_settings((0.9, 0.999)).items()
