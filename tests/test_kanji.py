@@ -87,7 +87,9 @@ def test_one_design(folder, tmp_path, characters):
 def test_too_few_fonts(tmp_path, characters, few):
     for i in range(few):
         make_font(tmp_path / str(i) / f"{i}.ttf", fonts.SAMPLE, design=i)
-    with pytest.raises(ValueError, match=rf"at least 9 designs .*found {few} in {few} files.*make"):
+    with pytest.raises(
+        ValueError, match=rf"at least 9 designs .*found {few} in {few} files; on Deb"
+    ):
         fonts.find_faces(tmp_path)
 
 
@@ -298,7 +300,12 @@ def test_no_fonts_is_one_line(tmp_path):
 
 
 def test_fetching_without_debian(tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.argv", ["fonts", str(tmp_path)])
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(SystemExit, match=r"no fonts: .*apt-get"):
-        fonts.main()
+    with pytest.raises(SystemExit, match=r"^cannot fetch fonts \(.*apt-get.*fonts\.google\.com"):
+        fonts.main([str(tmp_path)])
+
+
+def test_fonts_that_are_there_are_not_fetched(folder, monkeypatch, capsys):
+    monkeypatch.setattr(fonts, "fetch", None)
+    fonts.main([str(folder)])
+    assert capsys.readouterr().out.endswith("13 faces of 13 designs, 4 held out\n")

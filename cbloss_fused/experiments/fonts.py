@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import subprocess
-import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -50,7 +51,11 @@ SAME_DESIGN = 0.92  # overlap of two faces; of designs drawn apart it is 0.91 at
 NEAR_COPY = 0.95
 HELD_OUT = 3  # one design of three is for the test
 FEWEST_DESIGNS = 9
-Image64 = Image.Image
+ADVICE = (
+    "on Debian or Ubuntu `python -m cbloss_fused.experiments.fonts FOLDER` fetches them; elsewhere"
+    " put .ttf, .otf or .ttc files of Japanese families there, for example from fonts.google.com:"
+    " Zen Kaku Gothic, Shippori Mincho, Klee One, Kiwi Maru, Yusei Magic, Reggae One, DotGothic16"
+)
 
 
 class Face(NamedTuple):
@@ -61,7 +66,7 @@ class Face(NamedTuple):
     held_out: bool
 
 
-def draw(character: str, font: ImageFont.FreeTypeFont, dx: int = 0, dy: int = 0) -> Image64:
+def draw(character: str, font: ImageFont.FreeTypeFont, dx: int = 0, dy: int = 0) -> Image.Image:
     """White on black, in the middle or (dx, dy) pixels from it."""
     image = Image.new("L", (CANVAS, CANVAS))
     at = (CANVAS // 2 + dx, CANVAS // 2 + dy)
@@ -104,10 +109,8 @@ def find_faces(folder: Path) -> list[Face]:
     designs = sorted(set(first))
     if len(designs) < FEWEST_DESIGNS:
         raise ValueError(
-            f"{folder}: expected fonts of at least {FEWEST_DESIGNS} designs with kanji (.ttf, .otf,"
-            f" .ttc), found {len(designs)} in {len(paths)} files. On Debian or Ubuntu `make fonts`"
-            " fetches them; elsewhere put in that folder, for example, Japanese families of"
-            " fonts.google.com (Zen, Klee, Shippori, Kiwi Maru, Yusei Magic, ...)"
+            f"{folder}: expected fonts of at least {FEWEST_DESIGNS} designs with kanji, found"
+            f" {len(designs)} in {len(paths)} files; {ADVICE}"
         )
     held_out = set(designs[1::HELD_OUT])
     return [Face(faces[i][0], faces[first[i]][0].stem, first[i] in held_out) for i in kept]
@@ -126,7 +129,7 @@ def _sample(path: Path) -> np.ndarray | None:
     return pixels / np.sqrt((pixels * pixels).sum(1, keepdims=True))
 
 
-def _ink(image: Image64) -> np.ndarray:
+def _ink(image: Image.Image) -> np.ndarray:
     """What is drawn, in a square of 32 pixels wherever and however large it was drawn."""
     square = image.crop(image.getbbox()).resize((32, 32), Image.Resampling.BOX)
     return np.asarray(square, dtype=np.float32).ravel()
@@ -145,21 +148,24 @@ def fetch(folder: Path) -> None:
             subprocess.run(["dpkg-deb", "-x", str(package), str(folder)], check=True)
 
 
-def main() -> None:
-    """python -m cbloss_fused.experiments.fonts FOLDER: fetch what is not there yet."""
-    folder = Path(*sys.argv[1:])
+def main(argv: Sequence[str] | None = None) -> None:
+    """Fetch what is not there yet."""
+    parser = argparse.ArgumentParser(prog="python -m cbloss_fused.experiments.fonts")
+    parser.add_argument("folder", type=Path, help="where the fonts are, or are to be")
+    folder = parser.parse_args(argv).folder
     try:
         faces = find_faces(folder)
     except ValueError:
         try:
             fetch(folder)
             faces = find_faces(folder)
-        except (OSError, subprocess.CalledProcessError, ValueError) as error:
-            raise SystemExit(f"no fonts: {error}") from None
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise SystemExit(f"cannot fetch fonts ({error}): {ADVICE}") from None
+        except ValueError as error:
+            raise SystemExit(str(error)) from None
     designs = {face.design: face.held_out for face in faces}
-    print(
-        f"{folder}: {len(faces)} faces of {len(designs)} designs, {sum(designs.values())} held out"
-    )
+    held_out = sum(designs.values())
+    print(f"{folder}: {len(faces)} faces of {len(designs)} designs, {held_out} held out")
 
 
 if __name__ == "__main__":
