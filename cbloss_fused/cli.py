@@ -7,10 +7,10 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from . import __version__
 from .count_files import InputError
+from .parser import Parser
 from .weight_commands import add_plot, add_weights
 
 
@@ -47,13 +47,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         options.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.rest = rest
     return options
-
-
-class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, without the usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.splitlines())}\n")
 
 
 def add_module(

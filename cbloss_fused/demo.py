@@ -14,6 +14,7 @@ from torch.utils.benchmark import Timer
 from . import backends, class_counts, effective_number
 from .experiments.long_tail import long_tailed_counts
 from .experiments.settings import Setting
+from .parser import Parser
 from .plain import plain_formulas
 
 MISSING = ""
@@ -211,7 +212,7 @@ def draw_figure(results: Results) -> Figure:
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line, checked before the work."""
-    parser = argparse.ArgumentParser(prog="python -m cbloss_fused.demo", description=__doc__)
+    parser = Parser(prog="python -m cbloss_fused.demo", description=__doc__)
     parser.add_argument("--seeds", type=int, default=5, help="runs of every loss (default 5)")
     parser.add_argument("--epochs", type=int, default=40, help="epochs of a run (default 40)")
     parser.add_argument("--output", type=Path, default="demo.png", help="figure (default demo.png)")

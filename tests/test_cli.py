@@ -76,6 +76,18 @@ def test_a_module_that_ends(module, capsys):
     assert stop.value.code == 3
 
 
+@pytest.mark.parametrize(
+    "command, wrong",
+    [
+        (["demo", "--seeds", "0"], "at least 1"),
+        (["experiment", "kanji", "--epochs", "0"], "--epochs 0: expected at least 1"),
+        (["experiment", "cifar", "--data", "nowhere"], "cifar-10-python.tar.gz"),
+    ],
+)
+def test_wrong_options_of_a_module(command, wrong, capsys):
+    assert wrong in complaint(capsys, *command)
+
+
 def test_a_module_that_is_not_there(module, capsys, monkeypatch):
     command, stand_in = module
     for name, value in list(sys.modules.items()):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ClassBalancedLoss, __version__
+from ..parser import Parser
 from .cifar_data import (
     DATASETS,
     DataError,
@@ -167,7 +168,7 @@ def jobs(options: argparse.Namespace) -> list[Record]:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line, checked before the work."""
     gpu = "cuda" if torch.cuda.is_available() else "cpu"
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m cbloss_fused.experiments.cifar",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -11,6 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from ..parser import Parser
 
 # Debian packages, 138 MB in all, of 22 designs; all are free to use and to embed.
 PACKAGES = [
@@ -150,7 +151,7 @@ def fetch(folder: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Fetch what is not there yet."""
-    parser = argparse.ArgumentParser(prog="python -m cbloss_fused.experiments.fonts")
+    parser = Parser(prog="python -m cbloss_fused.experiments.fonts")
     parser.add_argument("folder", type=Path, help="where the fonts are, or are to be")
     folder = parser.parse_args(argv).folder
     try:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ClassBalancedLoss, __version__
+from ..parser import Parser
 from .settings import ALL_SETTINGS, DEFERRED_FROM, Setting
 
 MISSING = ""
@@ -140,9 +141,7 @@ def jobs(losses: Sequence[str], seeds: int, epochs: int, data: Path) -> list[Rec
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line, checked before the work."""
     cores = os.cpu_count() or 1
-    parser = argparse.ArgumentParser(
-        prog="python -m cbloss_fused.experiments.kanji", description=__doc__
-    )
+    parser = Parser(prog="python -m cbloss_fused.experiments.kanji", description=__doc__)
     add = parser.add_argument
     add("--fonts", type=Path, default=Path("build/fonts"), help="folder (default build/fonts)")
     add("--cache", type=Path, default=Path("build/kanji"), help="of images (default build/kanji)")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
 from .. import ClassBalancedLoss, backends, init_head_bias_
+from ..parser import Parser
 from ..plain import softplus
 from .long_tail import long_tailed_counts
 
@@ -176,7 +177,7 @@ def time_in_turns(
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line, checked before the work."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m cbloss_fused.experiments.large_scale",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
