@@ -22,7 +22,9 @@ SHOWN = (
     "logit-adjustment",
     "ldam-drw",
 )
-CURVE = {0.0: BASELINE} | {b: f"cb-softmax-{b}-drw" for b in (0.9, 0.99, 0.999, 0.9999)}
+BETAS = (0.0, 0.9, 0.99, 0.999, 0.9999)
+FROM_THE_START = {b: f"cb-softmax-{b}" for b in BETAS} | {0.0: BASELINE}
+DEFERRED = {b: f"cb-softmax-{b}-drw" for b in BETAS} | {0.0: BASELINE}
 DRIVERS = (BASELINE, "cb-softmax-0.9999", "cb-softmax-0.9999-drw", "logit-adjustment")
 BINS = [
     str(first) if last == first else f"{first}-{last}" if last else f"{first}+"
@@ -60,19 +62,23 @@ def accuracy_by_frequency(records: list[Record]) -> Figure:
 
 
 def beta_curve(records: list[Record]) -> Figure:
-    """Accuracy over beta, CB softmax deferred; beta = 0 is cross entropy."""
+    """Accuracy over beta, CB softmax; beta = 0 is cross entropy."""
     figure, (ax,) = panels(1, width=6)
-    betas = [b for b, loss in CURVE.items() if mean_of(records, loss, "natural") is not None]
-    for group, style in zip(("all", "many", "medium", "few", "one"), STYLES, strict=False):
-        means, deviations = [], []
-        for beta in betas:
-            values = [r["groups"][group] for r in records if r["loss"] == CURVE[beta]]
-            runs = np.array(values, dtype=float)
-            means.append(np.mean(runs))
-            deviations.append(np.std(runs, ddof=1) if len(runs) > 1 else 0)
-        ax.errorbar([str(b) for b in betas], means, deviations, label=group, capsize=3, **style)
-    ax.set(title="CB softmax, deferred: test accuracy, %", xlabel="β (0: cross entropy)")
-    ax.legend(ncols=3, fontsize=9, loc="best")
+    groups = ("all", "many", "medium", "few", "one")
+    lines = [(f"{group}, deferred", DEFERRED, group) for group in groups]
+    lines.append(("all, from the start", FROM_THE_START, "all"))
+    for (label, curve, group), style in zip(lines, STYLES, strict=True):
+        points = []
+        for beta, loss in curve.items():
+            runs = [r["groups"][group] for r in records if r["loss"] == loss]
+            if runs and runs[0] is not None:
+                points.append((beta, np.mean(runs), np.std(runs, ddof=len(runs) > 1)))
+        for_beta = [BETAS.index(beta) for beta, _, _ in points]
+        means, deviations = [p[1] for p in points], [p[2] for p in points]
+        ax.errorbar(for_beta, means, deviations, label=label, capsize=3, **style)
+    ax.set(title="CB softmax: test accuracy, %", xlabel="β (0: cross entropy)", ylim=(0, 105))
+    ax.set_xticks(range(len(BETAS)), map(str, BETAS))
+    ax.legend(ncols=2, fontsize=9, loc="center", bbox_to_anchor=(0.5, 0.3))
     return figure
 
 
