@@ -6,7 +6,7 @@ from functools import cache
 
 import pytest
 import torch
-from support.backends import loss_and_grad
+from support.backends import long_if_interpreted, loss_and_grad
 from support.marks import DTYPES, FAMILIES, GAMMAS, name_of
 from support.oracle import oracle
 from support.tolerances import EXACT, assert_grad, assert_loss
@@ -50,6 +50,7 @@ def expected(family, gamma, eps, dtype, C):
     return oracle(logits, target, **options, reduction="none")
 
 
+@long_if_interpreted
 @pytest.mark.parametrize("C", CLASSES, ids="C{}".format)
 @FOCAL
 @DTYPE

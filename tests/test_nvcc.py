@@ -18,10 +18,13 @@ import setup
 from bench.machine_code import nvcc, sass
 
 ROOT = Path(__file__).parent.parent
-pytestmark = pytest.mark.skipif(
-    setup.find_nvcc() is None or INTERPRETED or DEVICE == "cuda" or not sass.TOOLS.exists(),
-    reason="needs nvcc, and no GPU",
-)
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(
+        setup.find_nvcc() is None or INTERPRETED or DEVICE == "cuda" or not sass.TOOLS.exists(),
+        reason="needs nvcc, and no GPU",
+    ),
+]
 
 
 @pytest.fixture(scope="module")
