@@ -24,7 +24,7 @@ try:
     from .kanji_figures import draw_figures
     from .kanji_sample import sample
     from .kanji_tables import description, results_table
-    from .runs import Record, run_missing
+    from .runs import Record, read_runs, run_missing
 except ImportError as error:
     extra = 'pip install "cbloss_fused[experiments]"'
     MISSING = f"the experiment needs more packages ({error}): {extra}"
@@ -132,10 +132,9 @@ def run(job: Record, data: Path, threads: int) -> Record:
     }
 
 
-def jobs(losses: Sequence[str], seeds: int, epochs: int, data: Path) -> list[Record]:
-    """One run of each loss and seed, the first seed of all losses first."""
-    same = {"epochs": epochs, "batch": BATCH, "rate": LEARNING_RATE, "data": data.stem}
-    return [{"loss": loss, "seed": s, **same} for s in range(seeds) for loss in losses]
+def protocol(epochs: int, data: Path) -> Record:
+    """What all runs that are compared have in common."""
+    return {"epochs": epochs, "batch": BATCH, "rate": LEARNING_RATE, "data": data.stem}
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -177,9 +176,15 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise SystemExit(str(error)) from None
     threads = max(1, (os.cpu_count() or 1) // options.workers)
     options.output.mkdir(parents=True, exist_ok=True)
-    wanted = jobs(options.losses, options.seeds, options.epochs, data)
+    same = protocol(options.epochs, data)
+    jobs = [
+        {"loss": loss, "seed": seed, **same}
+        for seed in range(options.seeds)  # the first seed of all losses first
+        for loss in options.losses
+    ]
     path = options.output / "runs.jsonl"
-    records = run_missing(path, wanted, partial(run, data=data, threads=threads), options.workers)
+    run_missing(path, jobs, partial(run, data=data, threads=threads), options.workers)
+    records = [record for record in read_runs(path) if same.items() <= record.items()]
     kanji = load_kanji(data)
     report = f"{description(kanji, records)}\n\n{results_table(records)}\n"
     (options.output / "results.md").write_text(report, encoding="utf-8")

@@ -12,7 +12,7 @@ from .long_tail import frequency_groups
 from .runs import Record
 from .settings import ALL_SETTINGS
 
-COLUMNS = ("all", "many", "medium", "few", "one", "natural", "ECE", "natural ECE")
+COLUMNS = ("seeds", "all", "many", "medium", "few", "one", "natural", "ECE", "natural ECE")
 
 
 def mean_and_deviation(values: Sequence[float | None]) -> str:
@@ -33,7 +33,8 @@ def results_table(records: list[Record]) -> str:
                 [*run["groups"].values(), run["natural"], run["ece"], run["natural_ece"]]
                 for run in runs
             ]
-            rows.append([setting.title, *map(mean_and_deviation, zip(*values, strict=True))])
+            cells = map(mean_and_deviation, zip(*values, strict=True))
+            rows.append([setting.title, len(runs), *cells])
     return tabulate(rows, ["loss", *COLUMNS], tablefmt="github", disable_numparse=True)
 
 
@@ -41,13 +42,12 @@ def description(data: Kanji, records: list[Record]) -> str:
     """Of the data, the columns of the table and the runs."""
     groups = {name: int(mask.sum()) for name, mask in frequency_groups(data.counts).items()}
     counts, epochs = data.counts, sorted({record["epochs"] for record in records})
-    seeds = sorted({record["seed"] for record in records})
     seconds = torch.tensor([float(record["seconds"]) for record in records])
     versions = sorted({record["versions"]["torch"] for record in records})
     return f"""\
 {len(counts)} kanji, {len(data.train_y):,} training images: {int(counts.max())} of the most frequent character,
 {int(counts.median())} of the median one. {len(data.test_y):,} test images, in designs that the training set has not.
-{", ".join(map(str, epochs))} epochs; mean ± deviation of {len(seeds)} seeds (of weights and batches). In percent:
+{", ".join(map(str, epochs))} epochs; mean ± deviation of the seeds (of weights and batches). In percent:
 
 - accuracy, the mean over classes: all, many ({groups["many"]} classes with more than 100 training
   images), medium ({groups["medium"]}), few ({groups["few"]} with at most 20), one ({groups["one"]} with one)
