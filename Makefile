@@ -48,7 +48,7 @@ scaling: $(VENV)/ready  ## up to 10^8 classes and 1024 GPUs, computed, into benc
 	$(BIN)/python -m bench.scaling
 fonts: $(VENV)/ready  ## fonts with kanji for the experiment, from Debian's packages, without root
 	$(BIN)/python -m cbloss_fused.experiments.fonts build/fonts
-experiment: fonts  ## fifteen losses on 2,300 classes, into bench/results/kanji; hours, can be cut off
+experiment: fonts  ## twenty losses on 2,349 classes, into bench/results/kanji; hours, can be cut off
 	$(BIN)/python -m cbloss_fused.experiments.kanji --output bench/results/kanji
 figures: $(VENV)/ready  ## the figures of the docs, from bench/results/
 	$(BIN)/python -m bench.figures
