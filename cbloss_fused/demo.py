@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
 from . import backends, class_counts, effective_number
+from .experiments.evaluation import mean_and_deviation
 from .experiments.long_tail import long_tailed_counts
 from .experiments.settings import Setting
 from .parser import Parser
@@ -125,19 +126,13 @@ def run_all(seeds: int, epochs: int) -> Results:
     return {key: torch.stack(accuracies) for key, accuracies in results.items()}
 
 
-def mean_and_deviation(values: Tensor) -> str:
-    """Fractions (seeds,) in %; one seed has no deviation."""
-    mean = f"{100 * values.mean():.1f}"
-    return mean if len(values) == 1 else f"{mean} ± {100 * values.std():.1f}"
-
-
 def accuracy_table(results: Results, imbalance: int) -> str:
     """Accuracy by loss over all classes and over the most and the least frequent third."""
     rows = []
     for name in LOSSES:
         accuracy = results[imbalance, name]
         parts = accuracy, accuracy[:, : C // 3], accuracy[:, -(C // 3) :]
-        rows.append([name, *(mean_and_deviation(part.mean(1)) for part in parts)])
+        rows.append([name, *(mean_and_deviation((100 * p.mean(1)).tolist()) for p in parts)])
     return tabulate(rows, ["loss", "overall %", "head %", "tail %"], tablefmt="github")
 
 
@@ -221,8 +216,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=40, help="epochs of a run (default 40)")
     parser.add_argument("--output", type=Path, default="demo.png", help="figure (default demo.png)")
     options = parser.parse_args(argv)
-    if min(options.seeds, options.epochs) < 1:
-        parser.error("expected --seeds and --epochs of at least 1")
+    parser.check_at_least_one(options, "seeds", "epochs")
     if not options.output.absolute().parent.is_dir():
         parser.error(f"--output {options.output}: there is no such folder")
     return options

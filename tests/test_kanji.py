@@ -16,9 +16,15 @@ from support.font import make_font
 
 from cbloss_fused import class_balanced_weights, ldam_margin, logit_adjustment
 from cbloss_fused.experiments import fonts, kanji, kanji_data
-from cbloss_fused.experiments.evaluation import bin_sums, by_bin, calibration_error, evaluate
+from cbloss_fused.experiments.evaluation import (
+    bin_sums,
+    by_bin,
+    calibration_error,
+    evaluate,
+    mean_and_deviation,
+)
 from cbloss_fused.experiments.kanji_figures import FIGURES
-from cbloss_fused.experiments.kanji_tables import mean_and_deviation, results_table
+from cbloss_fused.experiments.kanji_tables import results_table
 from cbloss_fused.experiments.long_tail import frequency_groups
 from cbloss_fused.experiments.settings import ALL_SETTINGS, SETTINGS
 

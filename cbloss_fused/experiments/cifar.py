@@ -185,9 +185,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--device", default=gpu, help=f"(default {gpu})")
     add("--workers", type=int, default=1, help="runs side by side, for CPUs (default 1)")
     options = parser.parse_args(argv)
-    for name in ("seeds", "epochs", "workers"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} {getattr(options, name)}: expected at least 1")
+    parser.check_at_least_one(options, "seeds", "epochs", "workers")
     try:
         torch.empty(0, device=options.device)
     except (AssertionError, RuntimeError) as error:

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from statistics import mean, stdev
+from statistics import mean
 
 from tabulate import tabulate
 
 from .cifar_data import DATASETS
+from .evaluation import mean_and_deviation
 from .paper import IMBALANCES, LOSSES, Loss, paper_error_rate
 from .runs import Record
-
-
-def mean_and_deviation(values: Sequence[float]) -> str:
-    """One run has no deviation.
-
-    >>> mean_and_deviation([25.0, 26.0]), mean_and_deviation([25.0])
-    ('25.50 ± 0.71', '25.00')
-    """
-    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
 
 
 def error_table(records: list[Record], dataset: str) -> str:
@@ -39,7 +30,7 @@ def error_table(records: list[Record], dataset: str) -> str:
         row = [loss.title]
         for i in imbalances:
             ours = of_cell.get((loss, i))
-            row.append(mean_and_deviation(ours) if ours else "")
+            row.append(mean_and_deviation(ours, digits=2) if ours else "")
             row.append(f"{paper_error_rate(title, loss, i):.2f}")
         rows.append(row)
     balanced = [loss for loss in losses if loss.beta]

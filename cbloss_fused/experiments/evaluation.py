@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from statistics import mean, stdev
 from typing import NamedTuple
 
 import torch
@@ -48,14 +50,14 @@ def evaluate(probability: Tensor, target: Tensor, counts: Tensor) -> Evaluation:
     accuracy = 100 * torch.zeros_like(images).index_add_(0, target, correct) / images
     tested = images > 0
 
-    def mean(classes: Tensor) -> float | None:
+    def of_classes(classes: Tensor) -> float | None:
         return float(accuracy[classes].mean()) if classes.any() else None
 
     of_bin = by_bin(counts)
     share = torch.where(tested, counts / images, 0.0)  # of one test image, in nature
     return Evaluation(
-        {name: mean(mask & tested) for name, mask in frequency_groups(counts).items()},
-        [mean((of_bin == b) & tested) for b in range(len(BIN_EDGES))],
+        {name: of_classes(mask & tested) for name, mask in frequency_groups(counts).items()},
+        [of_classes((of_bin == b) & tested) for b in range(len(BIN_EDGES))],
         float((accuracy * counts)[tested].sum() / counts[tested].sum()),
         calibration_error(confidence, correct, (tested / images)[target]),
         calibration_error(confidence, correct, share[target]),
@@ -76,3 +78,16 @@ def calibration_error(confidence: Tensor, correct: Tensor, weight: Tensor) -> fl
     gap = weight * (correct.double() - confidence.double())
     sums = torch.zeros(CALIBRATION_BINS, dtype=torch.float64).index_add_(0, index, gap.double())
     return float(100 * sums.abs().sum() / weight.sum())
+
+
+def mean_and_deviation(values: Sequence[float | None], digits: int = 1) -> str:
+    """For a table: one value has no deviation, no class (None) no mean.
+
+    >>> mean_and_deviation([25.0, 26.0]), mean_and_deviation([25.0]), mean_and_deviation([None])
+    ('25.5 ± 0.7', '25.0', '-')
+    """
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    deviation = f" ± {stdev(known):.{digits}f}" if len(known) > 1 else ""
+    return f"{mean(known):.{digits}f}{deviation}"

@@ -158,10 +158,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     options.seeds = seeds if options.seeds is None else options.seeds
     options.epochs = epochs if options.epochs is None else options.epochs
     options.samples = samples if options.samples is None else options.samples
-    for name in ("seeds", "epochs", "samples", "classes", "workers"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name} {value}: expected at least 1")
+    parser.check_at_least_one(options, "seeds", "epochs", "samples", "classes", "workers")
     return options
 
 

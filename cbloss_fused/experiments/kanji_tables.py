@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from tabulate import tabulate
 
+from .evaluation import mean_and_deviation
 from .kanji_data import Kanji
 from .long_tail import frequency_groups
 from .runs import Record
 from .settings import ALL_SETTINGS
 
 COLUMNS = ("seeds", "all", "many", "medium", "few", "one", "natural", "ECE", "natural ECE")
-
-
-def mean_and_deviation(values: Sequence[float | None]) -> str:
-    """One value has no deviation, no class (None) no mean."""
-    mean = torch.tensor([v for v in values if v is not None], dtype=torch.float64)
-    if not len(mean):
-        return "-"
-    return f"{mean.mean():.1f}" + (f" ± {mean.std():.1f}" if len(mean) > 1 else "")
 
 
 def results_table(records: list[Record]) -> str:

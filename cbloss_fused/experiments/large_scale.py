@@ -188,9 +188,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--threads", type=int, default=torch.get_num_threads(), help="(default: PyTorch's)")
     add("--device", default="cpu", help="(default cpu)")
     options = parser.parse_args(argv)
-    for name in ("batch", "rounds", "threads"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} {getattr(options, name)}: expected at least 1")
+    parser.check_at_least_one(options, "batch", "rounds", "threads")
     return options
 
 
