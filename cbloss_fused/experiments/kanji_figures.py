@@ -32,29 +32,27 @@ BINS = [
 ]
 
 
-def mean_of(records: list[Record], loss: str, *keys: str) -> np.ndarray | None:
-    """The mean over a loss's runs of a value or a list of values; None if there is no run."""
-    values = []
-    for record in records:
-        if record["loss"] == loss:
-            value = record
-            for key in keys:
-                value = value[key]
-            values.append(np.array(value, dtype=float))
-    return np.mean(values, axis=0) if values else None
+def runs_of(records: list[Record], loss: str) -> list[Record]:
+    """One for each seed; maybe none."""
+    return [record for record in records if record["loss"] == loss]
+
+
+def accuracy_of_bins(runs: list[Record]) -> np.ndarray:
+    """The mean over the runs; NaN where there is no class."""
+    return np.mean(np.array([run["bins"] for run in runs], dtype=float), axis=0)
 
 
 def accuracy_by_frequency(records: list[Record]) -> Figure:
     """Accuracy over a class's number of training images, and what a loss gains or costs."""
     figure, (left, right) = panels(2, width=6)
-    baseline = mean_of(records, BASELINE, "bins")
+    baseline = runs_of(records, BASELINE)
     for loss, style in zip(SHOWN, STYLES, strict=True):
-        accuracy = mean_of(records, loss, "bins")
-        if accuracy is None:
+        if not (runs := runs_of(records, loss)):
             continue
+        accuracy = accuracy_of_bins(runs)
         left.plot(BINS, accuracy, label=ALL_SETTINGS[loss].title, **style)
-        if baseline is not None:
-            right.plot(BINS, accuracy - baseline, **style)
+        if baseline:
+            right.plot(BINS, accuracy - accuracy_of_bins(baseline), **style)
     left.set(title="Test accuracy, %", xlabel="training images of the class")
     right.set(title="Points above cross entropy", xlabel="training images of the class")
     left.legend(loc="lower right", fontsize=9)
@@ -70,9 +68,10 @@ def beta_curve(records: list[Record]) -> Figure:
     for (label, curve, group), style in zip(lines, STYLES, strict=True):
         points = []
         for beta, loss in curve.items():
-            runs = [r["groups"][group] for r in records if r["loss"] == loss]
-            if runs and runs[0] is not None:
-                points.append((beta, np.mean(runs), np.std(runs, ddof=len(runs) > 1)))
+            accuracy = [run["groups"][group] for run in runs_of(records, loss)]
+            if accuracy and accuracy[0] is not None:
+                deviation = np.std(accuracy, ddof=1) if len(accuracy) > 1 else 0.0
+                points.append((beta, np.mean(accuracy), deviation))
         for_beta = [BETAS.index(beta) for beta, _, _ in points]
         means, deviations = [p[1] for p in points], [p[2] for p in points]
         ax.errorbar(for_beta, means, deviations, label=label, capsize=3, **style)
@@ -84,12 +83,12 @@ def beta_curve(records: list[Record]) -> Figure:
 
 def drivers(records: list[Record]) -> Figure:
     """Which classes drive the loss: shares of the gradient at the targets, epoch by epoch."""
-    shown = [loss for loss in DRIVERS if mean_of(records, loss, "natural") is not None]
+    shown = [loss for loss in DRIVERS if runs_of(records, loss)]
     figure, axes = panels(len(shown), width=3.6)
     groups = {"1 to 5 images": (0, 3), "6 to 20": (3, 5), "21 to 100": (5, 7), "more": (7, 9)}
     fills = [("#D55E00", ""), ("#F0B090", "//"), ("#A0C8E8", ".."), ("#0072B2", "")]
     for ax, loss in zip(axes, shown, strict=True):
-        runs = [r["history"] for r in records if r["loss"] == loss]
+        runs = [run["history"] for run in runs_of(records, loss)]
         shares = 100 * np.mean([[epoch["gradient"] for epoch in run] for run in runs], axis=0)
         epochs, base = np.arange(1, len(shares) + 1), np.zeros(len(shares))
         for (name, (first, end)), (color, hatch) in zip(groups.items(), fills, strict=True):
