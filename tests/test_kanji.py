@@ -23,7 +23,7 @@ from cbloss_fused.experiments.evaluation import (
     evaluate,
     mean_and_deviation,
 )
-from cbloss_fused.experiments.kanji_figures import FIGURES
+from cbloss_fused.experiments.kanji_figures import FIGURES, draw_figures
 from cbloss_fused.experiments.kanji_tables import results_table
 from cbloss_fused.experiments.long_tail import frequency_groups
 from cbloss_fused.experiments.settings import ALL_SETTINGS, SETTINGS
@@ -269,6 +269,14 @@ def test_experiment(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(kanji, "train", None)  # nothing is left to train
     kanji.main(command)
     assert capsys.readouterr().out == printed
+
+
+def test_figures_of_a_loss_that_they_do_not_show(tmp_path):
+    shares = {"gradient": [1 / 9] * 9}
+    groups = {"all": 50.0, "many": None, "medium": None, "few": 50.0, "one": None}
+    record = {"loss": "sigmoid", "bins": [50.0] * 9, "groups": groups, "history": [shares] * 2}
+    draw_figures([record], tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2 * len(FIGURES)
 
 
 def test_training_lowers_the_loss_and_repeats(data, monkeypatch):

@@ -37,6 +37,11 @@ def runs_of(records: list[Record], loss: str) -> list[Record]:
     return [record for record in records if record["loss"] == loss]
 
 
+def shown(records: list[Record], losses: tuple[str, ...]) -> list[str]:
+    """Those of the losses that were run, or, if none was, the first that was."""
+    return [loss for loss in losses if runs_of(records, loss)] or [records[0]["loss"]]
+
+
 def accuracy_of_bins(runs: list[Record]) -> np.ndarray:
     """The mean over the runs; NaN where there is no class."""
     return np.mean(np.array([run["bins"] for run in runs], dtype=float), axis=0)
@@ -46,10 +51,8 @@ def accuracy_by_frequency(records: list[Record]) -> Figure:
     """Accuracy over a class's number of training images, and what a loss gains or costs."""
     figure, (left, right) = panels(2, width=6)
     baseline = runs_of(records, BASELINE)
-    for loss, style in zip(SHOWN, STYLES, strict=True):
-        if not (runs := runs_of(records, loss)):
-            continue
-        accuracy = accuracy_of_bins(runs)
+    for loss, style in zip(shown(records, SHOWN), STYLES, strict=False):
+        accuracy = accuracy_of_bins(runs_of(records, loss))
         left.plot(BINS, accuracy, label=ALL_SETTINGS[loss].title, **style)
         if baseline:
             right.plot(BINS, accuracy - accuracy_of_bins(baseline), **style)
@@ -83,11 +86,11 @@ def beta_curve(records: list[Record]) -> Figure:
 
 def drivers(records: list[Record]) -> Figure:
     """Which classes drive the loss: shares of the gradient at the targets, epoch by epoch."""
-    shown = [loss for loss in DRIVERS if runs_of(records, loss)]
-    figure, axes = panels(len(shown), width=3.6)
+    losses = shown(records, DRIVERS)
+    figure, axes = panels(len(losses), width=3.6)
     groups = {"1 to 5 images": (0, 3), "6 to 20": (3, 5), "21 to 100": (5, 7), "more": (7, 9)}
     fills = [("#D55E00", ""), ("#F0B090", "//"), ("#A0C8E8", ".."), ("#0072B2", "")]
-    for ax, loss in zip(axes, shown, strict=True):
+    for ax, loss in zip(axes, losses, strict=True):
         runs = [run["history"] for run in runs_of(records, loss)]
         shares = 100 * np.mean([[epoch["gradient"] for epoch in run] for run in runs], axis=0)
         epochs, base = np.arange(1, len(shares) + 1), np.zeros(len(shares))
