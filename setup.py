@@ -1,10 +1,11 @@
-"""Builds cbloss_fused._C, and with nvcc cbloss_fused/_cuda.so: csrc/ on the LibTorch stable ABI.
+"""Builds cbloss_fused._C, the kernels for CPUs, and with nvcc cbloss_fused._cuda, those for GPUs.
 
-Neither is ever needed: without a compiler, or without a torch to build against, the package is
-installed all the same, and the reason is recorded for backends(). Any other failure is an error; of
-the CUDA kernels only where they were asked for: CBLOSS_CUDA=1 builds them beside a torch without
-CUDA too, CBLOSS_CUDA=0 leaves them out. TORCH_CUDA_ARCH_LIST chooses the GPUs as for PyTorch.
-torch is found, never imported, so that an isolated build can use the environment's own.
+Neither build needs PyTorch: csrc/torch_abi.h declares what they call of its stable C ABI, and they
+are linked against stand-ins for its libraries. What cannot be built is an error of one line, unless
+it is switched off: CBLOSS_CPU=0, CBLOSS_CUDA=0; without either the wheel is one for any platform.
+The CUDA kernels are built where there are nvcc and a PyTorch with CUDA (or, where no PyTorch is
+seen, a GPU), and with CBLOSS_CUDA=1 wherever there is nvcc; TORCH_CUDA_ARCH_LIST chooses the GPUs,
+as for PyTorch.
 
 What is current is not built again: a stamp beside a library, never in a wheel, has digests of its
 sources, of what compiled them and of itself. Times of files do not count: a copy changes them.
@@ -17,23 +18,26 @@ import hashlib
 import importlib.util
 import json
 import os
-import platform
 import re
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+from setuptools.errors import CompileError, LinkError
 
 ROOT = Path(__file__).resolve().parent
-TORCH_TARGET_VERSION = "0x020b000000000000"  # torch 2.11, the oldest that may load the binary
 PY_LIMITED_API = "0x030a0000"  # Python 3.10
+OLDEST = {"GCC": 11, "Clang": 14}
+X86 = sysconfig.get_platform().endswith(("x86_64", "amd64"))
 
 # Compiled once each, as row kernels in a namespace of that name; chosen at load time.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
@@ -45,53 +49,100 @@ AVX512 += [
 ]  # GCC's headers trip it
 AVX512 += ["-Wno-unknown-warning-option"]  # which Clang does not know
 ISA_FLAGS: dict[str, list[str]] = {"baseline": []}
-if platform.machine() in ("x86_64", "AMD64"):
-    ISA_FLAGS |= {"avx2": AVX2, "avx512": AVX512, "avx512_bf16": [*AVX512, "-mavx512bf16"]}
+if X86:  # whose baseline serves few processors: it takes half the time to compile
+    ISA_FLAGS = {"avx512_bf16": [*AVX512, "-mavx512bf16"], "avx512": AVX512, "avx2": AVX2}
+    ISA_FLAGS["baseline"] = ["-O1"]
 FLAGS = [
     *("-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra"),
     # Nothing reads errno or floating-point traps; products and sums may fuse where FMA exists.
     *("-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast"),
-    f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
     f"-DPy_LIMITED_API={PY_LIMITED_API}",
+    f"-ffile-prefix-map={ROOT}=.",  # no path of this machine enters the library
 ]
 
 
-def find_torch() -> Path | None:
-    """The folder of the environment's torch, even from pip's isolated build environment."""
-    spec = importlib.util.find_spec("torch")
-    if spec is not None and spec.origin is not None:
-        return Path(spec.origin).parent
-    for folder in (sysconfig.get_path("platlib"), sysconfig.get_path("purelib")):
-        if (Path(folder) / "torch" / "include").is_dir():
-            return Path(folder) / "torch"
-    return None
+def tell(text: str) -> None:
+    print(f"cbloss_fused: {text}", file=sys.stderr, flush=True)
 
 
-def configured_compiler() -> str:
-    """The C++ compiler that setuptools would call."""
-    return shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")[0]
+class BuildError(SystemExit):
+    """Ends the build with one line."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(f"cbloss_fused: {' '.join(text.split())}")
 
 
-def find_compiler() -> str | None:
-    """That one, or another that is here: an interpreter may remember one from elsewhere."""
-    return next(filter(shutil.which, (configured_compiler(), "g++", "clang++", "c++")), None)
+# The compiler -------------------------------------------------------------------------------------
 
 
-def missing() -> str | None:
-    """Why the extension cannot be built here, in one line; None if it can."""
-    if sys.platform not in ("linux", "darwin"):
-        return f"no CPU kernels for {sys.platform} yet"
-    if find_compiler() is None:
-        return "no C++ compiler found; install one and reinstall cbloss_fused"
-    if find_torch() is None:
-        return (
-            "no torch in this environment at build time; "
-            "install torch, then: pip install --no-build-isolation --force-reinstall --no-deps ."
+def compiler() -> str:
+    """The C++ compiler: CXX, or the interpreter's if it is here, or another."""
+    asked, configured = os.environ.get("CXX"), sysconfig.get_config_var("CXX") or "c++"
+    if asked:
+        return asked
+    found = filter(shutil.which, (shlex.split(configured)[0], "g++", "clang++", "c++"))
+    return next(found, configured)
+
+
+PROBE = "#include <Python.h>\n#include <optional>\nstd::optional<int> probe;\n"
+
+
+def check_compiler() -> None:
+    """End the build if the compiler cannot be used."""
+    command = [*shlex.split(compiler()), "-std=c++17", "-x", "c++", "-"]
+    include = f"-I{sysconfig.get_path('include')}"
+    needed = " or ".join(f"{name} >= {version}" for name, version in OLDEST.items())
+    way_out = f"install {needed} and set CXX to it, or CBLOSS_CPU=0 for eager PyTorch alone"
+
+    def run(*flags: str, text: str = "") -> str:
+        done = subprocess.run([*command, *flags], input=text, capture_output=True, text=True)
+        if done.returncode == 0:
+            return done.stdout
+        said = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr)
+        if "Python.h" in said:
+            raise BuildError(
+                f"Python's headers are missing ({include[2:]}/Python.h): install them (Debian: "
+                "python3-dev, Fedora: python3-devel), or set CBLOSS_CPU=0 for eager PyTorch alone"
+            )
+        raise BuildError(f"the C++ compiler {compiler()!r} fails ({said.strip()}): {way_out}")
+
+    try:
+        macros = dict(re.findall(r"#define (__\w+) (\d+)", run("-dM", "-E")))
+        run(include, "-fsyntax-only", text=PROBE)
+    except OSError as error:
+        raise BuildError(f"no C++ compiler {compiler()!r} ({error.strerror}): {way_out}") from None
+    name = "Clang" if "__clang_major__" in macros else "GCC"
+    macro = {"Clang": "__clang_major__", "GCC": "__GNUC__"}[name]
+    if "__apple_build_version__" not in macros and int(macros.get(macro, 0)) < OLDEST[name]:
+        raise BuildError(
+            f"the C++ compiler {compiler()!r} is {name} {macros.get(macro)}: {way_out}"
         )
-    return None
 
 
-# What is current --------------------------------------------------------------------------------
+# Stand-ins for PyTorch's libraries ----------------------------------------------------------------
+
+IN_CUDA = "aoti_torch_get_current_cuda_stream"
+
+
+def stand_ins(folder: Path, *names: str) -> list[str]:
+    """Make libraries of torch_abi.h's functions, named as PyTorch's; the flags to link them."""
+    declared = re.findall(r"\b(\w+)\(", (ROOT / "csrc" / "torch_abi.h").read_text())
+    functions = {name for name in declared if name.startswith(("aoti_torch_", "torch_"))}
+    darwin = sys.platform == "darwin"
+    for name in names:
+        file = f"lib{name}.{'dylib' if darwin else 'so'}"
+        kept = {f for f in functions if (f == IN_CUDA) == (name == "torch_cuda")}
+        source = folder / f"{name}.cpp"
+        source.write_text("".join(f'extern "C" void {each}() {{}}\n' for each in sorted(kept)))
+        kind = ["-dynamiclib", f"-Wl,-install_name,@rpath/{file}"]
+        kind = kind if darwin else ["-shared", f"-Wl,-soname,{file}"]
+        command = [*shlex.split(compiler()), "-fPIC", *kind, str(source), "-o", str(folder / file)]
+        subprocess.run(command, check=True)
+    origin = "@loader_path" if darwin else "$ORIGIN"
+    return [f"-L{folder}", *(f"-l{name}" for name in names), f"-Wl,-rpath,{origin}/../torch/lib"]
+
+
+# What is current ----------------------------------------------------------------------------------
 
 KEEP = os.environ.get("CBLOSS_KEEP") == "1"
 ENVIRONMENT = ("CC", "CXX", "CFLAGS", "CXXFLAGS", "CPPFLAGS", "LDFLAGS", "LDSHARED", "ARCHFLAGS")
@@ -115,22 +166,18 @@ def digest_of_sources(leave_out: str, root: Path = ROOT) -> str:
     return digest(*(part for name in sorted(named) for part in (name.encode(), named[name])))
 
 
-def version_of(tool: str | None) -> str:
+def version_of(tool: str) -> str:
     """Where a compiler is, and what it calls itself."""
-    if tool is None:
-        return "none"
-    told = subprocess.run([tool, "--version"], capture_output=True, text=True).stdout
-    return f"{shutil.which(tool)}: {told}"
+    words = shlex.split(tool)
+    told = subprocess.run([*words, "--version"], capture_output=True, text=True).stdout
+    return f"{shutil.which(words[0])}: {told}"
 
 
 def digest_of_tools(*flags: str) -> str:
-    """Of torch's version, the compiler, flags, and what the environment adds."""
-    torch = find_torch()
-    version = torch / "version.py" if torch is not None else None
-    told = version.read_text() if version is not None and version.exists() else ""
+    """Of the compiler, flags, and what the environment adds."""
     chosen = [f"{name}={os.environ.get(name, '')}" for name in ENVIRONMENT]
     configured = [str(sysconfig.get_config_var(name)) for name in ("CXX", "CFLAGS", "LDSHARED")]
-    parts = [told, version_of(find_compiler()), *flags, *chosen, *configured]
+    parts = [version_of(compiler()), sysconfig.get_platform(), *flags, *chosen, *configured]
     return digest(*(part.encode() for part in parts))
 
 
@@ -179,13 +226,21 @@ def cuda_tools() -> str:
 
 # CUDA ---------------------------------------------------------------------------------------------
 
-ASKED = os.environ.get("CBLOSS_CUDA", "")  # "1", "0" or nothing: where nvcc and torch's CUDA are
+ASKED = os.environ.get("CBLOSS_CUDA", "")  # "1", "0" or nothing
 ARCHITECTURES = "8.0;9.0;10.0+PTX"
 CUDA_DTYPES = ["float", "double", "__nv_bfloat16", "__half"]
-CUDA_FLAGS = [
-    *("-std=c++17", "-O3", "-DUSE_CUDA", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}"),
-    *("-Xcompiler", "-fPIC,-fvisibility=hidden"),
-]
+CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+
+
+def find_torch() -> Path | None:
+    """The folder of the environment's torch, even from pip's isolated build environment."""
+    spec = importlib.util.find_spec("torch")
+    if spec is not None and spec.origin is not None:
+        return Path(spec.origin).parent
+    for folder in (sysconfig.get_path("platlib"), sysconfig.get_path("purelib")):
+        if (Path(folder) / "torch" / "lib").is_dir():
+            return Path(folder) / "torch"
+    return None
 
 
 def find_nvcc() -> str | None:
@@ -194,17 +249,19 @@ def find_nvcc() -> str | None:
 
 
 def missing_cuda() -> str | None:
-    """Why the CUDA kernels cannot be built here, in one line; None if they can."""
-    torch = find_torch()
+    """Why the CUDA kernels are not built here, in one line; None if they are."""
     if ASKED == "0":
         return "switched off by CBLOSS_CUDA=0 at build time"
     if sys.platform != "linux":
         return f"not built for {sys.platform}"
-    if torch is None:
-        return "no torch in this environment at build time"
     if find_nvcc() is None:
         return "no nvcc found at build time"
-    if ASKED != "1" and not (torch / "lib" / "libtorch_cuda.so").exists():
+    if ASKED == "1":
+        return None
+    torch = find_torch()
+    if torch is None:
+        return None if gpus_here() else "no PyTorch and no GPU found at build time"
+    if not (torch / "lib" / "libtorch_cuda.so").exists():
         return "the PyTorch of the build has no CUDA"
     return None
 
@@ -237,7 +294,7 @@ def architectures(nvcc: str) -> list[str]:
     for each in names:
         found = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", each)
         if found is None:
-            raise ValueError(
+            raise BuildError(
                 f"TORCH_CUDA_ARCH_LIST must hold numbers such as 9.0 or 10.0+PTX, got {each!r}"
             )
         major, minor, kind, ptx = found.groups()
@@ -250,149 +307,169 @@ def architectures(nvcc: str) -> list[str]:
 
 
 def build_cuda(library: Path, folder: Path) -> None:
-    """Compile csrc/cuda, dispatch.cu once per dtype, and link against torch or a stub of it."""
-    torch, nvcc = find_torch(), find_nvcc()
-    assert torch is not None
+    """Compile csrc/cuda, dispatch.cu once per dtype, and link."""
+    nvcc = find_nvcc()
     assert nvcc is not None
     arch = architectures(nvcc)
     names = ", ".join(a.split("code=")[1].strip("[]").replace(",", " and ") for a in arch[1::2])
-    include = [torch / "include", torch / "include" / "torch" / "csrc" / "api" / "include"]
-    flags = [*CUDA_FLAGS, *arch, *(f"-isystem={path}" for path in include)]
     folder.mkdir(parents=True, exist_ok=True)
 
     def compile_one(source: str, define: str, name: str) -> str:
         target = folder / f"{name}.o"
-        command = [nvcc, *flags, define, "-c", str(ROOT / source), "-o", str(target)]
-        print(shlex.join(command), file=sys.stderr)
+        command = [nvcc, *CUDA_FLAGS, *arch, define, "-c", str(ROOT / source), "-o", str(target)]
         subprocess.run(command, check=True)
         return str(target)
 
     jobs = [("csrc/cuda/dispatch.cu", f"-DCBLOSS_DTYPE={dtype}", dtype) for dtype in CUDA_DTYPES]
     jobs.append(("csrc/cuda/ops.cu", f'-DCBLOSS_ARCHITECTURES="{names}"', "ops"))
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda job: compile_one(*job), jobs))
-    if not (torch / "lib" / "libtorch_cuda.so").exists():
-        stub = ["-Xlinker", "-soname,libtorch_cuda.so", "-o", str(folder / "libtorch_cuda.so")]
-        source = str(ROOT / "csrc/cuda/torch_cuda_stub.c")
-        subprocess.run([nvcc, "-shared", "-Xcompiler", "-fPIC", source, *stub], check=True)
+    objects = in_parallel("CUDA", jobs, compile_one)
     library.parent.mkdir(parents=True, exist_ok=True)
+    torch = [
+        each.removeprefix("-Wl,").replace("-rpath,", "-Xlinker=-rpath,")
+        for each in stand_ins(folder, "torch_cpu", "torch_cuda")
+    ]
     command = [nvcc, "-shared", "-cudart", "static", *objects, "-o", str(library)]
-    command += [f"-L{torch / 'lib'}", f"-L{folder}", "-Xlinker", "--no-as-needed"]
-    command += ["-ltorch_cpu", "-ltorch_cuda", "-lc10", "-Xlinker", "-rpath,$ORIGIN/../torch/lib"]
-    print(shlex.join(command), file=sys.stderr)
-    subprocess.run(command, check=True)
+    subprocess.run([*command, "-Xlinker", "--no-as-needed", *torch], check=True)
 
 
-# Both ---------------------------------------------------------------------------------------------
+# setuptools ---------------------------------------------------------------------------------------
+
+
+def in_parallel(what: str, jobs: Sequence[tuple[str, ...]], run: Callable[..., str]) -> list[str]:
+    """The results of run(*job), whose last word is a name, told as they come."""
+    begun, done = time.monotonic(), 0
+
+    def tell_when_done(job: tuple[str, ...]) -> str:
+        nonlocal done
+        result = run(*job)
+        done += 1
+        tell(f"{what} {done}/{len(jobs)}: {job[-1]}, {time.monotonic() - begun:.0f} s")
+        return result
+
+    cores = min(os.cpu_count() or 1, len(jobs))
+    tell(f"compiling the {what} kernels, a minute or two of {cores} cores")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(tell_when_done, jobs))
+
+
+class BuildPython(build_py):
+    """What an earlier build has left never enters a wheel."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib) / "cbloss_fused", ignore_errors=True)
+        super().run()
 
 
 class BuildExtension(build_ext):
-    """Compiles what can be compiled here, and records why the rest is left out."""
+    """Libraries of names of their own, and a note of why there is none for CUDA."""
+
+    no_cuda: str | None = None
+
+    def get_ext_filename(self, fullname: str) -> str:
+        if fullname.endswith("_cuda"):  # not a module of Python
+            return str(Path(*fullname.split("."))) + ".so"
+        return super().get_ext_filename(fullname)
 
     def run(self) -> None:
-        package = Path(self.get_ext_fullpath("cbloss_fused._C")).parent
-        self.cpu_kernels(package)
-        self.cuda_kernels(package)
-
-    def cpu_kernels(self, package: Path) -> None:
-        stamp = self.stamp(Path(self.get_ext_fullpath("cbloss_fused._C")), "cuda")
-        if not self.force and stamp.current(cpu_tools, KEEP):
-            return self.note(package / "_build_note.txt", None)
-        reason = missing()
-        self.note(package / "_build_note.txt", reason)
-        if reason is None:
-            stamp.remove()
-            super().run()
-            stamp.write(cpu_tools())
-
-    def cuda_kernels(self, package: Path) -> None:
-        library, folder = package / "_cuda.so", Path(self.build_temp) / "cuda"
-        stamp, reason = self.stamp(library, "cpu"), missing_cuda()
-        if ASKED != "0" and KEEP and not self.force and stamp.current(str, KEEP):
-            return self.note(package / "_cuda_note.txt", None)
-        if reason is None:
-            try:
-                if self.force or not stamp.current(cuda_tools, KEEP):
-                    stamp.remove()
-                    library.unlink(missing_ok=True)  # what fails leaves nothing that looks current
-                    build_cuda(library, folder)
-                    stamp.write(cuda_tools())
-            except (subprocess.CalledProcessError, OSError, ValueError) as error:
-                if ASKED == "1":
-                    raise
-                reason = f"the build failed ({error}); CBLOSS_CUDA=1 makes that an error"
-        if reason is not None:
-            stamp.remove()
-            library.unlink(missing_ok=True)
-        self.note(package / "_cuda_note.txt", reason)
-
-    def stamp(self, library: Path, leave_out: str) -> Stamp:
-        """Beside a library in place; else not where it would enter a wheel."""
-        folder = library.parent if self.inplace else Path(self.build_temp)
-        name = library.name.split(".")[0]
-        return Stamp(folder / f"{name}.stamp", library, digest_of_sources(leave_out))
-
-    def note(self, path: Path, reason: str | None) -> None:
-        path.unlink(missing_ok=True)
-        if reason is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(reason + "\n")
-            print(f"cbloss_fused: left out: {reason}", file=sys.stderr)
+        self.no_cuda = NO_CUDA
+        super().run()
+        note = Path(self.get_ext_fullpath("cbloss_fused._C")).parent / "_cuda_note.txt"
+        note.unlink(missing_ok=True)
+        if self.no_cuda is not None:
+            note.write_text(self.no_cuda + "\n")
+            tell(f"without CUDA kernels: {self.no_cuda}")
 
     def build_extension(self, ext: Extension) -> None:
-        torch = find_torch()
-        assert torch is not None
-        compiler = find_compiler()
-        if compiler != configured_compiler():
-            self.compiler.set_executables(
-                compiler_cxx=compiler, compiler_so_cxx=compiler, linker_so_cxx=f"{compiler} -shared"
-            )
-        include = [torch / "include", torch / "include" / "torch" / "csrc" / "api" / "include"]
-        includes = [f"-isystem{path}" for path in include]
+        """Into the package in place, else where it is found again but does not enter a wheel."""
+        target, cuda = Path(self.get_ext_fullpath(ext.name)), ext.name.endswith("_cuda")
+        folder = target.parent if self.inplace else Path(self.build_temp).resolve()
+        library, tools = folder / target.name, cuda_tools if cuda else cpu_tools
+        sources = digest_of_sources("cpu" if cuda else "cuda")
+        stamp = Stamp(folder / f"{ext.name.split('.')[-1]}.stamp", library, sources)
+        keep = KEEP and self.inplace
+        if self.force or not stamp.current(tools, keep):
+            if not cuda:
+                check_compiler()
+            stamp.remove()
+            library.unlink(missing_ok=True)  # what fails leaves nothing that looks current
+            temporary = Path(self.build_temp).resolve() / ext.name
+            temporary.mkdir(parents=True, exist_ok=True)
+            try:
+                build = build_cuda if cuda else self.build_cpu
+                build(library, temporary)
+            except (subprocess.CalledProcessError, CompileError, LinkError) as error:
+                failed = f"the build of the {'CUDA' if cuda else 'CPU'} kernels failed ({error})"
+                if cuda and ASKED != "1":  # Triton serves in their place
+                    self.no_cuda = f"{failed}; CBLOSS_CUDA=1 makes that an error"
+                    return
+                raise BuildError(
+                    f"{failed}; CBLOSS_{'CUDA' if cuda else 'CPU'}=0 leaves them out"
+                ) from None
+            stamp.write(tools())
+        if library != target:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(library, target)
 
-        def compile_one(source: str, name: str, flags: list[str]) -> list[str]:
-            return self.compiler.compile(
-                [source],
-                output_dir=str(Path(self.build_temp) / name),
-                extra_postargs=[*FLAGS, *includes, *flags],
-                include_dirs=[sysconfig.get_path("include")],
-                depends=ext.depends,
+    def build_cpu(self, library: Path, folder: Path) -> None:
+        words = compiler()
+        if words != sysconfig.get_config_var("CXX"):
+            darwin = sys.platform == "darwin"
+            linked = "-bundle -undefined dynamic_lookup" if darwin else "-shared"
+            flags, linker_flags = (os.environ.get(name, "") for name in ("CXXFLAGS", "LDFLAGS"))
+            self.compiler.set_executables(
+                compiler_cxx=words,
+                compiler_so_cxx=f"{words} {flags}",
+                linker_so_cxx=f"{words} {linked} {linker_flags}",
             )
+
+        def compile_one(source: str, define: str, flags: str, name: str) -> str:
+            (found,) = self.compiler.compile(
+                [source],
+                output_dir=str(folder / name),
+                extra_postargs=[*FLAGS, *define.split(), *flags.split()],
+                include_dirs=[sysconfig.get_path("include")],
+            )
+            return str(found)
 
         jobs = [
-            ("csrc/cpu/kernels.cpp", name, [f"-DCBLOSS_ISA={name}", *flags])
+            ("csrc/cpu/kernels.cpp", f"-DCBLOSS_ISA={name}", " ".join(flags), name)
             for name, flags in ISA_FLAGS.items()
         ]
-        jobs += [(source, "ops", []) for source in ext.sources]
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = [o for found in pool.map(lambda job: compile_one(*job), jobs) for o in found]
-        origin = "@loader_path" if sys.platform == "darwin" else "$ORIGIN"
+        jobs += [(source, "", "", Path(source).stem) for source in SOURCES]
         self.compiler.link_shared_object(
-            objects,
-            self.get_ext_fullpath(ext.name),
-            libraries=["torch_cpu", "c10"],  # named, since torch's symbols are not global
-            library_dirs=[str(torch / "lib")],
-            extra_postargs=[f"-Wl,-rpath,{origin}/../torch/lib"],
+            in_parallel("CPU", jobs, compile_one),
+            str(library),
+            extra_postargs=stand_ins(folder, "torch_cpu"),
             target_lang="c++",
         )
 
 
-HEADERS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h"))
+SOURCES = ["csrc/module.cpp", *(f"csrc/cpu/{name}.cpp" for name in ("ops", "isa", "stats"))]
+NO_CPU = os.environ.get("CBLOSS_CPU") == "0" or sys.platform not in ("linux", "darwin")
+NO_CUDA = missing_cuda()
+EXTENSIONS = [] if NO_CPU else [Extension("cbloss_fused._C", SOURCES, py_limited_api=True)]
+EXTENSIONS += [] if NO_CUDA is not None else [Extension("cbloss_fused._cuda", ["csrc/cuda/ops.cu"])]
+
+
+def readme() -> str:
+    """README.md, its links to files whole, for readers elsewhere."""
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (repository,) = re.findall(r'^Repository = "(.*)"$', project, re.MULTILINE)
+
+    def whole(link: re.Match[str]) -> str:
+        kind = "raw" if link[1].startswith("!") else "blob"
+        return f"{link[1]}({repository}/{kind}/main/{link[2]})"
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    return re.sub(r"(!?\[[^\]]*\])\((?!\w+:|#)([^)\s]+)\)", whole, text)
+
 
 if __name__ == "__main__":
     setup(
-        ext_modules=[
-            Extension(
-                "cbloss_fused._C",
-                sources=[
-                    "csrc/module.cpp",
-                    *(f"csrc/cpu/{name}.cpp" for name in ("ops", "isa", "stats")),
-                ],
-                depends=[*HEADERS, "csrc/cpu/kernels.cpp"],
-                language="c++",
-                py_limited_api=True,
-            )
-        ],
-        cmdclass={"build_ext": BuildExtension},
-        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+        long_description=readme(),
+        long_description_content_type="text/markdown",
+        ext_modules=EXTENSIONS,
+        cmdclass={"build_ext": BuildExtension, "build_py": BuildPython},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}} if EXTENSIONS else {},
     )

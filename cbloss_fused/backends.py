@@ -5,6 +5,7 @@ Triton on another device: its type in the record here, its properties in triton/
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import platform
 from collections.abc import Callable, Iterable
@@ -81,20 +82,31 @@ def _check_usable(asked: Backend, device_type: str) -> None:
 def _cpu() -> Backend:
     missing = None
     try:
-        importlib.import_module("cbloss_fused._C")
-    except ImportError as error:
-        note = FOLDER / "_build_note.txt"
-        missing = f"the compiled extension cannot be loaded ({error}); reinstall cbloss_fused"
-        if note.exists():
-            missing = note.read_text().strip()
+        kernels = importlib.import_module("._C", __package__)
+        kernels.register(ops.NAMESPACE)
+    except (ImportError, AttributeError) as error:  # of another version
+        built = any(FOLDER.glob("_C.*"))
+        why = f"cannot be loaded ({error}): reinstall" if built else "was not built into"
+        missing = f"the compiled extension {why} cbloss_fused"
 
     def about() -> str:
-        isa = torch.ops.cbloss_fused._set_isa("").split()[0]
-        return f"fused C++ kernels, {isa} code chosen for this {platform.machine()}"
+        return f"fused C++ kernels, {set_isa()[0]} code chosen for this {platform.machine()}"
 
-    stats = None if missing else torch.ops.cbloss_fused._loss_and_stats.default
+    stats = None if missing else ops.operators._loss_and_stats.default
     loss, gradient = ops.overloads("default")
     return Backend("cpu", ("cpu",), missing, about, loss, gradient, loss_and_stats=stats)
+
+
+def set_isa(name: str = "") -> list[str]:
+    """Switch the CPU's kernels to an instruction set, for tests; "" changes nothing.
+
+    Returns:
+        Those that this machine has, best first.
+
+    Raises:
+        ValueError: it does not have that one.
+    """
+    return importlib.import_module("._C", __package__).set_isa(name).split()
 
 
 # CUDA C++: a library of its own, there where the package was built with nvcc. On an H200 it takes
@@ -106,32 +118,45 @@ def _cuda() -> Backend:
     # Of a PyTorch for AMD GPUs, whose device type is "cuda" too, version.cuda is None.
     library, note = FOLDER / "_cuda.so", FOLDER / "_cuda_note.txt"
     if not library.exists():
-        return _cuda_record(note.read_text().strip() if note.exists() else "not built")
+        return _without_cuda(note.read_text().strip() if note.exists() else "not built")
     if torch.version.cuda is None:
-        return _cuda_record("built, but this PyTorch has no CUDA")
+        return _without_cuda("built, but this PyTorch has no CUDA")
     try:
-        torch.ops.load_library(library)
+        return _cuda_record(ctypes.CDLL(str(library)), "cuda")
     except OSError as error:
-        return _cuda_record(f"the library cannot be loaded ({error}); reinstall cbloss_fused")
-    return _cuda_record(torch.ops.cbloss_fused._cuda_unusable() or None)
+        return _without_cuda(f"the library cannot be loaded ({error}); reinstall cbloss_fused")
 
 
-def _cuda_record(missing: str | None, device_type: str = "cuda") -> Backend:
+def _without_cuda(missing: str) -> Backend:
+    return Backend("cuda", ("cuda",), missing, str, *ops.overloads("cuda"), soft=False)
+
+
+def _cuda_record(library: ctypes.CDLL, device_type: str) -> Backend:
+    """Of csrc/cuda/ops.cu, its kernels registered."""
+    names = ops.NAMESPACE.encode(), device_type.upper().encode()
+    if not library.cbloss_register(*names):
+        return _without_cuda("PyTorch does not take the library's kernels; reinstall cbloss_fused")
+    library.cbloss_architectures.restype = ctypes.c_char_p
+    needed, driver = library.cbloss_built_with() // 1000, library.cbloss_driver()
+    missing = None
+    if driver // 1000 < needed:  # any minor version of it is enough
+        found = f"{driver // 1000}.{driver % 1000 // 10}"
+        missing = f"built with CUDA {needed}, but the driver supports only CUDA {found}"
+
     def about() -> str:
-        return f"fused CUDA C++ kernels, built for {torch.ops.cbloss_fused._cuda_architectures()}"
+        return f"fused CUDA C++ kernels, built for {library.cbloss_architectures().decode()}"
 
     loss, gradient = ops.overloads("cuda")
     return Backend(
         "cuda", (device_type,), missing, about, loss, gradient, soft=False, new_grad=co_aligned,
-        scale_gradient=torch.ops.cbloss_fused._scale.default,
-        register_default=lambda device: torch.ops.cbloss_fused._serve_cuda(),
+        scale_gradient=ops.operators._scale.default,
+        register_default=lambda device: library.cbloss_register_default(*names),
     )  # fmt: skip
 
 
 def load_cuda(library: Path, device_type: str) -> None:
     """Load a library of the CUDA kernels whose kernels take tensors of another device type."""
-    torch.ops.load_library(library)
-    REGISTRY["cuda"] = _cuda_record(torch.ops.cbloss_fused._cuda_unusable() or None, device_type)
+    REGISTRY["cuda"] = _cuda_record(ctypes.CDLL(str(library)), device_type)
 
 
 # Triton

@@ -59,7 +59,7 @@ def add_module(
 
 def run_module(options: argparse.Namespace) -> None:
     try:
-        module = importlib.import_module(f"cbloss_fused.{options.module}")
+        module = importlib.import_module(f".{options.module}", __package__)
     except ImportError as error:
         raise InputError(f"cannot be imported: {error}") from None
     try:

@@ -18,7 +18,7 @@ from .autograd import refuse_batches, refuse_second_derivatives, scaled
 from .backends import REGISTRY, Backend
 from .chunks import Head, HeadGradients, Result
 from .inputs import Inputs, compute_dtype, weights_classes
-from .ops import library
+from .ops import NAMESPACE, library, operators
 from .options import Formula, LossSpec
 
 _GIVEN = (
@@ -178,9 +178,8 @@ def _register() -> _Operators:
         library.impl(name, code, "CompositeExplicitAutograd")
         library.impl(name, torch.library.fallthrough_kernel, "Autograd")
         library.impl(name, torch.library.fallthrough_kernel, "ADInplaceOrView")
-        torch.library.register_fake(f"cbloss_fused::{name}", lambda *_: None, lib=library)
-    found = torch.ops.cbloss_fused
-    return _Operators(found._linear_loss.default, found._linear_gradient.default)
+        torch.library.register_fake(f"{NAMESPACE}::{name}", lambda *_: None, lib=library)
+    return _Operators(operators._linear_loss.default, operators._linear_gradient.default)
 
 
 _operators = _register()

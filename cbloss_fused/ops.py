@@ -35,25 +35,24 @@ _GRADIENT = (
     "int? background_index, Tensor(a!) grad) -> ()"
 )
 OVERLOADS = ("default", "triton", "cuda", "reference")  # default: what the device has
-library = torch.library.Library("cbloss_fused", "DEF")
+# A copy of the package under another name has operators of its own: torch.ops.<name with _ for .>
+NAMESPACE = (__package__ or "cbloss_fused").replace(".", "_")
+library = torch.library.Library(NAMESPACE, "DEF")
+operators = getattr(torch.ops, NAMESPACE)
 _names = [
     f"{name}.{o}".removesuffix(".default") for name in ("loss", "gradient") for o in OVERLOADS
 ]
 for _name in _names:
     library.define(_name + (_LOSS if _name.startswith("loss") else _GRADIENT))
 library.define(f"_loss_and_stats({_CALL}, Tensor(b!) grad, Tensor(c!) stats) -> ()")
-library.define("_set_isa(str name) -> str")
 library.define("_scale(Tensor(a!) grad, Tensor grad_loss, int numel) -> ()")
-for _name in ("_cuda_architectures", "_cuda_unusable"):
-    library.define(f"{_name}() -> str")
-library.define("_serve_cuda() -> ()")
 
 # autograd.py differentiates: below it the dispatcher need not look for gradients again. They only
 # write: nothing to fake.
 for _name in ("_loss_and_stats", *_names):
     library.impl(_name, torch.library.fallthrough_kernel, "Autograd")
     library.impl(_name, torch.library.fallthrough_kernel, "ADInplaceOrView")
-    torch.library.register_fake(f"cbloss_fused::{_name}", lambda *_: None, lib=library)
+    torch.library.register_fake(f"{NAMESPACE}::{_name}", lambda *_: None, lib=library)
 
 why_eager: dict[str, str] = {}  # device types that fall back to eager PyTorch, and why
 _warned = False
@@ -61,8 +60,7 @@ _warned = False
 
 def overloads(name: str) -> tuple[Any, Any]:
     """loss and gradient."""
-    loss, gradient = torch.ops.cbloss_fused.loss, torch.ops.cbloss_fused.gradient
-    return getattr(loss, name), getattr(gradient, name)
+    return getattr(operators.loss, name), getattr(operators.gradient, name)
 
 
 def eager_loss(

@@ -3,10 +3,18 @@
 #include <cstdint>
 #include <stdexcept>
 #include <string>
-#include <vector>
+
+enum class DType { Float64, Float32, BFloat16, Float16, Bool, Int64, Other };
 
 struct Strides {  // of (N, C, K), in elements
   int64_t n, c, k;
+};
+
+// An operator's list of numbers.
+struct Numbers {
+  static constexpr int64_t MOST = 10;
+  double values[MOST];
+  int64_t count;
 };
 
 // The numbers of a loss, in the order of options.py's Formula.
@@ -17,12 +25,13 @@ struct Formula {
   bool per_class = false;
 
   // From an operator's argument, whose last six numbers may be missing.
-  static Formula of(const std::vector<double>& n) {
-    if (n.size() != 4 && n.size() != 10)
+  static Formula of(const Numbers& given) {
+    const auto& n = given.values;
+    if (given.count != 4 && given.count != 10)
       throw std::invalid_argument("formula must have 4 or 10 numbers, got " +
-                                  std::to_string(n.size()));
+                                  std::to_string(given.count));
     Formula f{n[0] != 0, n[1], n[2], n[3], n[1]};
-    if (n.size() == 10)
+    if (given.count == 10)
       f.gamma_neg = n[4], f.alpha = n[5], f.alpha_neg = n[6], f.clip = n[7], f.logit_scale = n[8],
       f.per_class = n[9] != 0;
     return f;

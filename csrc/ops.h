@@ -1,26 +1,18 @@
-// What the operators of every C++ backend share, over the LibTorch stable ABI. The schemas are in
-// ops.py.
+// What the operators of every C++ backend share. The schemas are in ops.py.
 #pragma once
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
 #include <optional>
 #include <sstream>
 #include <stdexcept>
-#include <vector>
 
 #include "call.h"
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using OptionalTensor = std::optional<Tensor>;
+#include "library.h"
+#include "tensor.h"
 
 template <class Error = std::invalid_argument, class... Parts>
 void require(bool good, const Parts&... parts) {
   if (good) return;
-  std::ostringstream text;
+  std::ostringstream text(std::ios_base::out);  // the default is newer than manylinux_2_28
   (text << ... << parts);
   throw Error(text.str());
 }
@@ -43,24 +35,25 @@ inline Strides strides_of(const Tensor& t) {
 
 // What an operator is given beside the logits.
 struct Inputs {
-  Tensor target;
-  OptionalTensor weight, sample_weight, normalizer, logit_bias, margin, pos_weight;
+  const Tensor& target;
+  const OptionalTensor &weight, &sample_weight, &normalizer, &logit_bias, &margin, &pos_weight;
   std::optional<int64_t> ignore_index, background_index;
 };
 
-inline void check_vector(const Tensor& t, ScalarType dtype, int64_t numel, const char* name) {
-  require(t.scalar_type() == dtype && t.numel() == numel && t.is_contiguous(), name, " must be ",
-          numel, " contiguous elements of the type that the loss is computed in");
+inline const OptionalTensor NONE;
+
+inline void check_vector(const Tensor& t, DType dtype, int64_t numel, const char* name) {
+  require(t.dtype() == dtype && t.numel() == numel && t.is_contiguous(), name, " must be ", numel,
+          " contiguous elements of the type that the loss is computed in");
 }
 
 inline void check_shape(const Tensor& t, const Tensor& logits, const char* name) {
-  require(t.dim() == logits.dim() &&
-              std::equal(t.sizes().begin(), t.sizes().end(), logits.sizes().begin()),
+  require(t.dim() == logits.dim() && std::equal(t.sizes(), t.sizes() + t.dim(), logits.sizes()),
           name, " must have the shape of logits");
 }
 inline void check_grad(const Tensor& grad, const Tensor& logits) {
   check_shape(grad, logits, "grad");
-  require(grad.scalar_type() == logits.scalar_type(), "grad must have the dtype of logits");
+  require(grad.dtype() == logits.dtype(), "grad must have the dtype of logits");
 }
 
 inline Reduction reduction_of(int64_t number) {

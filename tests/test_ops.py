@@ -18,7 +18,7 @@ from support.oracle import oracle, sample
 from support.tolerances import assert_grad
 
 from cbloss_fused import ClassBalancedLoss, backends, class_balanced_loss
-from cbloss_fused.backends import REGISTRY
+from cbloss_fused.backends import REGISTRY, set_isa
 from cbloss_fused.buffers import new_saved
 from cbloss_fused.inputs import Inputs
 
@@ -226,7 +226,7 @@ def test_backends_tells_what_cpu_tensors_get():
     if REGISTRY["cpu"].missing is not None:
         assert found["cpu"] == f"reference: {REGISTRY['cpu'].missing}"
         return
-    names = OPERATORS._set_isa("").split()
+    names = set_isa()
     assert names[-1] == "baseline"
     assert "fused" in found["cpu"]
     assert names[0] in found["cpu"]
@@ -235,22 +235,22 @@ def test_backends_tells_what_cpu_tensors_get():
 
 @pytest.mark.skipif(REGISTRY["cpu"].missing is not None, reason="no library")
 def test_instruction_sets_can_be_chosen_and_a_wrong_name_is_refused():
-    for name in OPERATORS._set_isa("").split():
-        assert name in OPERATORS._set_isa(name).split()
+    for name in set_isa():
+        assert name in set_isa(name)
     with pytest.raises(ValueError, match=r"'sse9'.*baseline"):
-        OPERATORS._set_isa("sse9")
-    OPERATORS._set_isa(OPERATORS._set_isa("").split()[0])
+        set_isa("sse9")
+    set_isa(set_isa()[0])
 
 
 @pytest.mark.skipif(REGISTRY["cpu"].missing is not None, reason="no library")
 def test_asking_for_the_backends_changes_none():
     """Variants differ in last bits: whoever answers is seen in them."""
     logits, target = torch.randn(64, 1000), torch.arange(64)
-    best = OPERATORS._set_isa("baseline").split()[0]
+    best = set_isa("baseline")[0]
     before = class_balanced_loss(logits, target, activation="sigmoid", reduction="none")
     backends()
     after = class_balanced_loss(logits, target, activation="sigmoid", reduction="none")
-    OPERATORS._set_isa(best)
+    set_isa(best)
     assert torch.equal(before, after)
 
 

@@ -20,5 +20,5 @@ def load() -> Any:
     """The module that launches them."""
     global _launch
     if _launch is None:
-        _launch = importlib.import_module("cbloss_fused.triton.launch")
+        _launch = importlib.import_module(".launch", __package__)
     return _launch

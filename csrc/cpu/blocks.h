@@ -8,14 +8,6 @@ constexpr int64_t SIDE = 4;
 using Quad = __m128;
 
 // SIDE elements of any type.
-template <class Q>
-CB_FN Quad load_quad(const Q* p) {
-  return (Quad)load_as<Vec>(p);  // W = SIDE: the other instruction sets have functions of their own
-}
-template <class S>
-CB_FN void store_quad(S* p, Quad q) {
-  store(p, (Vec)q);
-}
 #if defined(__AVX2__)
 CB_FN Quad load_quad(const float* p) { return _mm_loadu_ps(p); }
 CB_FN Quad load_quad(const double* p) { return _mm256_cvtpd_ps(_mm256_loadu_pd(p)); }
@@ -44,6 +36,15 @@ CB_FN void store_quad(BFloat16* p, Quad q) {
 }
 CB_FN void store_quad(Float16* p, Quad q) {
   store_8_bytes(p, _mm_cvtps_ph(q, _MM_FROUND_TO_NEAREST_INT));
+}
+#else  // W = SIDE
+template <class Q>
+CB_FN Quad load_quad(const Q* p) {
+  return (Quad)load_as<Vec>(p);
+}
+template <class S>
+CB_FN void store_quad(S* p, Quad q) {
+  store(p, (Vec)q);
 }
 #endif
 

@@ -1,10 +1,11 @@
 // What ops.cpp and the row kernels share: a call's tensors and numbers, without its options.
 #pragma once
 #include <cstdint>
+#include <string>
 
 #include "../call.h"
+#include "glibc.h"
 
-enum class DType { Float64, Float32, BFloat16, Float16, Bool };
 // What a kernel computes. CHECK and LABELS read soft targets alone: CHECK looks for values out of
 // range, LABELS computes the row weights.
 enum class Mode { LOSS, LOSS_AND_GRAD, GRAD, CHECK, LABELS };
@@ -47,6 +48,11 @@ struct Call {
 using RowKernel = void (*)(const Call&, int64_t begin, int64_t end);
 using FindKernel = RowKernel(DType, Mode, const Call&);
 FindKernel find_kernel;  // of the chosen instruction set
+
+// For tests: switches to the instruction set of that name; "" changes nothing. Returns the names of
+// those that this machine has, best first.
+std::string set_isa(const std::string& name);
+
 // The kernels compiled for each instruction set.
 namespace baseline {
 FindKernel find;

@@ -1,7 +1,7 @@
 // Which instruction set's kernels run: the best that this machine has, chosen at run time.
 #include <algorithm>
+#include <iterator>
 #include <string>
-#include <vector>
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
@@ -26,12 +26,13 @@ bool cpuid(unsigned leaf, unsigned subleaf, Register reg, int bit) {
 }
 #endif
 
-const std::vector<Isa>& isas() {  // best first
+// The best that this machine has comes first.
+const auto& isas() {
 #if defined(__x86_64__)
   const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #endif
-  static const std::vector<Isa> all = {
+  static const Isa all[] = {
 #if defined(__x86_64__)
       {"avx512_bf16", avx512_bf16::find, has_avx512 && cpuid(7, 1, EAX, 5)},
       {"avx512", avx512::find, has_avx512},
@@ -44,13 +45,14 @@ const std::vector<Isa>& isas() {  // best first
 }
 
 const Isa* best_isa() {
-  return &*std::find_if(isas().begin(), isas().end(), [](const Isa& isa) { return isa.supported; });
+  return std::find_if(std::begin(isas()), std::end(isas()),
+                      [](const Isa& isa) { return isa.supported; });
 }
 const Isa* isa = best_isa();
 
-// For tests: switches to the instruction set of that name; "" changes nothing. Returns the names of
-// those that this machine has, best first.
-std::string set_isa(std::string name) {
+}  // namespace
+
+std::string set_isa(const std::string& name) {
   std::string names;
   const Isa* found = isa;
   for (const Isa& each : isas()) {
@@ -64,10 +66,4 @@ std::string set_isa(std::string name) {
   return names;
 }
 
-}  // namespace
-
 RowKernel find_kernel(DType dtype, Mode mode, const Call& a) { return isa->find(dtype, mode, a); }
-
-STABLE_TORCH_LIBRARY_IMPL(cbloss_fused, CompositeExplicitAutograd, m) {
-  m.impl("_set_isa", TORCH_BOX(&set_isa));
-}

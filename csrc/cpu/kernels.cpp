@@ -50,21 +50,28 @@ bool only_general(const Call& a) {
   return any_target && (f.gamma != 0 || has_alpha(f) || f.per_class);
 }
 
+// The rarer kernels have no code of their own for a recomputed gradient: they compute the loss,
+// too, and leave it out.
+constexpr Mode with_loss(Mode mode) { return mode == Mode::GRAD ? Mode::LOSS_AND_GRAD : mode; }
+
 template <class S, Mode MODE>
 RowKernel softmax_kernel(const Call& a, bool rows) {
-  if (class_by_class(a)) return rows ? softmax_soft_rows<S, MODE> : softmax_soft_tiles<S, MODE>;
-  return rows ? softmax_rows<S, MODE> : softmax_tiles<S, MODE>;
+  if (!class_by_class(a)) return rows ? softmax_rows<S, MODE> : softmax_tiles<S, MODE>;
+  constexpr Mode M = with_loss(MODE);
+  if (!rows) return softmax_soft_tiles<S, M>;
+  return a.weight ? softmax_soft_rows<S, M, true> : softmax_soft_rows<S, M, false>;
 }
 
 template <class S, Mode MODE, Gamma G>
 RowKernel sigmoid_kernel(const Call& a, bool rows) {
+  constexpr Mode M = with_loss(MODE);
   if constexpr (G == Gamma::ZERO || G == Gamma::GENERAL) {  // see only_general
-    if (class_by_class(a))
-      return rows ? sigmoid_soft_rows<S, MODE, G> : sigmoid_soft_tiles<S, MODE, G>;
+    if (class_by_class(a)) return rows ? sigmoid_soft_rows<S, M, G> : sigmoid_soft_tiles<S, M, G>;
     if (a.formula.eps != 0)
-      return rows ? sigmoid_rows<S, MODE, G, true> : sigmoid_tiles<S, MODE, G, true>;
+      return rows ? sigmoid_rows<S, M, G, true> : sigmoid_tiles<S, M, G, true>;
   }
-  return rows ? sigmoid_rows<S, MODE, G, false> : sigmoid_tiles<S, MODE, G, false>;
+  constexpr Mode RARE = G == Gamma::GENERAL ? M : MODE;
+  return rows ? sigmoid_rows<S, RARE, G, false> : sigmoid_tiles<S, RARE, G, false>;
 }
 
 template <class S, Mode MODE>
@@ -84,28 +91,32 @@ RowKernel kernel_of(const Call& a) {
 
 template <class S>
 RowKernel find_mode(Mode mode, const Call& a) {
+  using T = typename Lanes<S>::T;
   const bool rows = side_by_side(a.C, a.soft_stride);
   switch (mode) {
     case Mode::LOSS: return kernel_of<S, Mode::LOSS>(a);
     case Mode::LOSS_AND_GRAD: return kernel_of<S, Mode::LOSS_AND_GRAD>(a);
-    case Mode::CHECK: return rows ? check_rows<S> : check_tiles<S>;
-    case Mode::LABELS: return rows ? label_weight_rows<S> : label_weight_tiles<S>;
+    case Mode::CHECK: return rows ? check_rows<T> : check_tiles<T>;
+    case Mode::LABELS: return rows ? label_weight_rows<T> : label_weight_tiles<T>;
     default: return kernel_of<S, Mode::GRAD>(a);
   }
 }
 
 RowKernel find(DType dtype, Mode mode, const Call& a) {
-#if defined(__AVX512BF16__)  // differs from avx512 in how it rounds to bfloat16 alone
-  if (dtype != DType::BFloat16) return avx512::find(dtype, mode, a);
-  return find_mode<BFloat16>(mode, a);
-#else
   switch (dtype) {
-    case DType::Float64: return find_mode<double>(mode, a);
-    case DType::Float32: return find_mode<float>(mode, a);
     case DType::BFloat16: return find_mode<BFloat16>(mode, a);
-    default: return find_mode<Float16>(mode, a);
-  }
+#if defined(__AVX512BF16__)  // differs from avx512 in how it rounds to bfloat16 alone
+    default: return avx512::find(dtype, mode, a);
+#else
+    case DType::Float16: return find_mode<Float16>(mode, a);
+    case DType::Float32: return find_mode<float>(mode, a);
+#if defined(__AVX512F__)  // float64 is there to be right, and has no vectors
+    default: return avx2::find(dtype, mode, a);
+#else
+    default: return find_mode<double>(mode, a);
 #endif
+#endif
+  }
 }
 
 }  // namespace CBLOSS_ISA

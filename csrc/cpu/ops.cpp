@@ -1,5 +1,4 @@
-// The CPU operators over the LibTorch stable ABI: prologue, row kernel, epilogue. The schemas are
-// in ops.py.
+// The CPU operators: prologue, row kernel, epilogue. The schemas are in ops.py.
 #include "../ops.h"
 
 #include <algorithm>
@@ -8,7 +7,6 @@
 #include <memory>
 #include <mutex>
 #include <string>
-#include <vector>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -20,28 +18,23 @@
 namespace {
 
 DType dtype_of(const Tensor& logits) {
-  switch (logits.scalar_type()) {
-    case ScalarType::Double: return DType::Float64;
-    case ScalarType::Float: return DType::Float32;
-    case ScalarType::BFloat16: return DType::BFloat16;
-    case ScalarType::Half: return DType::Float16;
-    default:
-      throw std::invalid_argument(
-          "logits and soft targets must be float64, float32, bfloat16 or "
-          "float16");
-  }
+  const DType dtype = logits.dtype();
+  require(dtype <= DType::Float16,
+          "logits and soft targets must be float64, float32, bfloat16 or float16");
+  return dtype;
 }
 
 // Blocks of fixed size, so that no sum depends on the number of threads.
 constexpr int64_t BLOCK = 4096;
+int64_t blocks_of(int64_t n) { return (n + BLOCK - 1) / BLOCK; }
 template <class Body>
 void for_blocks(int64_t n, const Body& body) {
-  const int64_t blocks = (n + BLOCK - 1) / BLOCK;
+  const int64_t blocks = blocks_of(n);
   const auto run = [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) body(b, b * BLOCK, std::min(n, (b + 1) * BLOCK));
   };
   if (blocks < 2) run(0, blocks);
-  else torch::stable::parallel_for(0, blocks, 4, run);
+  else parallel_for(blocks, 4, run);
 }
 
 struct RowWeights {
@@ -54,7 +47,8 @@ struct RowWeights {
 template <class T>
 RowWeights row_weights(const Call& a, const T* weight, const T* sample_weight,
                        std::optional<int64_t> ignore_index, int64_t n, T* scale) {
-  std::vector<RowWeights> parts((n + BLOCK - 1) / BLOCK);
+  const int64_t blocks = blocks_of(n);
+  const std::unique_ptr<RowWeights[]> parts(new RowWeights[blocks]);
   const bool may_ignore = a.target && ignore_index.has_value();
   const int64_t ignored = ignore_index.value_or(0);
   for_blocks(n, [&](int64_t b, int64_t begin, int64_t end) {
@@ -82,7 +76,8 @@ RowWeights row_weights(const Call& a, const T* weight, const T* sample_weight,
     parts[b] = p;
   });
   RowWeights all;
-  for (const RowWeights& p : parts) {
+  for (int64_t b = 0; b < blocks; ++b) {
+    const RowWeights& p = parts[b];
     all.kept += p.kept, all.total += p.total, all.bad_targets += p.bad_targets;
     if (all.bad_target < 0) all.bad_target = p.bad_target;
     if (all.bad_sample < 0) all.bad_sample = p.bad_sample;
@@ -122,27 +117,28 @@ void run_rows(RowKernel kernel, const Call& a, int64_t rows) {
   };
   const int64_t fewest = rows_of(FEWEST);
   if (rows <= fewest) return kernel(a, 0, rows);
-  const int64_t threads = torch::stable::get_num_threads(), share = rows / threads / 4 * a.C;
+  const int64_t threads = get_num_threads(), share = rows / threads / 4 * a.C;
   const int64_t chunk = std::max(fewest, rows_of(std::min(MOST, share)));
   std::atomic<int64_t> next{0};
   const auto run = [&](int64_t, int64_t) {
     for (int64_t i = next.fetch_add(chunk); i < rows; i = next.fetch_add(chunk))
       kernel(a, i, std::min(rows, i + chunk));
   };
-  torch::stable::parallel_for(0, std::min(threads, (rows + chunk - 1) / chunk), 1, run);
+  parallel_for(std::min(threads, (rows + chunk - 1) / chunk), 1, run);
 }
 
 // The sum of one number per row, in a fixed order.
 template <class T>
 double epilogue(const T* row_loss, int64_t rows) {
-  std::vector<double> partial((rows + BLOCK - 1) / BLOCK);
+  const int64_t blocks = blocks_of(rows);
+  const std::unique_ptr<double[]> partial(new double[blocks]());
   for_blocks(rows, [&](int64_t b, int64_t begin, int64_t end) {
     double lanes[8] = {};
     for (int64_t i = begin; i < end; ++i) lanes[i % 8] += row_loss[i];
     for (double lane : lanes) partial[b] += lane;
   });
   double total = 0;
-  for (double part : partial) total += part;
+  for (int64_t b = 0; b < blocks; ++b) total += partial[b];
   return total;
 }
 
@@ -190,15 +186,15 @@ Call call_of(const Tensor& logits, const Inputs& in, const Shape& shape, const F
   Call a{};
   a.logits = logits.const_data_ptr(), a.logits_stride = strides_of(logits);
   a.C = shape.C, a.K = shape.K;
-  if (target.scalar_type() == ScalarType::Long) {
-    check_vector(target, ScalarType::Long, shape.rows, "target");
+  if (target.dtype() == DType::Int64) {
+    check_vector(target, DType::Int64, shape.rows, "target");
     a.target = static_cast<const int64_t*>(target.const_data_ptr());
     a.has_background = in.background_index.has_value();
     a.background = in.background_index.value_or(0);
   } else {
     check_shape(target, logits, "target");
     a.soft = target.const_data_ptr(), a.soft_stride = strides_of(target);
-    a.soft_type = target.scalar_type() == ScalarType::Bool ? DType::Bool : dtype_of(target);
+    a.soft_type = target.dtype() == DType::Bool ? DType::Bool : dtype_of(target);
     a.unknown = in.ignore_index ? rounded(double(*in.ignore_index), a.soft_type) : -INFINITY;
     a.partial = formula.sigmoid && a.soft_type != DType::Bool && a.unknown > -INFINITY;
     a.unknown_seen = a.partial && sees_unknown(a, shape.rows);
@@ -227,16 +223,16 @@ void set_saved(Call& a, void* saved, int64_t bytes) {
 
 // What a loss writes: the loss, or one loss per row; the others if they are there.
 struct Outputs {
-  const Tensor& loss;
-  const OptionalTensor &grad, &saved, &stats;
+  const Tensor *loss, *grad, *saved, *stats;
 };
+const Tensor* get(const OptionalTensor& t) { return t ? &*t : nullptr; }
 
 // Prologue, row kernel, epilogue.
 template <class T>
 void run_loss(const Tensor& logits, const Inputs& in, Reduction reduction, const Shape& shape,
               Call a, const Outputs& out) {
-  const bool vector = out.loss.dim() > 0, sigmoid = a.formula.sigmoid;
-  check_vector(out.loss, COMPUTED<T>, vector ? shape.rows : 1, "loss");
+  const bool vector = out.loss->dim() > 0, sigmoid = a.formula.sigmoid;
+  check_vector(*out.loss, COMPUTED<T>, vector ? shape.rows : 1, "loss");
   if (out.grad) set_grad(a, *out.grad, logits);
   const std::unique_ptr<T[]> own(new T[shape.rows * (out.stats ? saved_rows(sigmoid) : 1)]);
   T* scale = own.get();
@@ -245,13 +241,13 @@ void run_loss(const Tensor& logits, const Inputs& in, Reduction reduction, const
     scale = static_cast<T*>(out.saved->mutable_data_ptr());
   }
   if (out.stats)
-    require(out.stats->scalar_type() == ScalarType::Double && out.stats->is_contiguous() &&
+    require(out.stats->dtype() == DType::Float64 && out.stats->is_contiguous() &&
                 out.stats->numel() == 4 * shape.C,
             "stats must be 4 * C contiguous elements of float64");
   if (out.saved || out.stats) set_saved(a, scale, shape.rows * sizeof(T));
   else a.scale = scale;
   prologue(in, reduction, shape, dtype_of(logits), a, scale);
-  T* loss = static_cast<T*>(out.loss.mutable_data_ptr());
+  T* loss = static_cast<T*>(out.loss->mutable_data_ptr());
   T* row_loss = vector ? loss : own.get();  // over the row scale, which a kernel reads first
   a.loss = row_loss;
   BadTarget bad;
@@ -271,8 +267,8 @@ void run_loss(const Tensor& logits, const Inputs& in, Reduction reduction, const
                 static_cast<double*>(out.stats->mutable_data_ptr()));
 }
 
-void fill(const Tensor& logits, const Inputs& in, const std::vector<double>& numbers,
-          int64_t reduction, const Outputs& out) {
+void fill(const Tensor& logits, const Inputs& in, const Numbers& numbers, int64_t reduction,
+          const Outputs& out) {
   const Shape shape(logits);
   const auto run = [&](auto t) {
     using T = decltype(t);
@@ -283,33 +279,37 @@ void fill(const Tensor& logits, const Inputs& in, const std::vector<double>& num
   else run(float());
 }
 
-void loss(Tensor logits, Tensor target, OptionalTensor weight, OptionalTensor sample_weight,
-          OptionalTensor normalizer, OptionalTensor logit_bias, OptionalTensor margin,
-          OptionalTensor pos_weight, std::vector<double> numbers,
+void loss(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+          const OptionalTensor& sample_weight, const OptionalTensor& normalizer,
+          const OptionalTensor& logit_bias, const OptionalTensor& margin,
+          const OptionalTensor& pos_weight, const Numbers& numbers,
           std::optional<int64_t> ignore_index, std::optional<int64_t> background_index,
-          int64_t reduction, Tensor loss, OptionalTensor grad, OptionalTensor saved) {
+          int64_t reduction, const Tensor& loss, const OptionalTensor& grad,
+          const OptionalTensor& saved) {
   const Inputs in{target, weight,     sample_weight, normalizer,      logit_bias,
                   margin, pos_weight, ignore_index,  background_index};
-  fill(logits, in, numbers, reduction, {loss, grad, saved, std::nullopt});
+  fill(logits, in, numbers, reduction, {&loss, get(grad), get(saved), nullptr});
 }
 
-void loss_and_stats(Tensor logits, Tensor target, OptionalTensor weight,
-                    OptionalTensor sample_weight, OptionalTensor normalizer,
-                    OptionalTensor logit_bias, OptionalTensor margin, OptionalTensor pos_weight,
-                    std::vector<double> numbers, std::optional<int64_t> ignore_index,
-                    std::optional<int64_t> background_index, int64_t reduction, Tensor loss,
-                    Tensor grad, Tensor stats) {
-  require(target.scalar_type() == ScalarType::Long, "statistics need class indices");
+void loss_and_stats(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+                    const OptionalTensor& sample_weight, const OptionalTensor& normalizer,
+                    const OptionalTensor& logit_bias, const OptionalTensor& margin,
+                    const OptionalTensor& pos_weight, const Numbers& numbers,
+                    std::optional<int64_t> ignore_index, std::optional<int64_t> background_index,
+                    int64_t reduction, const Tensor& loss, const Tensor& grad,
+                    const Tensor& stats) {
+  require(target.dtype() == DType::Int64, "statistics need class indices");
   const Inputs in{target, weight,     sample_weight, normalizer,      logit_bias,
                   margin, pos_weight, ignore_index,  background_index};
-  fill(logits, in, numbers, reduction, {loss, grad, std::nullopt, stats});
+  fill(logits, in, numbers, reduction, {&loss, &grad, nullptr, &stats});
 }
 
-void gradient(Tensor logits, Tensor target, OptionalTensor weight, OptionalTensor logit_bias,
-              OptionalTensor margin, OptionalTensor pos_weight, Tensor saved, Tensor grad_loss,
-              std::vector<double> numbers, std::optional<int64_t> ignore_index,
-              std::optional<int64_t> background_index, Tensor grad) {
-  const Inputs in{target,       weight,          {}, {}, logit_bias, margin, pos_weight,
+void gradient(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+              const OptionalTensor& logit_bias, const OptionalTensor& margin,
+              const OptionalTensor& pos_weight, const Tensor& saved, const Tensor& grad_loss,
+              const Numbers& numbers, std::optional<int64_t> ignore_index,
+              std::optional<int64_t> background_index, const Tensor& grad) {
+  const Inputs in{target,       weight,          NONE, NONE, logit_bias, margin, pos_weight,
                   ignore_index, background_index};
   const Shape shape(logits);
   const Formula formula = Formula::of(numbers);
@@ -317,7 +317,7 @@ void gradient(Tensor logits, Tensor target, OptionalTensor weight, OptionalTenso
   Call a = f64 ? call_of<double>(logits, in, shape, formula)
                : call_of<float>(logits, in, shape, formula);
   set_grad(a, grad, logits);
-  const auto dtype = f64 ? ScalarType::Double : ScalarType::Float;
+  const DType dtype = f64 ? DType::Float64 : DType::Float32;
   check_vector(saved, dtype, saved_rows(formula.sigmoid) * shape.rows, "saved");
   set_saved(a, saved.mutable_data_ptr(), shape.rows * saved.element_size());
   if (weight && (formula.per_class || (a.soft && !formula.sigmoid)))
@@ -338,8 +338,9 @@ void note_bad_target(BadTarget& first, int64_t at, double value) {
   if (first.at < 0 || at < first.at) first = {at, value};
 }
 
-STABLE_TORCH_LIBRARY_IMPL(cbloss_fused, CPU, m) {
-  m.impl("loss", TORCH_BOX(&loss));
-  m.impl("_loss_and_stats", TORCH_BOX(&loss_and_stats));
-  m.impl("gradient", TORCH_BOX(&gradient));
+void register_operators(const char* library) {
+  Library(library, "CPU")
+      .impl<&loss>("loss")
+      .impl<&loss_and_stats>("_loss_and_stats")
+      .impl<&gradient>("gradient");
 }

@@ -151,19 +151,19 @@ struct Row {
 
 // Calls run(row) for every row that is not ignored. Adjusted rows of half types are run as float
 // rows, whose gradient is converted afterwards.
-template <class S, Mode MODE, class Run>
+template <class S, class Run>
 void for_rows(const Call& a, int64_t begin, int64_t end, const Run& run) {
   using T = typename Lanes<S>::T;
   constexpr bool IS_T = std::is_same_v<S, T>;
   const RowScale<T> scale(a);
   AdjustedRow<S> adjusted(a);
-  const std::unique_ptr<T[]> scratch(IS_T || MODE == Mode::LOSS ? nullptr : new T[a.C]);
+  const std::unique_ptr<T[]> scratch(IS_T || !a.grad ? nullptr : new T[a.C]);
   for (int64_t i = begin; i < end; ++i) {
     const S* x = static_cast<const S*>(a.logits) + row_offset(a.logits_stride, a.K, i);
     S* g = static_cast<S*>(a.grad) + row_offset(a.grad_stride, a.K, i);
     if (scale.ignored(i)) {
-      if constexpr (MODE != Mode::GRAD) static_cast<T*>(a.loss)[i] = 0;
-      if constexpr (MODE != Mode::LOSS) zero_row(g, a.C);
+      if (a.loss) static_cast<T*>(a.loss)[i] = 0;
+      if (a.grad) zero_row(g, a.C);
       continue;
     }
     const int64_t y = class_of(a, i);
@@ -176,13 +176,29 @@ void for_rows(const Call& a, int64_t begin, int64_t end, const Run& run) {
     } else {
       const auto* as_floats = reinterpret_cast<const T*>(later);
       run(Row<T>{i, y, adjusted(x, y), as_floats, r, scratch.get(), scratch.get()});
-      if constexpr (MODE != Mode::LOSS) copy_row(scratch.get(), g, a.C);
+      if (a.grad) copy_row(scratch.get(), g, a.C);
     }
   }
 }
 
 // Not inlined, because several kernels share the code.
 #define CB_ROW __attribute__((noinline))
+
+template <class S>
+using RowFunction = void(const Call&, const Row<S>&);
+
+// What for_rows() runs. By pointers: for_rows() is compiled once for all kernels of a type.
+template <class S>
+struct RunRow {
+  const Call& a;
+  RowFunction<S>* run;
+  RowFunction<typename Lanes<S>::T>* run_adjusted;
+  void operator()(const Row<S>& row) const { run(a, row); }
+  template <class T>
+  void operator()(const Row<T>& row) const {
+    run_adjusted(a, row);
+  }
+};
 
 // Reads the logits from memory once (after the pass for the maximum the row is in cache) and writes
 // the gradient once.
@@ -243,7 +259,8 @@ CB_ROW void softmax_one_row(const Call& a, const Row<S>& given) {
 
 template <class S, Mode MODE>
 void softmax_rows(const Call& a, int64_t begin, int64_t end) {
-  for_rows<S, MODE>(a, begin, end, [&](const auto& row) { softmax_one_row<MODE>(a, row); });
+  using T = typename Lanes<S>::T;
+  for_rows<S>(a, begin, end, RunRow<S>{a, softmax_one_row<MODE, S>, softmax_one_row<MODE, T>});
 }
 
 // Reads the logits once and writes the gradient once.
@@ -271,7 +288,7 @@ CB_ROW void sigmoid_one_row(const Call& a, const Row<S>& row) {
         if constexpr (MODE != Mode::LOSS) store_n(g + j, slope_others * g_z, n);
       },
       [&]() __attribute__((always_inline)) { total.add(sum_L.take()); });
-  if constexpr (MODE != Mode::GRAD)
+  if (MODE != Mode::GRAD && a.loss)
     static_cast<T*>(a.loss)[row.i] =
         T(weighted(double(row.r), weighted(double(others), total.sum()) + lane(at_y.L, 0)));
   if (MODE != Mode::LOSS && y < C) store_one(g + y, slope * T(lane(at_y.g, 0)));
@@ -279,6 +296,8 @@ CB_ROW void sigmoid_one_row(const Call& a, const Row<S>& row) {
 
 template <class S, Mode MODE, Gamma G, bool SMOOTH>
 void sigmoid_rows(const Call& a, int64_t begin, int64_t end) {
-  for_rows<S, MODE>(a, begin, end,
-                    [&](const auto& row) { sigmoid_one_row<MODE, G, SMOOTH>(a, row); });
+  using T = typename Lanes<S>::T;
+  for_rows<S>(
+      a, begin, end,
+      RunRow<S>{a, sigmoid_one_row<MODE, G, SMOOTH, S>, sigmoid_one_row<MODE, G, SMOOTH, T>});
 }

@@ -65,9 +65,11 @@ struct TargetCheck {
   }
 };
 
-// Notes the first out-of-range target of row i, if there is one.
+// Notes the first out-of-range target of row i, if there is one; a recomputed gradient's were seen
+// before.
 template <class T>
 __attribute__((noinline, cold)) void find_bad_target(const Call& a, int64_t i) {
+  if (!a.bad) return;
   with_targets(a, [&](auto* t) {
     t += row_offset(a.soft_stride, a.K, i);
     for (int64_t c = 0; c < a.C; ++c) {
@@ -129,9 +131,15 @@ int64_t find_logit(const S* x, int64_t C, T M) {
   return j;
 }
 
+// The loss of a row, with targets t. in_range: whether no target but an unknown label is out of
+// range. A recomputed gradient is LOSS_AND_GRAD too, without a.loss.
+template <class S>
+using SoftRowFunction = double(const Call&, const Row<S>&, const typename Lanes<S>::T* t,
+                               bool& in_range);
+
 // The largest logit is left out of the sums, as the target is with class indices.
 template <Mode MODE, bool WEIGHTED, class S, class T = typename Lanes<S>::T>
-CB_ROW double softmax_soft_row(const Call& a, const Row<S>& given, const T* t) {
+CB_ROW double softmax_soft_row(const Call& a, const Row<S>& given, const T* t, bool& in_range) {
   using V = typename Lanes<S>::V;
   constexpr int64_t N = Lanes<S>::N;
   const int64_t C = a.C, i = given.i;
@@ -157,7 +165,7 @@ CB_ROW double softmax_soft_row(const Call& a, const Row<S>& given, const T* t) {
         const V below = z - M, e_j = exp(below), t_j = blank ? V{} : load_up_to(t + j, n);
         V a_j = t_j;
         if constexpr (WEIGHTED) a_j *= load_up_to(w + j, n), lanes_t += t_j;
-        if constexpr (MODE != Mode::GRAD) check.see(t_j);
+        check.see(t_j);
         lanes_R += e_j, lanes_W += a_j, lanes_B += a_j == V{} ? V{} : a_j * below;
         if (f.eps != 0) lanes_D += blank ? V{} : below;
         if constexpr (MODE != Mode::LOSS) store_n(e + j, e_j, n);
@@ -167,12 +175,12 @@ CB_ROW double softmax_soft_row(const Call& a, const Row<S>& given, const T* t) {
         lanes_R = lanes_B = lanes_D = lanes_W = V{};
         if constexpr (WEIGHTED) labels.add(lanes_t), lanes_t = V{};
       });
-  if (MODE != Mode::GRAD && check.fails(a)) find_bad_target<T>(a, i);
+  in_range = !check.fails(a);
   const T W_others = T(others.sum()), sum_R = at < C ? T(R.sum()) : T(NAN);
   T r = s;
-  if constexpr (MODE == Mode::GRAD) r = RowScale<T>(a, a.r)(i);
+  if (a.grad_loss) r = RowScale<T>(a, a.r)(i);
   else if (WEIGHTED) r *= mean_weight<T>(others.sum() + a_y, labels.sum() + t_y);
-  if (MODE != Mode::GRAD && a.r) static_cast<T*>(a.r)[i] = r;
+  if (!a.grad_loss && a.r) static_cast<T*>(a.r)[i] = r;
   const SoftRow<V> row =
       soft_row<V, T>(V{} + sum_R, V{} + s, V{} + r, V{} + (W_others + a_y), V{} + W_others,
                      V{} + T(B.sum()), V{} + T(D.sum()), T(C), V{} + M, f);
@@ -234,7 +242,6 @@ struct SoftSum : LossSum<G, true, SHORT, V> {
   }
 };
 
-// in_range: whether no target but an unknown label is out of range.
 template <Mode MODE, Gamma G, bool SPECIAL, class S, class T = typename Lanes<S>::T>
 CB_ROW double sigmoid_soft_row(const Call& a, const Row<S>& row, const T* t, bool& in_range) {
   using V = typename Lanes<S>::V;
@@ -264,48 +271,61 @@ CB_ROW double sigmoid_soft_row(const Call& a, const Row<S>& row, const T* t, boo
   return weighted(double(row.r), total.sum());
 }
 
-// Calls run(row, t), which returns the row's loss and may change row.r.
-template <class S, Mode MODE, class Run>
-void for_soft_rows(const Call& a, int64_t begin, int64_t end, const Run& run) {
+// What for_rows() runs, with the row's targets. By pointers, as RunRow.
+template <class S>
+struct RunSoftRow {
   using T = typename Lanes<S>::T;
-  Targets<T> targets(a);
-  for_rows<S, MODE>(a, begin, end, [&](auto row) {
-    const double loss = run(row, targets(row.i, row.y));
-    if constexpr (MODE != Mode::GRAD) static_cast<T*>(a.loss)[row.i] = T(loss);
-  });
-}
+  const Call& a;
+  SoftRowFunction<S>*run, *run_special;  // what Special is about, if there can be any
+  SoftRowFunction<T>*run_adjusted, *run_adjusted_special;
+  bool special = false;                 // run is not called
+  const T* weight_of_labels = nullptr;  // which makes r
+  mutable Targets<T> targets{a};
 
-template <class S, Mode MODE>
-void softmax_soft_rows(const Call& a, int64_t begin, int64_t end) {
-  for_soft_rows<S, MODE>(a, begin, end, [&](const auto& row, auto* t) {
-    return a.weight ? softmax_soft_row<MODE, true>(a, row, t)
-                    : softmax_soft_row<MODE, false>(a, row, t);
-  });
-}
-template <class S, Mode MODE, Gamma G>
-void sigmoid_soft_rows(const Call& a, int64_t begin, int64_t end) {
-  using T = typename Lanes<S>::T;
-  const T* weight_of_labels = a.formula.per_class ? nullptr : static_cast<const T*>(a.weight);
-  const bool special = Special<typename Lanes<S>::V>::everywhere(a, a.grad == a.logits);
-  const auto run = [&](auto& row, const T* t) {
+  void operator()(const Row<S>& row) const { both(row, run, run_special); }
+  template <class Q>
+  void operator()(const Row<Q>& row) const {
+    both(row, run_adjusted, run_adjusted_special);
+  }
+
+ private:
+  template <class Q>
+  void both(Row<Q> row, SoftRowFunction<Q>* plain, SoftRowFunction<Q>* with_special) const {
+    const T* t = targets(row.i, row.y);
     if (weight_of_labels) {
       row.r *= label_weight(a, t, weight_of_labels);
       static_cast<T*>(a.scale)[row.i] = row.r;  // for a backward that recomputes the gradient
     }
     bool good = false;
     double loss = 0;
-    if (!special) loss = sigmoid_soft_row<MODE, G, false>(a, row, t, good);
-    if (!good && (special || a.partial)) loss = sigmoid_soft_row<MODE, G, true>(a, row, t, good);
-    if (MODE != Mode::GRAD && !good) find_bad_target<T>(a, row.i);
-    return loss;
-  };
-  for_soft_rows<S, MODE>(a, begin, end, run);
+    if (!special) loss = plain(a, row, t, good);
+    if (!good && (special || a.partial)) loss = with_special(a, row, t, good);
+    if (!good) find_bad_target<T>(a, row.i);
+    if (a.loss) static_cast<T*>(a.loss)[row.i] = T(loss);
+  }
+};
+
+template <class S, Mode MODE, bool WEIGHTED>
+void softmax_soft_rows(const Call& a, int64_t begin, int64_t end) {
+  using T = typename Lanes<S>::T;
+  constexpr auto run = softmax_soft_row<MODE, WEIGHTED, S>;
+  constexpr auto run_adjusted = softmax_soft_row<MODE, WEIGHTED, T>;
+  for_rows<S>(a, begin, end, RunSoftRow<S>{a, run, nullptr, run_adjusted, nullptr});
+}
+template <class S, Mode MODE, Gamma G>
+void sigmoid_soft_rows(const Call& a, int64_t begin, int64_t end) {
+  using T = typename Lanes<S>::T;
+  const T* weight_of_labels = a.formula.per_class ? nullptr : static_cast<const T*>(a.weight);
+  const bool special = Special<typename Lanes<S>::V>::everywhere(a, a.grad == a.logits);
+  for_rows<S>(a, begin, end,
+              RunSoftRow<S>{a, sigmoid_soft_row<MODE, G, false, S>,
+                            sigmoid_soft_row<MODE, G, true, S>, sigmoid_soft_row<MODE, G, false, T>,
+                            sigmoid_soft_row<MODE, G, true, T>, special, weight_of_labels});
 }
 
 // Mode::CHECK, which runs before a gradient is written over the logits.
-template <class S>
+template <class T>
 void check_rows(const Call& a, int64_t begin, int64_t end) {
-  using T = typename Lanes<S>::T;
   Targets<T> targets(a);
   for (int64_t i = begin; i < end; ++i) {
     using V = typename Lanes<T>::V;
@@ -325,9 +345,8 @@ void check_rows(const Call& a, int64_t begin, int64_t end) {
 
 // Mode::LABELS, for a denominator that is the sum of r_i: the row scale times the mean weight of
 // the row's labels.
-template <class S>
+template <class T>
 void label_weight_rows(const Call& a, int64_t begin, int64_t end) {
-  using T = typename Lanes<S>::T;
   Targets<T> targets(a);
   const T* scale = static_cast<const T*>(a.scale);
   for (int64_t i = begin; i < end; ++i)

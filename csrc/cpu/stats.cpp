@@ -1,11 +1,10 @@
 #include "stats.h"
 
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <algorithm>
 #include <cmath>
 #include <type_traits>
+
+#include "half.h"
 
 namespace {
 
@@ -59,7 +58,7 @@ void class_stats(const Call& a, DType dtype, int64_t rows, std::optional<int64_t
   switch (dtype) {
     case DType::Float64: return by_class<double>(a, rows, ignore_index, stats);
     case DType::Float32: return by_class<float>(a, rows, ignore_index, stats);
-    case DType::BFloat16: return by_class<c10::BFloat16>(a, rows, ignore_index, stats);
-    default: return by_class<c10::Half>(a, rows, ignore_index, stats);
+    case DType::BFloat16: return by_class<BFloat16>(a, rows, ignore_index, stats);
+    default: return by_class<Float16>(a, rows, ignore_index, stats);
   }
 }

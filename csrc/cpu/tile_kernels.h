@@ -1,40 +1,16 @@
 // Kernels over vectors of rows, with a loop over the classes: for few classes, or classes that are
 // not side by side in memory.
 
-// N rows at a time: the rows of one vector.
-template <class S>
-struct Tile {
-  using V = typename Lanes<S>::V;
-  using T = typename Lanes<S>::T;
-  using Index = std::conditional_t<std::is_same_v<T, double>, int64_t, IVec>;
-  static constexpr int64_t N = Lanes<S>::N;
+// N rows at a time, the rows of one vector of T: where they lie.
+template <class T>
+struct Place {
+  using V = typename Lanes<T>::V;
+  static constexpr int64_t N = Lanes<T>::N;
 
   const Call& a;
   int64_t i, n;  // first row, number of rows
-  V r{};
-  Index y{}, ignored{};
 
-  Tile(const Call& a, int64_t i, int64_t end) : a(a), i(i), n(std::min(end - i, N)) {
-    const RowScale<T> scale(a);
-    if constexpr (N == 1) {
-      ignored = scale.ignored(i), r = scale(i);
-      y = class_of(a, i);
-    } else {
-      r = get(scale.scale);
-      ignored = r < V{};
-      if (scale.grad_loss) r *= scale.per_row ? get(scale.grad_loss) : V{} + scale.grad_loss[0];
-      if (a.target) y = classes();
-    }
-  }
-  // As class_of(), in 32 bits: an index that is out of range belongs to a row that is ignored.
-  IVec classes() const {
-    if (n == N && !a.has_background) return load_indices(a.target + i);
-    IVec y{};
-    for (int64_t l = 0; l < n; ++l) y[l] = int32_t(class_of(a, i + l));
-    return y;
-  }
-  Index index(int64_t c) const { return Index{} + std::conditional_t<N == 1, int64_t, int32_t>(c); }
-  auto is_y(int64_t c) const { return y == index(c); }
+  Place(const Call& a, int64_t i, int64_t end) : a(a), i(i), n(std::min(end - i, N)) {}
   // Whether all N rows are there, a row_step() apart.
   bool evenly_apart() const { return n == N && (a.K == 1 || i / a.K == (i + N - 1) / a.K); }
   // Whether vectors can be loaded and stored directly.
@@ -72,30 +48,9 @@ struct Tile {
     }
     for (int64_t c = 0; c < a.C; ++c) out[c] = load_as<V>(gathered + c * N);
   }
-  void load_logits(V* z, S* gathered) const {
-    read(static_cast<const S*>(a.logits), a.logits_stride, z, gathered);
-  }
-  // The rows' numbers of their own classes, from a vector of the classes; 0 where they have none.
-  V of_classes(const void* vector) const {
-    V v{};
-    for (int64_t l = 0; l < n; ++l) {
-      const int64_t y_l = lane_index(y, l);
-      if (y_l >= 0 && y_l < a.C) set_lane(v, l, static_cast<const T*>(vector)[y_l]);
-    }
-    return v;
-  }
-  CB_ROW void adjust(const Adjustment<T>& adjustment, V* z) const {
-    for (int64_t c = 0; c < a.C; ++c) z[c] = adjustment(z[c], c);
-    if (!adjustment.margin) return;
-    T* lanes = reinterpret_cast<T*>(z);
-    for (int64_t l = 0; l < n; ++l) {
-      const int64_t y_l = lane_index(y, l);
-      if (y_l >= 0 && y_l < a.C) lanes[y_l * N + l] -= adjustment.scaled_margin(y_l);
-    }
-  }
-  void store_grad(const V* z, S* gathered) const {
-    S* g = static_cast<S*>(a.grad);
-    const Strides& s = a.grad_stride;
+  // Writes these rows' elements of a tensor g.
+  template <class S>
+  void write(S* g, const Strides& s, const V* z, S* gathered) const {
     if (adjacent(s)) {
       g += row_offset(s, a.K, i);
       for (int64_t c = 0; c < a.C; ++c) store(g + c * s.c, z[c]);
@@ -112,6 +67,60 @@ struct Tile {
     for (int64_t l = 0; l < n; ++l) {
       S* row = g + row_offset(s, a.K, i + l);
       for (int64_t c = 0; c < a.C; ++c) row[c * s.c] = gathered[c * N + l];
+    }
+  }
+};
+
+// The rows of one vector, and what there is to know about each.
+template <class T>
+struct Tile : Place<T> {
+  using typename Place<T>::V;
+  using Place<T>::a, Place<T>::i, Place<T>::n, Place<T>::N;
+  using Index = std::conditional_t<std::is_same_v<T, double>, int64_t, IVec>;
+  V r{};
+  Index y{}, ignored{};
+
+  Tile(const Call& a, int64_t i, int64_t end) : Place<T>(a, i, end) {
+    const RowScale<T> scale(a);
+    if constexpr (N == 1) {
+      ignored = scale.ignored(i), r = scale(i);
+      y = class_of(a, i);
+    } else {
+      r = get(scale.scale);
+      ignored = r < V{};
+      if (scale.grad_loss) r *= scale.per_row ? get(scale.grad_loss) : V{} + scale.grad_loss[0];
+      if (a.target) y = classes();
+    }
+  }
+  // As class_of(), in 32 bits: an index that is out of range belongs to a row that is ignored.
+  IVec classes() const {
+    if (n == N && !a.has_background) return load_indices(a.target + i);
+    IVec y{};
+    for (int64_t l = 0; l < n; ++l) y[l] = int32_t(class_of(a, i + l));
+    return y;
+  }
+  Index index(int64_t c) const { return Index{} + std::conditional_t<N == 1, int64_t, int32_t>(c); }
+  auto is_y(int64_t c) const { return y == index(c); }
+  // The rows' numbers of their own classes, from a vector of the classes; 0 where they have none.
+  V of_classes(const void* vector) const {
+    V v{};
+    for (int64_t l = 0; l < n; ++l) {
+      const int64_t y_l = lane_index(y, l);
+      if (y_l >= 0 && y_l < a.C) set_lane(v, l, static_cast<const T*>(vector)[y_l]);
+    }
+    return v;
+  }
+  void adjust(V* z) const {
+    const Adjustment<T> adjustment(a);
+    if (adjustment.any) adjust(adjustment, z);
+  }
+  CB_ROW void adjust(const Adjustment<T>& adjustment, V* z) const {
+    for (int64_t c = 0; c < a.C; ++c) z[c] = adjustment(z[c], c);
+    if (!adjustment.margin) return;
+    T* lanes = reinterpret_cast<T*>(z);
+    for (int64_t l = 0; l < n; ++l) {
+      const int64_t y_l = lane_index(y, l);
+      if (y_l >= 0 && y_l < a.C) lanes[y_l * N + l] -= adjustment.scaled_margin(y_l);
     }
   }
   void put(void* out, V v) const {
@@ -148,11 +157,10 @@ class Group {
  public:
   int64_t most = 1;  // tiles
 
-  Group(const Call& a, Mode mode) : a(a) {
+  explicit Group(const Call& a) : a(a) {
     const auto fits = [&](const Strides& s) { return row_step(s, a.K) == 1 && s.c != 1; };
     const bool in_cache = a.C * ROWS * int64_t(sizeof(typename Lanes<S>::T)) <= BYTES;
-    if (in_cache && fits(a.logits_stride) && (mode == Mode::LOSS || fits(a.grad_stride)))
-      most = ROWS / N;
+    if (in_cache && fits(a.logits_stride) && (!a.grad || fits(a.grad_stride))) most = ROWS / N;
   }
   // From row i on: whole tiles of one sample, or one.
   int64_t tiles(int64_t i, int64_t end) const {
@@ -177,52 +185,57 @@ class Group {
   }
 };
 
-// Calls run(tile, z) for all tiles, with their adjusted logits, over which it writes the gradient.
-template <class S, Mode MODE, class Run>
-void for_tiles(const Call& a, int64_t begin, int64_t end, const Run& run) {
+// A kernel of the tile that begins with row i, rows up to end: z are its logits, over which it
+// writes the gradient. Half types share those of float.
+template <class T>
+using TileFunction = void(const Call& a, int64_t i, int64_t end, typename Lanes<T>::V* z);
+
+template <class S>
+void for_tiles(const Call& a, int64_t begin, int64_t end, TileFunction<typename Lanes<S>::T>* run) {
   using V = typename Lanes<S>::V;
+  using T = typename Lanes<S>::T;
   constexpr int64_t N = Lanes<S>::N;
-  const Adjustment<typename Lanes<S>::T> adjustment(a);
-  const Group<S> group(a, MODE);
+  const S* x = static_cast<const S*>(a.logits);
+  S* g = static_cast<S*>(a.grad);
+  const Group<S> group(a);
   const std::unique_ptr<V[]> z(new V[a.C * group.most]);
   const std::unique_ptr<S[]> gathered(new S[a.C * N]);
   for (int64_t first = begin, tiles; first < end; first += tiles * N) {
     tiles = group.tiles(first, end);
     if (tiles > 1) group.read(first, tiles, z.get());
     for (int64_t t = 0; t < tiles; ++t) {
-      const Tile<S> tile(a, first + t * N, end);
+      const Place<T> place(a, first + t * N, end);
       V* z_t = z.get() + t * a.C;
-      if (tiles == 1) tile.load_logits(z_t, gathered.get());
-      if (adjustment.any) tile.adjust(adjustment, z_t);
-      run(tile, z_t);
-      if (MODE != Mode::LOSS && tiles == 1) tile.store_grad(z_t, gathered.get());
+      if (tiles == 1) place.read(x, a.logits_stride, z_t, gathered.get());
+      run(a, place.i, end, z_t);
+      if (g && tiles == 1) place.write(g, a.grad_stride, z_t, gathered.get());
     }
-    if (MODE != Mode::LOSS && tiles > 1) group.write(first, tiles, z.get());
+    if (g && tiles > 1) group.write(first, tiles, z.get());
   }
 }
 
-// limit_row() for the rows whose largest logit is infinite. Returns the logits of the targets.
-template <class S, class V = typename Lanes<S>::V>
-__attribute__((noinline, cold)) V limit_tile(const Tile<S> tile, V M, V* z, V z_y) {
-  using T = typename Lanes<S>::T;
-  constexpr int64_t N = Lanes<S>::N;
-  const Call& a = tile.a;
-  const Strides& s = a.logits_stride;
+// limit_row() for the rows whose largest logit, M, is infinite; z has -inf at the targets, whose
+// logits are z_y. Returns these.
+template <class T, class V = typename Lanes<T>::V>
+__attribute__((noinline, cold)) V limit_tile(const Tile<T> tile, V M, V* z, V z_y) {
+  constexpr int64_t N = Lanes<T>::N;
   for (int64_t l = 0; l < tile.n; ++l) {
     if (lane(M, l) != INF<T>) continue;
     T* column = reinterpret_cast<T*>(z) + l;
-    limit_row(static_cast<const S*>(a.logits) + tile.offset(s, l), s.c, a.C, column, N);
     const int64_t y = lane_index(tile.y, l);
-    if (y >= 0 && y < a.C) set_lane(z_y, l, column[y * N]), column[y * N] = -INF<T>;
+    const bool has_y = y >= 0 && y < tile.a.C;
+    if (has_y) column[y * N] = lane(z_y, l);
+    limit_row(column, N, tile.a.C, column, N);
+    if (has_y) set_lane(z_y, l, column[y * N]), column[y * N] = -INF<T>;
   }
   return z_y;
 }
 
-// The tile by value: a copy that is not in memory.
-template <Mode MODE, class S, class V = typename Lanes<S>::V>
-CB_FN void softmax_tile(const Tile<S> tile, V* z) {
-  using T = typename Lanes<S>::T;
-  const Call& a = tile.a;
+template <Mode MODE, class T>
+CB_ROW void softmax_tile(const Call& a, int64_t i, int64_t end, typename Lanes<T>::V* z) {
+  using V = typename Lanes<T>::V;
+  const Tile<T> tile(a, i, end);
+  tile.adjust(z);
   const int64_t C = a.C;
   const FormulaOf<T> f = formula_of<T>(a.formula);
   V M = V{} - LARGEST<T>, R{}, D{}, z_y{}, part{};
@@ -268,19 +281,21 @@ CB_FN void softmax_tile(const Tile<S> tile, V* z) {
 
 template <class S, Mode MODE>
 void softmax_tiles(const Call& a, int64_t begin, int64_t end) {
-  for_tiles<S, MODE>(a, begin, end, [](const auto& tile, auto* z) { softmax_tile<MODE>(tile, z); });
+  for_tiles<S>(a, begin, end, softmax_tile<MODE, typename Lanes<S>::T>);
 }
 
-template <Mode MODE, Gamma G, bool SMOOTH, class S, class V = typename Lanes<S>::V>
-CB_FN void sigmoid_tile(const Tile<S>& tile, V* z) {
-  using T = typename Lanes<S>::T;
-  const Call& a = tile.a;
+// SHORT as in row_math.h.
+template <Mode MODE, Gamma G, bool SMOOTH, bool SHORT, class T>
+CB_ROW void sigmoid_tile(const Call& a, int64_t i, int64_t end, typename Lanes<T>::V* z) {
+  using V = typename Lanes<T>::V;
+  const Tile<T> tile(a, i, end);
+  tile.adjust(z);
   const int64_t C = a.C;
   const FormulaOf<T> f = formula_of<T>(a.formula);
   const T t = f.eps / T(C), others = SMOOTH ? T(1) : f.alpha_neg;
   const V slope = tile.r * f.logit_scale, slope_others = slope * others;
   V z_y{}, total{};
-  LossSum<G, SMOOTH, IS_HALF<S>, V> sum_L;
+  LossSum<G, SMOOTH, SHORT, V> sum_L;
   for_classes(
       C,
       [&](int64_t c) __attribute__((always_inline)) {
@@ -291,12 +306,12 @@ CB_FN void sigmoid_tile(const Tile<S>& tile, V* z) {
         if constexpr (MODE != Mode::LOSS) z[c] = slope_others * g_c;
       },
       [&]() __attribute__((always_inline)) { total += sum_L.take(); });
-  Element<V> at_y = at_target<G, SMOOTH, IS_HALF<S>>(z_y, T(C), f);
+  Element<V> at_y = at_target<G, SMOOTH, SHORT>(z_y, T(C), f);
   if (a.pos_weight) scale(at_y, tile.of_classes(a.pos_weight));
   if (a.has_background) at_y.L = tile.is_y(C) ? V{} : at_y.L;
   const V g_y = slope * at_y.g;
   const V row_loss = weighted(tile.r, weighted(V{} + others, total) + at_y.L);
-  if constexpr (MODE != Mode::GRAD) tile.put(a.loss, tile.ignored ? V{} : row_loss);
+  if (MODE != Mode::GRAD && a.loss) tile.put(a.loss, tile.ignored ? V{} : row_loss);
   if constexpr (MODE != Mode::LOSS) {
     for (int64_t c = 0; c < C; ++c) {
       const auto is_y = tile.is_y(c);
@@ -308,6 +323,5 @@ CB_FN void sigmoid_tile(const Tile<S>& tile, V* z) {
 
 template <class S, Mode MODE, Gamma G, bool SMOOTH>
 void sigmoid_tiles(const Call& a, int64_t begin, int64_t end) {
-  for_tiles<S, MODE>(a, begin, end,
-                     [](const auto& tile, auto* z) { sigmoid_tile<MODE, G, SMOOTH>(tile, z); });
+  for_tiles<S>(a, begin, end, sigmoid_tile<MODE, G, SMOOTH, IS_HALF<S>, typename Lanes<S>::T>);
 }

@@ -1,8 +1,5 @@
 // The values inside a call's tensors: how they are read, checked and told. Included by ops.cpp.
 #pragma once
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
-
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -14,11 +11,12 @@
 
 #include "../ops.h"
 #include "call.h"
+#include "half.h"
 
 namespace {
 
 template <class T>
-constexpr ScalarType COMPUTED = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
+constexpr DType COMPUTED = sizeof(T) == 8 ? DType::Float64 : DType::Float32;
 
 // "[2, 0, 17]" for the flat index i of a tensor; "[i]" for a vector.
 std::string position(const Tensor& t, int64_t i) {
@@ -33,7 +31,7 @@ std::string position(const Tensor& t, int64_t i) {
 // The shortest text that is read back as v: a target of 1 + 1e-7 must not be printed as 1.
 template <class T>
 std::string shortest(T v) {
-  std::ostringstream text;
+  std::ostringstream text(std::ios_base::out);
   for (int digits = 6; digits <= std::numeric_limits<T>::max_digits10; ++digits) {
     text.str(""), text << std::setprecision(digits) << v;
     if (T(std::strtod(text.str().c_str(), nullptr)) == v) break;
@@ -81,8 +79,8 @@ const T* weights(const OptionalTensor& t, int64_t numel, const char* name) {
 double rounded(double v, DType type) {
   switch (type) {
     case DType::Float32: return float(v);
-    case DType::BFloat16: return float(c10::BFloat16(float(v)));
-    case DType::Float16: return float(c10::Half(float(v)));
+    case DType::BFloat16: return rounded_to_bfloat16(float(v));
+    case DType::Float16: return rounded_to_float16(float(v));
     default: return v;
   }
 }
@@ -102,8 +100,8 @@ bool sees_unknown(const Call& a, int64_t rows) {
   switch (a.soft_type) {
     case DType::Float64: return among(static_cast<const double*>(a.soft));
     case DType::Float32: return among(static_cast<const float*>(a.soft));
-    case DType::BFloat16: return among(static_cast<const c10::BFloat16*>(a.soft));
-    default: return among(static_cast<const c10::Half*>(a.soft));
+    case DType::BFloat16: return among(static_cast<const BFloat16*>(a.soft));
+    default: return among(static_cast<const Float16*>(a.soft));
   }
 }
 

@@ -1,26 +1,15 @@
-// The CUDA operators over the LibTorch stable ABI. They never synchronise, and allocate scratch
-// memory alone.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-
+// The CUDA operators. They never synchronise, and allocate scratch memory alone.
 #include <atomic>
 #include <string>
-#include <vector>
 
 #include "../ops.h"
 #include "call.h"
 
-// The dispatch key of the tensors; tests build the operators for the CPU.
-#ifndef CBLOSS_DEVICE
-#define CBLOSS_DEVICE CUDA
-#endif
 #ifndef CBLOSS_ARCHITECTURES
 #define CBLOSS_ARCHITECTURES ""
 #endif
 
 namespace {
-
-using torch::stable::accelerator::DeviceGuard;
 
 void check(cudaError_t error) {
   if (error == cudaSuccess) return;
@@ -42,61 +31,65 @@ int attribute(int device) {
   return value;
 }
 
-// The tensor's device and its current stream, for launches.
+// Makes a tensor's device the current one while it lives, with that device's stream for launches.
 struct Current {
-  DeviceGuard guard;
+  DeviceGuardHandle guard = nullptr;
   cbloss::Device device;
-  explicit Current(const Tensor& t) : guard(t.get_device_index()) {
-    const int index = t.get_device_index();
+  explicit Current(const Tensor& t) {
+    const int index = t.device_index();
     void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+    CHECK_TORCH(aoti_torch_get_current_cuda_stream, index, &stream);
+    CHECK_TORCH(aoti_torch_create_device_guard, index, &guard);
     device = {attribute<cudaDevAttrMultiProcessorCount>(index),
               attribute<cudaDevAttrMaxSharedMemoryPerMultiprocessor>(index),
               attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(index),
               static_cast<cudaStream_t>(stream)};
   }
+  ~Current() { aoti_torch_delete_device_guard(guard); }
+  Current(const Current&) = delete;
 };
 
 // Calls run(S{}) for the storage type S of the logits.
 template <class Run>
 void dispatch(const Tensor& logits, const Run& run) {
-  switch (logits.scalar_type()) {
-    case ScalarType::Double: return run(double{});
-    case ScalarType::Float: return run(float{});
-    case ScalarType::BFloat16: return run(__nv_bfloat16{});
-    case ScalarType::Half: return run(__half{});
+  switch (logits.dtype()) {
+    case DType::Float64: return run(double{});
+    case DType::Float32: return run(float{});
+    case DType::BFloat16: return run(__nv_bfloat16{});
+    case DType::Float16: return run(__half{});
     default: require(false, "logits must be float64, float32, bfloat16 or float16");
   }
 }
-ScalarType compute_type(const Tensor& logits) {
-  return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+DType compute_type(const Tensor& logits) {
+  return logits.dtype() == DType::Float64 ? DType::Float64 : DType::Float32;
 }
 
 // A tensor on another device must not reach a kernel.
 void check_device(const Tensor& t, const Tensor& logits, const char* name) {
-  require(t.is_cpu() == logits.is_cpu() && t.get_device_index() == logits.get_device_index(), name,
-          " must be on the device of the logits");
+  require(t.device_type() == logits.device_type() && t.device_index() == logits.device_index(),
+          name, " must be on the device of the logits");
 }
 
 void check_like(const Tensor& t, const Tensor& logits, int64_t numel, const char* name) {
   check_vector(t, compute_type(logits), numel, name);
   check_device(t, logits, name);
 }
-const void* input(const OptionalTensor& t, const Tensor& logits, int64_t numel, const char* name) {
-  if (!t) return nullptr;
-  check_like(*t, logits, numel, name);
-  return t->const_data_ptr();
+const void* input(const Tensor& t, const Tensor& logits, int64_t numel, const char* name) {
+  check_like(t, logits, numel, name);
+  return t.const_data_ptr();
 }
-void* buffer(const OptionalTensor& t, const Tensor& logits, int64_t numel, const char* name) {
-  if (!t) return nullptr;
-  check_like(*t, logits, numel, name);
-  return t->mutable_data_ptr();
+const void* input(const OptionalTensor& t, const Tensor& logits, int64_t numel, const char* name) {
+  return t ? input(*t, logits, numel, name) : nullptr;
+}
+void* buffer(const Tensor& t, const Tensor& logits, int64_t numel, const char* name) {
+  check_like(t, logits, numel, name);
+  return t.mutable_data_ptr();
 }
 
 cbloss::Call call_of(const Tensor& logits, const Inputs& in, const Shape& shape,
                      const Formula& formula) {
   const Tensor& target = in.target;
-  check_vector(target, ScalarType::Long, shape.rows, "target");
+  check_vector(target, DType::Int64, shape.rows, "target");
   require(!formula.per_class,
           "the CUDA kernels do not support class_weighting='class', Triton's do");
   require(!in.pos_weight || formula.eps == 0,
@@ -125,11 +118,13 @@ void set_grad(cbloss::Call& call, const Tensor& grad, const Tensor& logits) {
   if (call.C == 1) call.grad_stride.c = 1;
 }
 
-void loss(Tensor logits, Tensor target, OptionalTensor weight, OptionalTensor sample_weight,
-          OptionalTensor normalizer, OptionalTensor logit_bias, OptionalTensor margin,
-          OptionalTensor pos_weight, std::vector<double> numbers,
+void loss(const Tensor& logits, const Tensor& target, const OptionalTensor& weight,
+          const OptionalTensor& sample_weight, const OptionalTensor& normalizer,
+          const OptionalTensor& logit_bias, const OptionalTensor& margin,
+          const OptionalTensor& pos_weight, const Numbers& numbers,
           std::optional<int64_t> ignore_index, std::optional<int64_t> background_index,
-          int64_t reduction, Tensor loss, OptionalTensor grad, OptionalTensor saved) {
+          int64_t reduction, const Tensor& loss, const OptionalTensor& grad,
+          const OptionalTensor& saved) {
   const Inputs in{target, weight,     sample_weight, normalizer,      logit_bias,
                   margin, pos_weight, ignore_index,  background_index};
   const Shape shape(logits);
@@ -142,26 +137,27 @@ void loss(Tensor logits, Tensor target, OptionalTensor weight, OptionalTensor sa
   call.reduction = reduction_of(reduction);
   call.loss_per_row = loss.dim() > 0;
   call.loss = buffer(loss, logits, call.loss_per_row ? shape.rows : 1, "loss");
-  call.saved = buffer(saved, logits, saved_rows(formula.sigmoid) * shape.rows, "saved");
+  if (saved) call.saved = buffer(*saved, logits, saved_rows(formula.sigmoid) * shape.rows, "saved");
   if (grad) set_grad(call, *grad, logits);
   if (shape.rows == 0) {
-    if (!call.loss_per_row) torch::stable::fill_(loss, 0);
+    if (!call.loss_per_row) loss.zero_();
     return;
   }
   const Current current(logits);
-  std::vector<Tensor> scratch;
+  OptionalTensor scratch;  // one call of allocate at most
   const auto allocate = [&](int64_t size) {
-    return scratch.emplace_back(torch::stable::new_empty(loss, {size})).mutable_data_ptr();
+    return scratch.emplace(loss.new_empty(size)).mutable_data_ptr();
   };
   dispatch(logits,
            [&](auto s) { check(cbloss::loss<decltype(s)>(call, current.device, allocate)); });
 }
 
-void gradient(Tensor logits, Tensor target, OptionalTensor /*weight*/, OptionalTensor logit_bias,
-              OptionalTensor margin, OptionalTensor pos_weight, Tensor saved, Tensor grad_loss,
-              std::vector<double> numbers, std::optional<int64_t> ignore_index,
-              std::optional<int64_t> background_index, Tensor grad) {
-  const Inputs in{target,          {}, {}, {}, logit_bias, margin, pos_weight, ignore_index,
+void gradient(const Tensor& logits, const Tensor& target, const OptionalTensor& /*weight*/,
+              const OptionalTensor& logit_bias, const OptionalTensor& margin,
+              const OptionalTensor& pos_weight, const Tensor& saved, const Tensor& grad_loss,
+              const Numbers& numbers, std::optional<int64_t> ignore_index,
+              std::optional<int64_t> background_index, const Tensor& grad) {
+  const Inputs in{target,          NONE, NONE, NONE, logit_bias, margin, pos_weight, ignore_index,
                   background_index};
   const Shape shape(logits);
   const Formula formula = Formula::of(numbers);
@@ -176,13 +172,10 @@ void gradient(Tensor logits, Tensor target, OptionalTensor /*weight*/, OptionalT
 }
 
 // Multiplies numel elements of memory, from grad's first on, by grad_loss, unless that is 1.
-void scale_gradient(Tensor grad, Tensor grad_loss, int64_t numel) {
+void scale_gradient(const Tensor& grad, const Tensor& grad_loss, int64_t numel) {
   const void* factor = input(grad_loss, grad, 1, "grad_loss");
-  int64_t bytes = 0, offset = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(grad.get(), &bytes));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_offset(grad.get(), &offset));
-  require(0 <= numel && numel <= bytes / int64_t(grad.element_size()) - offset,
-          "numel must lie within grad's storage, got ", numel);
+  const int64_t beyond = grad.storage_bytes() / grad.element_size() - grad.storage_offset();
+  require(0 <= numel && numel <= beyond, "numel must lie within grad's storage, got ", numel);
   if (numel == 0) return;
   const Current current(grad);
   dispatch(grad, [&](auto s) {
@@ -191,36 +184,36 @@ void scale_gradient(Tensor grad, Tensor grad_loss, int64_t numel) {
   });
 }
 
-std::string architectures() { return CBLOSS_ARCHITECTURES; }
-
-// Why no kernel can be launched here, or "". Queries the driver's version alone, and no device.
-std::string unusable() {
-  int driver = 0;
-  cudaDriverGetVersion(&driver);
-  const int needed = CUDART_VERSION / 1000;  // any minor version of it is enough
-  if (driver / 1000 >= needed) return "";
-  std::ostringstream text;
-  text << "built with CUDA " << needed << ", but the driver supports only CUDA " << driver / 1000
-       << "." << driver % 1000 / 10;
-  return text.str();
-}
-
-// Registers these kernels for the operators' default overloads on CUDA tensors too.
-void serve() {
-  static torch::stable::detail::StableLibrary library(
-      torch::stable::detail::StableLibrary::Kind::IMPL, "cbloss_fused", "CUDA", __FILE__, __LINE__);
-  library.impl("loss", TORCH_BOX(&loss)).impl("gradient", TORCH_BOX(&gradient));
-}
-
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(cbloss_fused, CBLOSS_DEVICE, m) {
-  m.impl("loss.cuda", TORCH_BOX(&loss));
-  m.impl("gradient.cuda", TORCH_BOX(&gradient));
-  m.impl("_scale", TORCH_BOX(&scale_gradient));
+// What Python calls through ctypes.
+#define CB_EXPORT extern "C" __attribute__((visibility("default")))
+
+// Gives the kernels to operators of a library of PyTorch: ".cuda" overloads, or the default ones.
+// Returns whether PyTorch took them.
+CB_EXPORT int cbloss_register(const char* library, const char* dispatch_key) try {
+  Library(library, dispatch_key)
+      .impl<&loss>("loss.cuda")
+      .impl<&gradient>("gradient.cuda")
+      .impl<&scale_gradient>("_scale");
+  return 1;
+} catch (const std::exception&) {
+  return 0;
 }
-STABLE_TORCH_LIBRARY_IMPL(cbloss_fused, CompositeExplicitAutograd, m) {
-  m.impl("_cuda_architectures", TORCH_BOX(&architectures));
-  m.impl("_cuda_unusable", TORCH_BOX(&unusable));
-  m.impl("_serve_cuda", TORCH_BOX(&serve));
+CB_EXPORT int cbloss_register_default(const char* library, const char* dispatch_key) try {
+  Library(library, dispatch_key).impl<&loss>("loss").impl<&gradient>("gradient");
+  return 1;
+} catch (const std::exception&) {
+  return 0;
+}
+
+CB_EXPORT const char* cbloss_architectures() { return CBLOSS_ARCHITECTURES; }
+
+// The version of CUDA that this was built with, and the driver's, 1000 * major + 10 * minor; 0: no
+// driver. Queries no device.
+CB_EXPORT int cbloss_built_with() { return CUDART_VERSION; }
+CB_EXPORT int cbloss_driver() {
+  int version = 0;
+  cudaDriverGetVersion(&version);
+  return version;
 }

@@ -17,10 +17,9 @@ TORCH = Path(torch.__file__).parent
 DTYPES = ("float", "double", "__nv_bfloat16", "__half")
 FLAGS = [
     *("-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror"),
-    *("-Wno-unknown-pragmas", "-ffp-contract=fast", "-U_FORTIFY_SOURCE", "-DUSE_CUDA"),
+    *("-Wno-unknown-pragmas", "-ffp-contract=fast", "-U_FORTIFY_SOURCE"),
     "-fno-strict-aliasing",  # a word of memory is read as a pair of halves, as nvcc allows
-    *("-DTORCH_TARGET_VERSION=0x020b000000000000", f"-I{HERE / 'host'}"),
-    *(f"-isystem{TORCH / path}" for path in ("include", "include/torch/csrc/api/include")),
+    f"-I{HERE / 'host'}",
     *(["-mfma", "-mf16c"] if platform.machine() == "x86_64" else []),
 ]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
@@ -68,6 +67,6 @@ def link(library: Path, objects: list[Path], flags: list[str]) -> None:
     """Written beside and moved: a library that is in use stays as it is."""
     fresh = library.with_suffix(".new")
     command = ["g++", "-shared", *flags, *map(str, objects), f"-L{TORCH / 'lib'}"]
-    command += ["-ltorch_cpu", "-lc10", f"-Wl,-rpath,{TORCH / 'lib'}", "-o", str(fresh)]
+    command += ["-ltorch_cpu", f"-Wl,-rpath,{TORCH / 'lib'}", "-o", str(fresh)]
     subprocess.run(command, check=True)
     fresh.replace(library)

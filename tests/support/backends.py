@@ -16,7 +16,7 @@ from emulator.build import emulated
 from torch import Tensor
 
 from cbloss_fused import class_balanced_loss, ops, triton
-from cbloss_fused.backends import REGISTRY, load_cuda
+from cbloss_fused.backends import REGISTRY, load_cuda, set_isa
 from cbloss_fused.backends import Backend as Record
 from cbloss_fused.buffers import co_aligned, new_loss
 from cbloss_fused.inputs import Inputs
@@ -72,12 +72,12 @@ class Backend:
                 record = self.record._replace(new_grad=_co_aligned)
                 patch.setitem(REGISTRY, record.name, record)
             if self.isa:
-                best = torch.ops.cbloss_fused._set_isa(self.isa).split()[0]
+                best = set_isa(self.isa)[0]
             try:
                 yield
             finally:
                 if self.isa:
-                    torch.ops.cbloss_fused._set_isa(best)
+                    set_isa(best)
 
     @contextlib.contextmanager
     def on_a_gpu_of(self, multiprocessors: int) -> Iterator[None]:
@@ -128,8 +128,7 @@ def _backends() -> dict[str, Backend]:
         return {name: Backend(name) for name in names if REGISTRY[name].missing is None}
     found = {"fallback": Backend(None, fallback=True)}
     if REGISTRY["cpu"].missing is None:
-        isas = torch.ops.cbloss_fused._set_isa("").split()
-        found = {f"cpu-{isa}": Backend("cpu", isa=isa) for isa in isas} | found
+        found = {f"cpu-{isa}": Backend("cpu", isa=isa) for isa in set_isa()} | found
     if EMULATOR is not None:
         found["cuda"] = Backend("cuda")
     return found

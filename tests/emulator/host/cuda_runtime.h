@@ -336,5 +336,4 @@ inline __attribute__((used)) int aoti_torch_create_device_guard(int, DeviceGuard
   return 0;
 }
 }
-#define CBLOSS_DEVICE CPU
 #define CBLOSS_ARCHITECTURES "this CPU, emulated"
