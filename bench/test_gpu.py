@@ -217,7 +217,7 @@ def test_what_makes_a_library_stale(tmp_path: Path) -> None:
 
 def test_digest_of_sources(tmp_path: Path) -> None:
     """A header's contents count, its time does not; nor does the other library's folder."""
-    for name in ("csrc/ops.h", "csrc/cpu/kernels.cpp", "csrc/cuda/dispatch.cu", "setup.py"):
+    for name in ("csrc/ops.h", "csrc/cpu/kernels.h", "csrc/cuda/dispatch.cu", "setup.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     before = setup.digest_of_sources("cuda", tmp_path)

@@ -79,13 +79,18 @@ def _check_usable(asked: Backend, device_type: str) -> None:
 # The CPU's kernels, in the extension module _C
 
 
+def _extension() -> Any:
+    """_C, or, in a package of a hub, what its builder has called it."""
+    found = [path.name.split(".")[0] for path in FOLDER.glob("_*.abi3.so")]
+    return importlib.import_module(f".{min(found, default='_C')}", __package__)
+
+
 def _cpu() -> Backend:
     missing = None
     try:
-        kernels = importlib.import_module("._C", __package__)
-        kernels.register(ops.NAMESPACE)
+        _extension().register(ops.NAMESPACE)
     except (ImportError, AttributeError) as error:  # of another version
-        built = any(FOLDER.glob("_C.*"))
+        built = any(FOLDER.glob("_*.abi3.so"))
         why = f"cannot be loaded ({error}): reinstall" if built else "was not built into"
         missing = f"the compiled extension {why} cbloss_fused"
 
@@ -106,7 +111,7 @@ def set_isa(name: str = "") -> list[str]:
     Raises:
         ValueError: it does not have that one.
     """
-    return importlib.import_module("._C", __package__).set_isa(name).split()
+    return _extension().set_isa(name).split()
 
 
 # CUDA C++: a library of its own, there where the package was built with nvcc. On an H200 it takes

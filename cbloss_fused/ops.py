@@ -11,6 +11,7 @@ Where a device has no kernel, the eager implementation fills them. Kernels: back
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -35,8 +36,8 @@ _GRADIENT = (
     "int? background_index, Tensor(a!) grad) -> ()"
 )
 OVERLOADS = ("default", "triton", "cuda", "reference")  # default: what the device has
-# A copy of the package under another name has operators of its own: torch.ops.<name with _ for .>
-NAMESPACE = (__package__ or "cbloss_fused").replace(".", "_")
+# A copy of the package under another name has operators of its own.
+NAMESPACE = re.sub(r"\W", "_", __package__ or "cbloss_fused")
 library = torch.library.Library(NAMESPACE, "DEF")
 operators = getattr(torch.ops, NAMESPACE)
 _names = [

@@ -1,4 +1,4 @@
-// The Python module cbloss_fused._C: register(library) gives the kernels of cpu/ops.cpp to the
+// The Python module cbloss_fused._C, or what a builder of kernels for a hub calls it: register(library) gives the kernels of cpu/ops.cpp to the
 // operators of that library of PyTorch; set_isa as in cpu/call.h.
 #include <Python.h>
 
@@ -6,6 +6,12 @@
 #include <string>
 
 #include "cpu/call.h"
+
+#ifndef TORCH_EXTENSION_NAME
+#define TORCH_EXTENSION_NAME _C
+#endif
+#define CB_JOIN(a, b) a##b
+#define CB_INIT(name) CB_JOIN(PyInit_, name)
 
 void register_operators(const char* library);
 
@@ -38,7 +44,7 @@ PyObject* call(PyObject*, PyObject* argument) {
 
 }  // namespace
 
-extern "C" __attribute__((visibility("default"))) PyObject* PyInit__C() {
+extern "C" __attribute__((visibility("default"))) PyObject* CB_INIT(TORCH_EXTENSION_NAME)() {
   static PyMethodDef methods[] = {{"register", call<register_in>, METH_O, nullptr},
                                   {"set_isa", call<switch_isa>, METH_O, nullptr},
                                   {nullptr, nullptr, 0, nullptr}};

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -179,6 +180,34 @@ def test_links_of_the_readme_are_whole_elsewhere():
 
 
 # Other names --------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(REGISTRY["cpu"].missing is not None, reason="no library")
+def test_the_layout_of_a_hub(tmp_path):
+    """The build's list has every source; the loader of the hub finds the package and its kernels."""
+    subprocess.run([sys.executable, "tools/hub.py", str(tmp_path / "hub")], cwd=ROOT, check=True)
+    listed = re.findall(r'"(csrc/[^"]+)"', (tmp_path / "hub" / "build.toml").read_text())
+    assert len(listed) == len(set(listed))
+    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")}
+    assert set(listed) == {name for name in sources if not name.startswith("csrc/cuda")}
+    (variant,) = (tmp_path / "hub" / "build").iterdir()
+    metadata = json.loads((variant / "metadata.json").read_text())
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", HUB, metadata["id"], str(variant / "__init__.py")],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "fused C++ kernels" in done.stdout
+
+
+HUB = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location(*sys.argv[1:])
+sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(sys.modules[spec.name])
+print(sys.modules[spec.name].backends()["cpu"])
+"""
+
 
 TWICE = """
 import sys, torch

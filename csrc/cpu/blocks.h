@@ -1,5 +1,5 @@
 // From rows whose classes lie side by side to vectors of rows, and back, by blocks of W rows and 4
-// classes: 4 x 4 elements in each 128 bits of a vector. Included by kernels.cpp in the namespace of
+// classes: 4 x 4 elements in each 128 bits of a vector. Included by kernels.h in the namespace of
 // its instruction set.
 
 constexpr int64_t SIDE = 4;

@@ -1,4 +1,4 @@
-// What the kernels over vectors of classes and over vectors of rows share. Included by kernels.cpp
+// What the kernels over vectors of classes and over vectors of rows share. Included by kernels.h
 // in the namespace of its instruction set.
 
 constexpr int64_t CHUNK = 64;  // vectors summed in float lanes before they are added to a double

@@ -1,4 +1,4 @@
-// What the kernels tell the memory: which lines will be read. Included by kernels.cpp in the
+// What the kernels tell the memory: which lines will be read. Included by kernels.h in the
 // namespace of its instruction set.
 
 // Ahead of a stream of loads in bytes. The hardware's own prefetching ends where a page of 4 KiB

@@ -1,4 +1,4 @@
-// Vectors of W floats: load, convert, exp, log. Included by kernels.cpp alone, once per instruction
+// Vectors of W floats: load, convert, exp, log. Included by kernels.h alone, once per instruction
 // set, inside the namespace of that set: the linker would merge inline functions of the same name,
 // and the baseline could then call AVX-512 code.
 //

@@ -1,5 +1,7 @@
 // The row kernels of softmax and sigmoid, and which of them a call takes. Compiled once per
-// instruction set: CBLOSS_ISA names the namespace, the compiler's -m flags choose the instructions.
+// instruction set, by isa/*.cpp: CBLOSS_ISA names the namespace, the compiler's -m flags choose the
+// instructions.
+#pragma once
 #include "call.h"
 
 #include <algorithm>

@@ -1,0 +1,3 @@
+// The row kernels for any processor.
+#define CBLOSS_ISA baseline
+#include "../kernels.h"
