@@ -1,4 +1,4 @@
-"""Lay out the package as a kernel of a hub: `python tools/hub.py build/hub`, after a build in place.
+"""Lay out the package as a kernel of a hub: `python tools/hub.py FOLDER`, after a build in place.
 
 For huggingface/kernels: kernels.get_local_kernel loads the folder, kernel-builder builds from it.
 """
