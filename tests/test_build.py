@@ -184,7 +184,7 @@ def test_links_of_the_readme_are_whole_elsewhere():
 
 @pytest.mark.skipif(REGISTRY["cpu"].missing is not None, reason="no library")
 def test_the_layout_of_a_hub(tmp_path):
-    """The list of the build is complete; the loader of the hub finds the package and its kernels."""
+    """The list of the build is complete; the hub's loader finds the package and its kernels."""
     subprocess.run([sys.executable, "tools/hub.py", str(tmp_path / "hub")], cwd=ROOT, check=True)
     listed = re.findall(r'"(csrc/[^"]+)"', (tmp_path / "hub" / "build.toml").read_text())
     assert len(listed) == len(set(listed))
