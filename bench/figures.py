@@ -1,4 +1,4 @@
-"""The figures of docs/choosing.md and of the experiments' results: python -m bench.figures
+"""The figures of the README, docs/choosing.md and the experiments' results: python -m bench.figures
 
 They are drawn from what is committed: runs of bench/results/kanji, and formulas.
 """
@@ -17,6 +17,8 @@ from cbloss_fused.experiments.figures import STYLES, panels, save
 from cbloss_fused.experiments.kanji_figures import draw_figures
 from cbloss_fused.experiments.long_tail import long_tailed_counts
 from cbloss_fused.experiments.runs import read_runs
+
+from .speed_figure import speed
 
 KANJI = Path(__file__).parent / "results" / "kanji"
 DOCS = Path(__file__).parents[1] / "docs" / "figures"
@@ -81,7 +83,7 @@ def main() -> None:
     """Draw, and print the ratios that docs/choosing.md tells."""
     if runs := read_runs(KANJI / "runs.jsonl"):
         draw_figures(runs, KANJI)
-    for draw in (effective_numbers, weights):
+    for draw in (effective_numbers, weights, speed):
         save(draw(), DOCS / draw.__name__.replace("_", "-"))
     for name, counts in count_vectors().items():
         print(name, *(f"{ratio(counts, beta):.1f}" for beta in BETAS))

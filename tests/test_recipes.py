@@ -45,7 +45,7 @@ def snippets(page: Path) -> Iterator[Snippet]:
 
 
 def named() -> dict[str, Any]:
-    """What the README's snippets take as given."""
+    """What the snippets of docs/options.md take as given."""
     counts = torch.tensor([50, 20, 5])
     logits, target = torch.randn(4, 3, requires_grad=True), torch.tensor([0, 0, 1, 2])
     hot = torch.nn.functional.one_hot(target, 3).float()
@@ -62,7 +62,7 @@ SNIPPETS = [snippet for page in PAGES for snippet in snippets(page)]
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda s: f"{s.page.stem}: {s.heading}")
 def test_snippet(snippet):
     given: dict[str, Any] = {}
-    if snippet.page.name == "README.md":
+    if snippet.page.name == "options.md":
         with torch.device("cpu"):
             given = named()
             exec("from cbloss_fused import *", given)
