@@ -33,6 +33,7 @@ NAVIGATION = {
 docs/choosing
 docs/recipes
 docs/migration
+docs/troubleshooting
 docs/api
 :::
 
@@ -40,6 +41,7 @@ docs/api
 :hidden:
 :caption: How it works
 
+docs/numerics
 docs/kernels
 bench/scaling
 bench/results/README
@@ -70,6 +72,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "docstrings",
+    "sources",
 ]
 root_doc = "README"
 include_patterns = ["*.md", "docs/*.md", "docs/*.rst", "bench/**.md"]

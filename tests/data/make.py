@@ -255,7 +255,7 @@ def segmentation_cases() -> list[Case]:
     focal, bce = "smp.losses.FocalLoss", "smp.losses.SoftBCEWithLogitsLoss"
     smooth = "smp.losses.SoftCrossEntropyLoss(smooth_factor=0.1"
     index, multi = partial(sigmoid, target="y", gamma=2.0), partial(sigmoid, target="t")
-    image = {"input": "image", "target": "image_y", "ignore_index": 255}
+    image: dict[str, Any] = {"input": "image", "target": "image_y", "ignore_index": 255}
     return [
         index(f"{focal}('multiclass', alpha=0.25)(x, y)", 1 / C, alpha=0.25),
         index(f"{focal}('multiclass', class_weights=w)(x, y) * w.sum()", weight="w",
