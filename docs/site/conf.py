@@ -18,7 +18,7 @@ author = copyright = "The cbloss_fused authors"
 version = release = cbloss_fused.__version__
 
 RESULTS = "\n".join(
-    f"{path.stem} </{path.relative_to(ROOT).with_suffix('')}>"
+    f"{path.parent.name if path.stem == 'results' else path.stem} </{path.relative_to(ROOT)}>"
     for folder in ("results", "results/kanji", "machine_code")
     for path in sorted((ROOT / "bench" / folder).glob("*.md"))
     if path.stem != "README"
@@ -89,6 +89,8 @@ autodoc_member_order = "bysource"
 napoleon_attr_annotations = False
 napoleon_numpy_docstring = False
 napoleon_use_param = False  # several names may share a line
+
+toc_object_entries_show_parents = "hide"
 
 html_theme = "furo"
 html_title = project

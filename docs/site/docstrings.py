@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+from docutils import nodes
 from sphinx.application import Sphinx
 
 import cbloss_fused
@@ -25,7 +26,7 @@ def to_rst(lines: list[str], link: Callable[[str], str]) -> list[str]:
         if line.startswith(">>>"):
             found += ["", line, *_taken(rest, lambda following: following != "")]
         elif ONE_LINE.match(line) or line == "Returns:":
-            block = [line, *_taken(rest, lambda following: following.startswith(" "))]
+            block = [line, *_taken(rest, _goes_on)]
             label, _, text = " ".join(map(str.strip, block)).partition(": ")
             found += ["", f":{label}: {_inline(text, link)}", ""]
         elif line.endswith(":") and not HEADER.match(line) and _indented(rest):
@@ -38,6 +39,11 @@ def to_rst(lines: list[str], link: Callable[[str], str]) -> list[str]:
 def _indented(rest: list[str]) -> bool:
     """Whether a formula follows: after an empty line an indented one."""
     return len(rest) > 1 and rest[0] == "" and rest[1].startswith(" ")
+
+
+def _goes_on(line: str) -> bool:
+    """Whether a line belongs to the section above it."""
+    return line != "" and not HEADER.match(line) and not ONE_LINE.match(line)
 
 
 def _taken(rest: list[str], belongs: Callable[[str], bool]) -> list[str]:
@@ -74,5 +80,13 @@ def process(app: Sphinx, what: str, name: str, obj: Any, options: Any, lines: li
     lines[:] = to_rst(lines, lambda code: link_of(owner, code))
 
 
+def mend_dashes(app: Sphinx, doctree: nodes.document) -> None:
+    """Between a parameter or an error and what it is."""
+    for text in list(doctree.findall(nodes.Text)):
+        if text.startswith(" -- "):
+            text.parent.replace(text, nodes.Text(text.replace(" -- ", " – ", 1)))
+
+
 def setup(app: Sphinx) -> None:
     app.connect("autodoc-process-docstring", process, priority=100)  # before napoleon
+    app.connect("doctree-read", mend_dashes)
