@@ -33,7 +33,7 @@ def to_pages(app: Sphinx, doctree: nodes.document) -> None:
 def pages(app: Sphinx) -> Iterator[tuple[str, dict[str, Any], str]]:
     for path in sorted(linked):
         text = Path(app.srcdir, path).read_text("utf-8")
-        highlighter: Any = app.builder.highlighter  # type: ignore[attr-defined]
+        highlighter: Any = app.builder.highlighter
         body = highlighter.highlight_block(text, LANGUAGES[Path(path).suffix], linenos="inline")
         yield f"sources/{path}", {"title": path, "body": f"<h1>{path}</h1>{body}"}, "page.html"
 
