@@ -82,7 +82,7 @@ myst_enable_extensions = ["colon_fence", "linkify"]
 myst_heading_anchors = 4
 
 smartquotes = False  # "softmax" is Python
-nitpicky = True  # names in docstrings, too, are links that must lead somewhere
+nitpicky = True  # a reference must lead somewhere
 
 autodoc_typehints = "none"  # the docstrings say more, and overloads repeat every signature
 autodoc_member_order = "bysource"
