@@ -32,7 +32,7 @@ MESSAGES = [line for block in BLOCKS for line in block.splitlines()]
 REASONS = re.findall(r"^\| `([^`]+)` \|", PAGE, re.MULTILINE)
 SOURCES = ("setup.py", "csrc/cuda/ops.cu", "cbloss_fused/backends.py")
 OF_SEVERAL_RANKS = ("cbloss_fused/groups.py", "cbloss_fused/sharded.py")
-y = torch.tensor([0, 1, 2, 0])
+y = torch.tensor([0, 1, 2, 0], device="cpu")
 one_hot = nn.functional.one_hot(y, 3).float()
 
 
@@ -57,6 +57,13 @@ def not_built() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(REGISTRY, "cuda", REGISTRY["cuda"]._replace(missing="not built"))
         loss(backend="cuda")
+
+
+def on_the_cpu() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        not_interpreted = REGISTRY["triton"]._replace(missing=None, on_request=())
+        patch.setitem(REGISTRY, "triton", not_interpreted)
+        loss(backend="triton")
 
 
 def saved_before() -> None:
@@ -115,7 +122,7 @@ def a_sharded_head() -> None:
 CASES: list[Callable[[], Any]] = [
     in_eager_pytorch,
     not_built,
-    lambda: loss(backend="triton"),
+    on_the_cpu,
     lambda: loss(torch.tensor([0, 7, 1, 2])),
     lambda: class_balanced_loss(logits(4, 1), torch.tensor([0, 1, 1, 0])),
     lambda: loss(y.unsqueeze(1)),
@@ -154,7 +161,7 @@ def raised() -> list[str]:
     """The error and the warnings of every case."""
     found = []
     for case in CASES:
-        with warnings.catch_warnings(record=True) as caught:
+        with torch.device("cpu"), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
                 case()
