@@ -7,13 +7,14 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.1; platform_system == 'Linux'
 VENV := .venv
 BIN := $(VENV)/bin
+DOCS := .venv-docs
 KERNEL_TESTS := @bench/gpu_tests.txt
 MANYLINUX ?= manylinux_2_28_$(shell uname -m)
 SANITIZED := "cuda and (C1000 or C7 or C9 or split or otherwise or scaling)"
 CUDA_PATHS = PATH="$$PATH:$$CUDA_HOME/bin:/usr/local/cuda/bin"; export PATH
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo help test test-all test-here test-interpreted planted oldest bench codegen roofline scaling fonts experiment figures wheel hub gpu gpu-build gpu-test gpu-bench sanitize-gpu lint clean
+.PHONY: demo help test test-all test-here test-interpreted planted oldest bench codegen roofline scaling fonts experiment figures docs wheel hub gpu gpu-build gpu-test gpu-bench sanitize-gpu lint clean
 demo: $(VENV)/ready  ## train on long-tailed digits, with and without class balance
 	$(BIN)/python -m cbloss_fused.demo
 help:  ## this list
@@ -62,6 +63,9 @@ wheel: $(VENV)/torch  ## a wheel of the CPU kernels for manylinux_2_28 and an ar
 	cp build/wheel/*.tar.gz dist
 hub: $(VENV)/ready  ## the package as a kernel for huggingface/kernels, into build/hub
 	$(BIN)/python tools/hub.py build/hub
+docs: $(DOCS)/ready  ## the site, into build/site; a warning is an error; needs no compiled kernels
+	rm -rf build/site
+	$(DOCS)/bin/sphinx-build -q -E --fail-on-warning -c docs/site -d build/doctrees . build/site
 gpu:  ## smoke test, benchmarks and tests on a GPU, with what is there
 	PYTHON="$(PYTHON)" bench/gpu_run.sh
 gpu-build:  ## build the CUDA kernels in place
@@ -87,7 +91,7 @@ lint: $(VENV)/lint  ## ruff, mypy, clang-format
 	$(BIN)/mypy --allow-untyped-defs --allow-incomplete-defs --allow-untyped-calls tests
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc bench tests -name '*.cpp' -o -name '*.h' -o -name '*.c' -o -name '*.cu' -o -name '*.cuh')
 clean:  ## remove the environment and what was built
-	rm -rf $(VENV) build dist *.egg-info cbloss_fused/_C*.so cbloss_fused/_cuda.so cbloss_fused/*.stamp
+	rm -rf $(VENV) $(DOCS) build dist *.egg-info cbloss_fused/_C*.so cbloss_fused/_cuda.so cbloss_fused/*.stamp
 
 # The environment, torch, then the extension, built against that torch and in place.
 $(VENV)/torch:
@@ -100,6 +104,12 @@ $(VENV)/ready: $(VENV)/torch $(SOURCES)
 	touch $@
 $(VENV)/bench: $(VENV)/ready
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[bench]"
+	touch $@
+# The extra's packages without the package itself, whose installation compiles kernels.
+$(DOCS)/ready: pyproject.toml
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/pip install --quiet "$(TORCH)"
+	sed -n 's/^docs = \[\(.*\)\]/\1/p' pyproject.toml | tr , ' ' | xargs $(DOCS)/bin/pip install --quiet
 	touch $@
 $(VENV)/lint: $(VENV)/torch
 	$(BIN)/pip install --quiet ruff==0.17.6 mypy==2.4.1 clang-format==23.1.5

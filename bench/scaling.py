@@ -223,7 +223,6 @@ def page(setting: Setting) -> str:
         "In memory + on the wire. Softmax (b) reads logits twice and writes once; with label "
         "smoothing it\ntakes twice as long. "
         f"Softmax (a) of more than {LONG:,} classes is counted so too, unless the second\nread "
-        f"Softmax (a) of more than {LONG:,} classes is counted so too, unless the second\nread "
         "comes from L2.",
         loss_table(setting),
         "## Head, softmax loss and Adam, ms",

@@ -48,7 +48,7 @@ def class_counts(
             num_classes is None; labels (N, C) that are one-hot or, by all that shows, multi-hot.
         TypeError: labels, num_classes or an index that are not integers, or no labels found: of
             three entries of an item, for example, each may be the label.
-        With a group all ranks raise what one finds wrong.
+    With a group all ranks raise what one finds wrong.
 
     >>> class_counts([0, 2, 2, 1, 2], num_classes=4)
     tensor([1, 1, 3, 0])

@@ -69,7 +69,7 @@ def global_normalizer(
     Raises:
         IndexError: a target that is negative, or with weight >= C, and not marked; on the CPU only.
         ValueError, TypeError: a shape, device, type or, on the CPU, value that does not fit.
-        On the CPU all ranks raise what one finds wrong.
+    On the CPU all ranks raise what one finds wrong.
 
     >>> import torch
     >>> from cbloss_fused import class_balanced_loss, global_normalizer

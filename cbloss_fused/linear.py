@@ -121,9 +121,9 @@ def linear_class_balanced_loss(
         shards: as in `class_balanced_loss`: linear_weight and linear_bias are of this rank's
             classes (tensor parallel), input, target and chunk_size the same on every rank. The
             gradient of input is all-reduced, once.
-        logit_bias, margin, pos_weight, normalizer, return_stats, and all options but inplace and
-            recompute, which have no meaning here: as in `class_balanced_loss`. backend="reference"
-            computes all logits, in eager PyTorch.
+        options: logit_bias, margin, pos_weight, normalizer, return_stats and all others as in
+            `class_balanced_loss`, but for inplace and recompute, which have no meaning here.
+            backend="reference" computes all logits, in eager PyTorch.
 
     input, linear_weight and linear_bias are differentiated; what requires no grad costs no product.
     The gradients of half types are summed in float32. With reduction="none", and for float16, the
@@ -133,11 +133,11 @@ def linear_class_balanced_loss(
         As `class_balanced_loss`; for "none" (...).
 
     Raises:
-        As `class_balanced_loss`, and
-        ValueError: shapes that do not fit; inplace or recompute; chunk_size below 1.
-        TypeError: dtypes that differ.
-        NotImplementedError: DTensors. Where FSDP shards the head, call a module that holds it:
-            `LinearClassBalancedLoss`.
+        IndexError, RuntimeError: as `class_balanced_loss`.
+        ValueError: as there; shapes that do not fit; inplace or recompute; chunk_size below 1.
+        TypeError: as there; dtypes that differ.
+        NotImplementedError: as there; DTensors. Where FSDP shards the head, call a module that
+            holds it: `LinearClassBalancedLoss`.
 
     Source: as `class_balanced_loss`.
 

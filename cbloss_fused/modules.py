@@ -247,7 +247,7 @@ class ClassBalancedLoss(torch.nn.Module):
 
     @property
     def schedule(self) -> Tensor:
-        """[epoch, share]: the epoch of a `DeferredReweighting`, how far the weights have gone."""
+        """(2,) float64, a `DeferredReweighting`'s epoch and how far the weights have gone."""
         return torch.tensor([self._epoch, self._share], dtype=torch.float64, device="cpu")
 
     def set_beta(self, beta: float | Vector) -> None:

@@ -18,6 +18,12 @@ class ClassStats(NamedTuple):
     On a GPU an out-of-range target makes class 0 or C - 1 NaN, as it does its row; there, torch's
     own operators make the statistics. `torch.load` with weights_only loads them from a checkpoint.
 
+    Attributes:
+        rows: int64, how many rows, without ignored ones.
+        loss: float64, as all others; the sum of what these rows add to the loss.
+        gradient: the sum of |d loss / d logit| at these rows' own targets.
+        probability: the mean p of the target, softmax or sigmoid; NaN where there is no row.
+
     >>> import torch
     >>> from cbloss_fused import class_balanced_loss
     >>> logits, target = torch.zeros(4, 2, requires_grad=True), torch.tensor([0, 0, 0, 1])
@@ -26,10 +32,10 @@ class ClassStats(NamedTuple):
     (tensor([3, 1]), tensor([0.7500, 0.2500], dtype=torch.float64))
     """
 
-    rows: Tensor  # int64: how many, without ignored ones
-    loss: Tensor  # float64, as all others: sum of what these rows add to the loss
-    gradient: Tensor  # sum of |d loss / d logit| at these rows' own targets
-    probability: Tensor  # mean p of the target, softmax or sigmoid; NaN where there is no row
+    rows: Tensor
+    loss: Tensor
+    gradient: Tensor
+    probability: Tensor
 
     @classmethod
     def of(cls, stats: Tensor) -> ClassStats:

@@ -127,6 +127,21 @@ def test_near_certainty(backend, family, dtype, gamma, C):
     assert_grad(grad, oracle(logits, target, **options)[1], dtype)
 
 
+@pytest.mark.parametrize("offset", (1e4, -(2.0**19), 2.0**21), ids=str)
+@pytest.mark.parametrize("C", (3, 300), ids="C{}".format)
+@pytest.mark.parametrize("gamma", (0.0, 0.5), ids="g{}".format)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=name_of)
+def test_small_differences_of_large_logits(backend, dtype, gamma, C, offset):
+    """2^(z log2 e - M log2 e) would round M log2 e to the next 1/1024, 1/16 or 1/4."""
+    logits = (offset + torch.arange(5 * C).reshape(5, C) % 41 / 4).to(dtype)
+    target = torch.arange(5) % C
+    for options in ({"gamma": gamma}, {"label_smoothing": 0.1}):
+        loss, grad = loss_and_grad(backend, logits, target, **options, reduction="none")
+        want = oracle(logits, target, **options, reduction="none")
+        assert_loss(loss, want[0], dtype)
+        assert_grad(grad, want[1], dtype)
+
+
 # Where other implementations give NaN -------------------------------------------------------------
 
 SATURATION = (6.0, 6.25, 8.5, 17.0, 18.42, 40.0, 100.0)

@@ -85,3 +85,10 @@ def test_links(page):
             headings = re.findall(r"^#+ (.*)$", other.read_text("utf-8"), re.MULTILINE)
             names = [re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings]
             assert anchor in names, link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_named_tests(page):
+    """Tests that a page names are in the file that it links to."""
+    for name, path in re.findall(r"\[`(test_\w+)`\]\(([^)]+)\)", page.read_text("utf-8")):
+        assert f"\ndef {name}(" in (page.parent / path).read_text("utf-8"), name

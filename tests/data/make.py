@@ -4,8 +4,8 @@ Their wheels need another torch than the one we are built against, so this is ru
 environment of its own, on a CPU:
 
     pip install torch==2.14.1 torchvision==0.29.1 timm==1.0.31 kornia==0.9.0 \
-        pytorch-metric-learning==2.9.0
-    python tests/data/make.py
+        pytorch-metric-learning==2.9.0 segmentation-models-pytorch==0.6.0 liger-kernel==0.8.5
+    TRITON_INTERPRET=1 python tests/data/make.py
 
 Each case is the call as a user writes it, which is evaluated; its loss and gradient; and `ours`:
 the arguments of class_balanced_loss whose loss, times `scale`, is the same. A string that is the
@@ -13,8 +13,9 @@ name of an input stands for that input, there too.
 
 Left out, because no options of ours give the same: of timm, terms that are weighted by more than a
 row's and a class's factor (DistributionBalancedLoss with its map) or compared with other terms
-(TwoWayLoss, ZlprLoss), Poly-1's own term, asymmetric losses with smoothed labels; kornia's losses
-of regions; pytorch-metric-learning but CosFaceLoss, because it compares embeddings.
+(TwoWayLoss, ZlprLoss), Poly-1's own term, asymmetric losses with smoothed labels; losses of regions
+(kornia, segmentation-models-pytorch); pytorch-metric-learning but CosFaceLoss, because it compares
+embeddings. Liger's kernels of weights and softcap do not run in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -27,15 +28,20 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import kornia
+import liger_kernel.transformers
 import pytorch_metric_learning.losses
 import pytorch_metric_learning.reducers
+import segmentation_models_pytorch as smp
 import timm.loss
 import torch
 import torch.nn.functional as F
 import torchvision
 from torch import Tensor, nn
 
-PACKAGES = ("torch", "torchvision", "timm", "kornia", "pytorch-metric-learning")
+PACKAGES = (
+    *("torch", "torchvision", "timm", "kornia", "pytorch-metric-learning"),
+    *("segmentation-models-pytorch", "liger-kernel"),
+)
 N, C, SAMPLES = 6, 5, 1500
 
 
@@ -195,7 +201,7 @@ def timm_asymmetric_cases() -> list[Case]:
 
 
 def other_timm_cases() -> list[Case]:
-    """The last two are parts of their losses: their own terms, or weights, are switched off."""
+    """The last three are parts of their losses: their own terms, or weights, are switched off."""
     smooth = partial(case, target="y", label_smoothing=0.1)
     focal = partial(sigmoid, target="t", gamma=2.0)
     return [
@@ -207,6 +213,8 @@ def other_timm_cases() -> list[Case]:
               alpha=0.25),
         focal("timm.loss.DistributionBalancedLoss(counts, 1500, map_alpha=0.5, map_beta=0, "
               "neg_scale=1, init_bias=0.5)(x, t)", 2 / C, logit_bias="prior"),
+        focal("timm.loss.DistributionBalancedLoss(counts, 1500, map_alpha=0.5, map_beta=0, "
+              "neg_scale=1, init_bias=0.5, reduction='batchmean')(x, t)", 2, logit_bias="prior"),
     ]  # fmt: skip
 
 
@@ -243,6 +251,43 @@ def kornia_cases() -> list[Case]:
     ]  # fmt: skip
 
 
+def segmentation_cases() -> list[Case]:
+    focal, bce = "smp.losses.FocalLoss", "smp.losses.SoftBCEWithLogitsLoss"
+    smooth = "smp.losses.SoftCrossEntropyLoss(smooth_factor=0.1"
+    index, multi = partial(sigmoid, target="y", gamma=2.0), partial(sigmoid, target="t")
+    image: dict[str, Any] = {"input": "image", "target": "image_y", "ignore_index": 255}
+    return [
+        index(f"{focal}('multiclass', alpha=0.25)(x, y)", 1 / C, alpha=0.25),
+        index(f"{focal}('multiclass', class_weights=w)(x, y) * w.sum()", weight="w",
+              class_weighting="class"),
+        sigmoid(f"{focal}('multiclass', ignore_index=255)(image, image_y)", 1 / C, gamma=2.0,
+                **image),
+        multi(f"{focal}('multilabel', gamma=0.5)(x, t)", 1 / C, gamma=0.5),
+        multi(f"{focal}('binary', alpha=0.25)(x, t)", 1 / C, gamma=2.0, alpha=0.25),
+        case(f"{smooth})(x, y)", target="y", label_smoothing=0.1),
+        case(f"{smooth}, ignore_index=255)(image, image_y)", label_smoothing=0.1, normalizer=12.0,
+             **image),
+        multi(f"{bce}(pos_weight=v)(x, t)", 1 / C, pos_weight="v"),
+        sigmoid(f"{bce}(smooth_factor=0.05)(x, t)", 1 / C, target="towards_half"),
+        sigmoid(f"{bce}(weight=w)(x, unknown)", 1 / C, target="unknown", weight="w",
+                class_weighting="class"),
+    ]  # fmt: skip
+
+
+def liger_cases() -> list[Case]:
+    """In float32, whatever the logits are."""
+    call = "liger_kernel.transformers.LigerCrossEntropyLoss"
+    z = partial(case, target="y", z_loss=0.25)
+    return [
+        z(f"{call}(lse_square_scale=0.25)(x.float(), y)"),
+        z(f"{call}(lse_square_scale=0.25, label_smoothing=0.1)(x.float(), y)",
+          label_smoothing=0.1),
+        z(f"{call}(lse_square_scale=0.25, reduction='sum')(x.float(), y)", reduction="sum"),
+        case(f"{call}(ignore_index=0, label_smoothing=0.1)(x.float(), y)", target="y",
+             ignore_index=0, label_smoothing=0.1),
+    ]  # fmt: skip
+
+
 def metric_learning_cases() -> list[Case]:
     call = "pytorch_metric_learning.losses.CosFaceLoss(5, 5, margin=0.25, scale=30"
     reducer = "pytorch_metric_learning.reducers.ClassWeightedReducer(w)"
@@ -274,8 +319,10 @@ def of_cosines(loss: nn.Module) -> nn.Module:
 NAMES = {
     "F": F,
     "kornia": kornia,
+    "liger_kernel": liger_kernel,
     "of_cosines": of_cosines,
     "pytorch_metric_learning": pytorch_metric_learning,
+    "smp": smp,
     "timm": timm,
     "torchvision": torchvision,
 }
@@ -305,6 +352,7 @@ def main() -> None:
     makers = (
         *(torch_cases, torchvision_cases, timm_bce_cases, timm_asymmetric_cases),
         *(other_timm_cases, kornia_cases, metric_learning_cases),
+        *(segmentation_cases, liger_cases),
     )
     tensors = inputs()
     floats = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
