@@ -18,6 +18,11 @@ from . import ops, triton
 from .buffers import co_aligned
 
 FOLDER = Path(__file__).parent
+REINSTALL = "reinstall cbloss_fused"  # setup.py's notes advise it too
+HOW = (
+    f"{REINSTALL} (pip install --force-reinstall --no-deps --no-cache-dir cbloss_fused, or "
+    "uv pip install --reinstall-package cbloss_fused cbloss_fused)"
+)
 
 
 class Backend(NamedTuple):
@@ -75,6 +80,11 @@ def _check_usable(asked: Backend, device_type: str) -> None:
         )
 
 
+def _read(note: Path) -> str:
+    """Why setup.py left a library out; what it advises, in full."""
+    return note.read_text().strip().replace(REINSTALL, HOW)
+
+
 # The CPU's kernels, in the extension module _C
 
 
@@ -84,9 +94,8 @@ def _cpu() -> Backend:
         importlib.import_module("cbloss_fused._C")
     except ImportError as error:
         note = FOLDER / "_build_note.txt"
-        missing = f"the compiled extension cannot be loaded ({error}); reinstall cbloss_fused"
-        if note.exists():
-            missing = note.read_text().strip()
+        missing = f"the compiled extension cannot be loaded ({error}); {HOW}"
+        missing = _read(note) if note.exists() else missing
 
     def about() -> str:
         isa = torch.ops.cbloss_fused._set_isa("").split()[0]
@@ -106,13 +115,13 @@ def _cuda() -> Backend:
     # Of a PyTorch for AMD GPUs, whose device type is "cuda" too, version.cuda is None.
     library, note = FOLDER / "_cuda.so", FOLDER / "_cuda_note.txt"
     if not library.exists():
-        return _cuda_record(note.read_text().strip() if note.exists() else "not built")
+        return _cuda_record(_read(note) if note.exists() else "not built")
     if torch.version.cuda is None:
         return _cuda_record("built, but this PyTorch has no CUDA")
     try:
         torch.ops.load_library(library)
     except OSError as error:
-        return _cuda_record(f"the library cannot be loaded ({error}); reinstall cbloss_fused")
+        return _cuda_record(f"the library cannot be loaded ({error}); {HOW}")
     return _cuda_record(torch.ops.cbloss_fused._cuda_unusable() or None)
 
 

@@ -276,10 +276,10 @@ class ClassBalancedLoss(torch.nn.Module):
         tensor([9., 3.], dtype=torch.float64)
         """
         if self._group is None:
-            more = further_samples(new, self.counts)
+            more = further_samples(new, self.counts, self.beta)
         else:
             group = self._group.group
-            further = partial(further_samples, new, self.counts)
+            further = partial(further_samples, new, self.counts, self.beta)
             more = agreed(further, len(self.counts), group, device_of(group)).cpu()
         self._reweight(self.counts + more, self.beta, self._share)
 

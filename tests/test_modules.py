@@ -247,7 +247,7 @@ def test_counts_of_a_batch_without_the_last_classes():
     loss_fn.update_counts(Counter([0, 1, 1]))
     loss_fn.update_counts({})
     assert loss_fn.counts.tolist() == [101, 12, 1, 40]
-    with pytest.raises(ValueError, match=r"new must have shape \(4,\), got \(5,\)"):
+    with pytest.raises(ValueError, match=r"new .* 4 classes .*\(4,\), got \(5,\)"):
         loss_fn.update_counts({4: 1})
 
 
