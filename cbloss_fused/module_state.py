@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import hints
 from .arguments import check_class_vector
 from .arrays import Vector, class_vector, device, reals, require
 from .groups import ProcessGroup
@@ -41,6 +42,24 @@ def kept_vector(name: str, values: Vector, C: int) -> Tensor:
     if values.is_meta:
         raise TypeError(f"{name} is a meta tensor: it has no values to keep, expected (C,) numbers")
     return check_class_vector(name, values, C).detach().clone()
+
+
+def check_fit(counts: Tensor, weight: Tensor | None, input: Any) -> None:
+    """Raise for logits of other classes, or on another device, than the loss was made for."""
+    if not isinstance(input, Tensor) or input.dim() == 0:
+        return
+    shape, C = tuple(input.shape), len(counts)
+    dim = min(1, len(shape) - 1)
+    if shape[dim] != C and (dim == 0 or C not in shape[2:]):  # else dimensions are in disorder
+        raise ValueError(
+            f"counts has {C} classes, but input of shape {shape} has {shape[dim]} in dimension "
+            f"{dim}{hints.of_counts(counts, shape[dim])}"
+        ) from None
+    if weight is not None and weight.device != input.device:
+        raise ValueError(
+            f"the loss, its weight, is on {weight.device}, but input on {input.device}: call "
+            f"loss_fn.to({str(input.device)!r})"
+        ) from None
 
 
 def further_samples(new: Vector, counts: Tensor, beta: Tensor) -> Tensor:

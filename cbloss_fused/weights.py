@@ -9,7 +9,7 @@ from typing import Literal, TypeAlias, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from . import caller
+from . import caller, hints
 from .arrays import Array, Vector, class_vector, device, reals, require
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -35,7 +35,7 @@ def effective_number(counts: Vector, beta: float | Vector) -> Tensor:
     >>> effective_number([0, 1, 10, 1000], beta=0.9)
     tensor([ 0.0000,  1.0000,  6.5132, 10.0000], dtype=torch.float64)
     """
-    n = _counts(counts)
+    n = checked_counts(counts)
     b = _beta(beta, len(n))
     warn_of_frequencies(n, b)
     return _effective_number(n, b).to(device(counts))
@@ -97,7 +97,7 @@ def class_balanced_weights(
     >>> class_balanced_weights(torch.tensor([100, 10, 1]), beta=0.9)
     tensor([0.2393, 0.3674, 2.3932])
     """
-    n = _counts(counts)
+    n = checked_counts(counts)
     b = _beta(beta, len(n)).expand_as(n)
     given = n
     n = _handle_empty_classes(
@@ -134,7 +134,8 @@ def logit_adjustment(counts: Vector, tau: float = 1.0) -> Tensor:
     >>> logit_adjustment([90, 10])
     tensor([-0.1054, -2.3026])
     """
-    n = _handle_empty_classes(_counts(counts), "error")
+    n = _handle_empty_classes(checked_counts(counts), "error")
+    tau = float(reals(tau, "tau"))
     if not math.isfinite(tau):
         raise ValueError(f"tau must be finite, got {tau}")
     return (tau * (n / n.sum()).log()).float().to(device(counts))
@@ -159,7 +160,8 @@ def ldam_margin(counts: Vector, max_margin: float = 0.5) -> Tensor:
     >>> ldam_margin([160, 10])
     tensor([0.2500, 0.5000])
     """
-    n = _handle_empty_classes(_counts(counts), "error")
+    n = _handle_empty_classes(checked_counts(counts), "error")
+    max_margin = float(reals(max_margin, "max_margin"))
     if not 0 <= max_margin < math.inf:
         raise ValueError(f"max_margin must be finite and >= 0, got {max_margin}")
     return (max_margin * (n.min() / n) ** 0.25).float().to(device(counts))
@@ -209,6 +211,7 @@ def _handle_empty_classes(n: Tensor, empty: str, also: str = "") -> Tensor:
         names = ", ".join(map(str, zeros[:10])) + (", …" if len(zeros) > 10 else "")
         raise ValueError(
             f"{len(zeros)} of {len(n)} classes have no samples ({names}): expected counts > 0{also}"
+            f"{hints.of_empty(n)}"
         )
     return n.masked_fill(n == 0, 1.0) if empty == "one" else n
 
@@ -246,10 +249,13 @@ def warn_of_frequencies(n: Tensor, beta: Tensor) -> None:
         )
 
 
-def _counts(counts: Vector) -> Tensor:
+def checked_counts(counts: Vector) -> Tensor:
+    """(C,) float64 on the CPU."""
     n = class_vector(counts)
     if n.dim() != 1 or len(n) == 0:
-        raise ValueError(f"counts has shape {tuple(n.shape)}: expected (C,) with C >= 1")
+        raise ValueError(
+            f"counts has shape {tuple(n.shape)}: expected (C,) with C >= 1{hints.of_rank(n.dim())}"
+        )
     require((n >= 0) & n.isfinite(), n, "counts", "a finite count >= 0")
     return n
 
