@@ -98,7 +98,7 @@ def _cpu() -> Backend:
         missing = _read(note) if note.exists() else missing
 
     def about() -> str:
-        isa = torch.ops.cbloss_fused._set_isa("").split()[0]
+        isa = ops.instruction_sets()[0]
         return f"fused C++ kernels, {isa} code chosen for this {platform.machine()}"
 
     stats = None if missing else torch.ops.cbloss_fused._loss_and_stats.default
@@ -127,7 +127,7 @@ def _cuda() -> Backend:
 
 def _cuda_record(missing: str | None, device_type: str = "cuda") -> Backend:
     def about() -> str:
-        return f"fused CUDA C++ kernels, built for {torch.ops.cbloss_fused._cuda_architectures()}"
+        return f"fused CUDA C++ kernels, built for {ops.cuda_architectures()}"
 
     loss, gradient = ops.overloads("cuda")
     return Backend(

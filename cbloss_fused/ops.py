@@ -64,6 +64,19 @@ def overloads(name: str) -> tuple[Any, Any]:
     return getattr(loss, name), getattr(gradient, name)
 
 
+def instruction_sets(chosen: str = "") -> list[str]:
+    """Those of the CPU's kernels that this machine has, best first; the chosen one runs from now.
+
+    "" chooses none. Only where these kernels were built.
+    """
+    return torch.ops.cbloss_fused._set_isa(chosen).split()
+
+
+def cuda_architectures() -> str:
+    """Those that the CUDA kernels were built for; only where they were loaded."""
+    return torch.ops.cbloss_fused._cuda_architectures()
+
+
 def eager_loss(
     logits: Tensor,
     target: Tensor,
