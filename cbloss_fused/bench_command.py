@@ -77,7 +77,8 @@ def run_bench(options: argparse.Namespace) -> None:
         except (RuntimeError, MemoryError) as error:  # too little memory, or no such type there
             told = str(error).strip().splitlines() or [type(error).__name__]
             raise InputError(f"{shape} in {options.dtype} on {device}: {told[0]}") from None
-        about = choose(device.type, None, soft=False).about()
+        backend = choose(device.type, None, soft=False)
+        about = "no fused kernels: see doctor" if backend.name == "reference" else backend.about()
         used = f", threads: {torch.get_num_threads()}" if device.type == "cpu" else ""
     print(f"{shape} {options.dtype} logits on {device}{used}; {about}")
     print(

@@ -8,7 +8,8 @@ import pytest
 import torch
 from support.backends import DEVICE
 
-from cbloss_fused import bench_command, class_balanced_loss, cli
+from cbloss_fused import bench_command, class_balanced_loss, cli, plain
+from cbloss_fused.backends import REGISTRY
 
 
 @pytest.fixture(autouse=True)
@@ -71,10 +72,18 @@ def test_a_wrong_value_ends_it(monkeypatch, capfd):
 
 
 def test_a_wrong_formula_ends_it(monkeypatch, capfd):
-    right = bench_command.plain_formulas("softmax", 0.0)[0]
+    right = plain.plain_formulas("softmax", 0.0)[0]
     monkeypatch.setattr(
         bench_command, "plain_formulas", lambda *_: (right, lambda *a, **k: right(*a, **k) * 1.1)
     )
     with pytest.raises(SystemExit, match=r"eager softmax, .*: loss = .*; nothing was timed"):
         cli.main(["bench"])
     assert capfd.readouterr().out == ""
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="of the CPU's kernels")
+def test_without_kernels_it_says_so(monkeypatch, capfd):
+    for name, backend in REGISTRY.items():
+        if name != "reference":
+            monkeypatch.setitem(REGISTRY, name, backend._replace(missing="not built"))
+    assert table(capfd)[0].endswith("; no fused kernels: see doctor")
