@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from . import hints
 from .inputs import Inputs, compute_dtype, is_soft
 from .options import MEAN, REDUCTIONS, LossSpec
 from .values import check_all, is_weight
@@ -51,13 +52,14 @@ def check_inputs(
     if input.layout is not torch.strided or input.is_nested:
         raise _wrong_layout("input", input)
     if input.dtype not in DTYPES:
-        raise TypeError(f"input must be one of {_names(DTYPES)}, got {input.dtype}")
+        hint = hints.of_swapped(input, target)
+        raise TypeError(f"input must be one of {_names(DTYPES)}, got {input.dtype}{hint}")
     if target.layout is not torch.strided or target.is_nested:
         raise _wrong_layout("target", target)
     C, rows = _classes_and_rows(input)
     soft = is_soft(target)
     if soft:
-        _check_soft(input, target, margin, spec)
+        _check_soft(input, target, rows, margin, spec)
     else:
         target = _indices(input, target, rows)
         if spec.background_index is not None:
@@ -146,22 +148,29 @@ def _indices(input: Tensor, target: Tensor, rows: tuple[int, ...]) -> Tensor:
             f"bool values, got {target.dtype}"
         )
     if target.shape != rows:
-        raise _wrong_shape(input, target, rows)
+        raise _wrong_shape(input, target, rows, rows)
     if target.dtype is torch.int64 and target.is_contiguous():
         return target
     return target.to(torch.int64).contiguous()
 
 
-def _check_soft(input: Tensor, target: Tensor, margin: Tensor | None, spec: LossSpec) -> None:
+def _check_soft(
+    input: Tensor,
+    target: Tensor,
+    rows: tuple[int, ...],
+    margin: Tensor | None,
+    spec: LossSpec,
+) -> None:
     """Raise for what soft or multi-hot targets leave without a meaning."""
     if target.shape != input.shape:
-        raise _wrong_shape(input, target, input.shape)
+        raise _wrong_shape(input, target, input.shape, rows)
     if target.requires_grad:
-        raise ValueError("target requires grad, but only input is differentiated: detach it")
+        hint = "" if input.requires_grad else hints.ORDER
+        raise ValueError(f"target requires grad, but only input is differentiated: detach it{hint}")
     if spec.formula.gamma and not spec.formula.sigmoid:
         raise ValueError(
             f"gamma focuses on the one target of a row: with soft targets activation='softmax' "
-            f"needs gamma=0, got {spec.formula.gamma}"
+            f"needs gamma=0, got {spec.formula.gamma}; of one-hot targets pass target.argmax(1)"
         )
     if margin is not None:
         raise ValueError("margin is taken off the one target's logit: soft targets have none")
@@ -182,15 +191,13 @@ def _wrong_layout(name: str, tensor: Tensor) -> TypeError:
     return TypeError(f"{name} must be a strided tensor, got a {layout} one")
 
 
-def _wrong_shape(input: Tensor, target: Tensor, expected: tuple[int, ...]) -> ValueError:
-    hint = ""
-    if target.shape == input.shape:  # integers
-        hint = "; for a number per class pass target.float()"
-    elif target.shape == (*expected, 1) or target.shape == (*expected[:1], 1, *expected[1:]):
-        hint = f"; pass target.reshape{tuple(expected)}"
+def _wrong_shape(
+    input: Tensor, target: Tensor, expected: tuple[int, ...], rows: tuple[int, ...]
+) -> ValueError:
     return ValueError(
         f"target must have shape {tuple(expected)} for an input of shape {tuple(input.shape)} and "
-        f"{target.dtype} targets, got {tuple(target.shape)}{hint}"
+        f"{target.dtype} targets, got {tuple(target.shape)}"
+        f"{hints.of_target_shape(input, target, rows)}"
     )
 
 
@@ -213,18 +220,19 @@ def check_vector(
 ) -> None:
     """Raise for another shape, type or device than whose vector it is asks for."""
     if not isinstance(vector, Tensor):
-        raise TypeError(f"{name} must be a Tensor, got {type(vector).__name__}")
+        hint = hints.of_vector_type(name, vector)
+        raise TypeError(f"{name} must be a Tensor, got {type(vector).__name__}{hint}")
     if vector.layout is not torch.strided or vector.is_nested:
         raise _wrong_layout(name, vector)
     if vector.shape != shape:
-        binary = name == "weight" and shape == (1,) and vector.shape == (2,)
-        hint = "; for a binary head with one logit pass sample_weight=weight[target]"
+        hint = hints.of_vector_shape(name, vector, shape)
         raise ValueError(
-            f"{name} must have shape {tuple(shape)}, got {tuple(vector.shape)}"
-            f"{hint if binary else ''}"
+            f"{name} must have shape {tuple(shape)}{hints.meaning(name)}, got "
+            f"{tuple(vector.shape)}{hint}"
         )
     if not vector.dtype.is_floating_point:
-        raise TypeError(f"{name} must have a floating dtype, got {vector.dtype}")
+        hint = hints.of_vector_dtype(name, vector)
+        raise TypeError(f"{name} must have a floating dtype, got {vector.dtype}{hint}")
     if vector.device != device:
         raise ValueError(f"{name} must be on {whose}'s device {device}, got {vector.device}")
     if vector.requires_grad:

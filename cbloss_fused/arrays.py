@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -44,8 +45,10 @@ def class_vector(values: Vector, name: str = "counts", least: int = 0) -> Tensor
     """
     if isinstance(values, Mapping):
         numbers = _by_class(list(values), list(values.values()), name, least)
-    elif hasattr(values, "index") and not callable(values.index):  # a pandas.Series
+    elif hasattr(values, "index") and not callable(values.index):  # of pandas
         series: Any = values
+        if hasattr(values, "columns"):
+            raise TypeError(f"{name} must be a Series, got a DataFrame: pass one of its columns")
         numbers = _by_class(list(series.index), list(series), name, least)
     else:
         return copied(reals(values, name))
@@ -87,6 +90,10 @@ def tensor(values: Any, what: str, dtype: torch.dtype | None = None) -> Tensor:
     except OverflowError as error:  # beyond the largest float
         raise ValueError(f"{what}, got {type(values).__name__}: {error}") from error
     except (TypeError, ValueError, RuntimeError) as error:
+        if values is None or isinstance(values, str) or "'str'" in str(error):
+            raise TypeError(f"{what}, got {reprlib.repr(values)}") from None
+        if isinstance(values, Iterable) and not isinstance(values, Sequence):
+            raise TypeError(f"{what}, got {type(values).__name__}: pass a list of them") from None
         raise TypeError(f"{what}, got {type(values).__name__}: {error}") from error
 
 

@@ -19,6 +19,10 @@ from . import ops, triton
 from .buffers import co_aligned
 
 FOLDER = Path(__file__).parent
+REINSTALL = (
+    "reinstall cbloss_fused (pip install --force-reinstall --no-deps --no-cache-dir cbloss_fused, "
+    "or uv pip install --reinstall-package cbloss_fused cbloss_fused)"
+)
 
 
 class Backend(NamedTuple):
@@ -91,8 +95,8 @@ def _cpu() -> Backend:
         _extension().register(ops.NAMESPACE)
     except (ImportError, AttributeError) as error:  # of another version
         built = any(FOLDER.glob("_*.abi3.so"))
-        why = f"cannot be loaded ({error}): reinstall" if built else "was not built into"
-        missing = f"the compiled extension {why} cbloss_fused"
+        why = f"cannot be loaded ({error})" if built else "was not built"
+        missing = f"the compiled extension {why}; {REINSTALL}"
 
     def about() -> str:
         return f"fused C++ kernels, {set_isa()[0]} code chosen for this {platform.machine()}"
@@ -129,7 +133,7 @@ def _cuda() -> Backend:
     try:
         return _cuda_record(ctypes.CDLL(str(library)), "cuda")
     except OSError as error:
-        return _without_cuda(f"the library cannot be loaded ({error}); reinstall cbloss_fused")
+        return _without_cuda(f"the library cannot be loaded ({error}); {REINSTALL}")
 
 
 def _without_cuda(missing: str) -> Backend:
@@ -140,7 +144,7 @@ def _cuda_record(library: ctypes.CDLL, device_type: str) -> Backend:
     """Of csrc/cuda/ops.cu, its kernels registered."""
     names = ops.NAMESPACE.encode(), device_type.upper().encode()
     if not library.cbloss_register(*names):
-        return _without_cuda("PyTorch does not take the library's kernels; reinstall cbloss_fused")
+        return _without_cuda(f"PyTorch does not take the library's kernels; {REINSTALL}")
     library.cbloss_architectures.restype = ctypes.c_char_p
     needed, driver = library.cbloss_built_with() // 1000, library.cbloss_driver()
     missing = None

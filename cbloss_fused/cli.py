@@ -1,4 +1,5 @@
-"""Class-balanced losses: the demo, the experiments, and class weights from counts."""
+"""Class-balanced losses: the demo, the experiments, class weights from counts, a check of what is
+installed, and a timing."""
 
 from __future__ import annotations
 
@@ -7,11 +8,16 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from . import __version__
+from .bench_command import add_bench
 from .count_files import InputError
+from .doctor import add_doctor
 from .parser import Parser
 from .weight_commands import add_plot, add_weights
+
+SCRIPT = "cbloss-fused"  # in pyproject.toml
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -31,7 +37,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line: `run` is the command, `rest` what a module of `add_module` is given."""
-    parser = Parser(prog="python -m cbloss_fused", description=__doc__)
+    called = Path(sys.argv[0]).stem  # an installed script has its own name
+    prog = SCRIPT if called.startswith(SCRIPT) else "python -m cbloss_fused"
+    parser = Parser(prog=prog, description=__doc__)
     parser.add_argument("--version", action="version", version=f"cbloss_fused {__version__}")
     parser.set_defaults(run=lambda _: parser.print_help(), parser=parser, module=None)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND")
@@ -42,6 +50,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_module(experiments, "cifar", "experiments.cifar", "long-tailed CIFAR")
     add_weights(commands.add_parser("weights", help="class-balanced weights from counts"))
     add_plot(commands.add_parser("plot", help="a figure of counts, effective numbers and weights"))
+    add_doctor(
+        commands.add_parser("doctor", help="what is installed here, and whether it is right")
+    )
+    add_bench(commands.add_parser("bench", help="time the fused kernels and eager PyTorch here"))
     options, rest = parser.parse_known_args(argv)
     if rest and options.module is None:
         options.parser.error(f"unrecognized arguments: {' '.join(rest)}")

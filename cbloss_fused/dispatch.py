@@ -19,7 +19,7 @@ from .backends import Backend, choose
 from .inputs import Inputs, class_by_class, is_soft
 from .options import REDUCTIONS, LossSpec
 from .stats import ClassStats
-from .values import check_values, tracing
+from .values import check_values, told_of, tracing
 
 
 def dispatch(
@@ -50,6 +50,9 @@ def dispatch(
             loss = recomputed_gradient(input, inputs, spec, backend)
         else:
             return stored_gradient(input, inputs, spec, backend)
+    except IndexError as error:
+        limits = shape[min(1, len(shape) - 1)], spec.ignore_index, spec.background_index
+        raise told_of(error, inputs.target, *limits) from None
     except RuntimeError as error:
         if not is_compiling() and torch._C._is_tracing():  # it cannot record the gradient
             raise NotImplementedError(

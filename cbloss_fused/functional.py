@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Literal, overload
 
 from torch import Tensor
 from typing_extensions import Unpack
 
 from . import values
-from .arguments import check_inputs
+from .arguments import INTEGERS, check_inputs
 from .dispatch import dispatch
 from .dtensor import is_dtensor, loss_of_dtensor
 from .options import LossOptions, lists_options, spec_of
@@ -224,6 +225,8 @@ def check_target(
 
     Raises:
         IndexError: names the first offending value, its index and how many there are.
+        TypeError: target is no tensor of integers, or num_classes no integer.
+        ValueError: num_classes is below 1.
 
     >>> import torch
     >>> from cbloss_fused import check_target
@@ -232,4 +235,14 @@ def check_target(
         ...
     IndexError: target[1] = 7 is out of range: expected 0 <= target < 3 or ignore_index=-100 (1 ...
     """
-    values.check_target(target, num_classes, ignore_index, background_index)
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target must be a Tensor, got {type(target).__name__}")
+    if target.dtype not in INTEGERS:
+        raise TypeError(f"target must hold class indices of an integer type, got {target.dtype}")
+    try:
+        C = operator.index(num_classes)
+    except TypeError:
+        raise TypeError(f"num_classes must be an int, got {num_classes!r}") from None
+    if C < 1:
+        raise ValueError(f"num_classes must be at least 1, got {C}")
+    values.check_target(target, C, ignore_index, background_index)

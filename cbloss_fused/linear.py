@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from typing_extensions import Unpack
 
+from . import hints
 from .arguments import Given, check_inputs, refuse_transforms
 from .arrays import integer_or_none
 from .backends import choose
@@ -248,11 +249,15 @@ def _check_head(
         if tensor is None and name == "linear_bias":
             continue
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+            hint = hints.of_layer(name, tensor)
+            raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}{hint}")
         if is_dtensor(tensor):
             raise NotImplementedError(f"{name} must be a plain tensor, got a DTensor")
         if tensor.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
-            raise TypeError(f"{name} must have input's dtype {input.dtype}, got {tensor.dtype}")
+            hint = hints.of_head_dtype(name, tensor)
+            raise TypeError(
+                f"{name} must have input's dtype {input.dtype}, got {tensor.dtype}{hint}"
+            )
         if tensor.device != input.device:
             raise ValueError(
                 f"{name} must be on input's device {input.device}, got {tensor.device}"
@@ -265,7 +270,7 @@ def _check_head(
         C = "C" if shards is None else shards.num_local_classes
         raise ValueError(
             f"linear_weight must have shape ({C}, {D}) for an input of shape {tuple(input.shape)}, "
-            f"got {tuple(weight.shape)}"
+            f"got {tuple(weight.shape)}{hints.of_head_shape(weight, D)}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(
@@ -304,6 +309,7 @@ def _flat(rows: torch.Size, C: int, target: Any, sample_weight: Any) -> tuple[An
             raise ValueError(
                 f"target must have shape {shape} for {target.dtype} targets, {C} classes and rows "
                 f"{tuple(rows)} of input, got {tuple(target.shape)}"
+                f"{hints.of_head_target(target, C)}"
             )
         target = target.reshape(-1, C) if is_soft(target) else target.reshape(-1)
     if isinstance(sample_weight, Tensor) and sample_weight.shape == rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import TYPE_CHECKING, Literal, overload
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from .arrays import Vector
+from .keywords import check_keywords
 from .linear import check_chunk_size, check_linear_options, linear_loss_of
 from .module_state import ModuleOptions
 from .modules import ClassBalancedLoss
@@ -56,6 +58,14 @@ class LinearClassBalancedLoss(torch.nn.Module):
         **options: Unpack[ModuleOptions],
     ) -> None:
         super().__init__()
+        check_keywords("LinearClassBalancedLoss", options, ModuleOptions.__annotations__)
+        try:
+            operator.index(in_features)
+        except TypeError:
+            raise TypeError(
+                f"in_features must be an int, got {type(in_features).__name__}: the order is "
+                "(in_features, counts, beta)"
+            ) from None
         self.loss_fn = ClassBalancedLoss(counts, beta, **options)
         check_linear_options(self.loss_fn.spec)
         check_chunk_size(chunk_size)

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import hints
 from .arguments import check_class_vector
-from .arrays import Vector, class_vector, device, reals
+from .arrays import Vector, class_vector, device, reals, require
 from .groups import ProcessGroup
 from .options import LossOptions, Options
-from .weights import Empty, beta_from_prototypes, class_balanced_weights
+from .weights import Empty, beta_from_prototypes, class_balanced_weights, warn_of_frequencies
 
 
 class ModuleOptions(LossOptions, total=False):
@@ -43,13 +44,35 @@ def kept_vector(name: str, values: Vector, C: int) -> Tensor:
     return check_class_vector(name, values, C).detach().clone()
 
 
-def further_samples(new: Vector, counts: Tensor) -> Tensor:
-    """(C,) of a checked form, to be added to counts."""
-    more = class_vector(new, "new", least=len(counts))
-    if more.shape != counts.shape:
-        raise ValueError(f"new must have shape {tuple(counts.shape)}, got {tuple(more.shape)}")
-    if not (more >= 0).all():
-        raise ValueError(f"new must be >= 0, got {more.min().item()}")
+def check_fit(counts: Tensor, weight: Tensor | None, input: Any) -> None:
+    """Raise for logits of other classes, or on another device, than the loss was made for."""
+    if not isinstance(input, Tensor) or input.dim() == 0:
+        return
+    shape, C = tuple(input.shape), len(counts)
+    dim = min(1, len(shape) - 1)
+    if shape[dim] != C and (dim == 0 or C not in shape[2:]):  # else dimensions are in disorder
+        raise ValueError(
+            f"counts has {C} classes, but input of shape {shape} has {shape[dim]} in dimension "
+            f"{dim}{hints.of_counts(counts, shape[dim])}"
+        ) from None
+    if weight is not None and weight.device != input.device:
+        raise ValueError(
+            f"the loss, its weight, is on {weight.device}, but input on {input.device}: call "
+            f"loss_fn.to({str(input.device)!r})"
+        ) from None
+
+
+def further_samples(new: Vector, counts: Tensor, beta: Tensor) -> Tensor:
+    """(C,) of a checked form, to be added to counts, which are weighted by beta."""
+    C = len(counts)
+    more = class_vector(new, "new", least=C)
+    if more.shape != (C,):
+        raise ValueError(
+            f"new must have one number for each of the {C} classes of counts, shape ({C},), got "
+            f"{tuple(more.shape)}; labels are counted by class_counts(labels, {C})"
+        )
+    require((more >= 0) & more.isfinite(), more, "new", "a finite number of samples >= 0")
+    warn_of_frequencies(more, beta)
     return more
 
 

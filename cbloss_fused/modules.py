@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from typing_extensions import Self, Unpack
 
 from .arguments import check_background, check_class_vector, check_inputs, check_pos_weight
-from .arrays import Array, Vector, class_vector, copied, reals
+from .arrays import Array, Vector, copied, reals
 from .counts import class_counts
 from .dispatch import dispatch
 from .distributed import MEANS, loss_over_ranks
@@ -20,6 +20,7 @@ from .dtensor import is_dtensor, loss_of_dtensor
 from .groups import Kept, ProcessGroup, agreed, check_group, device_of, number_of_ranks
 from .module_state import (
     ModuleOptions,
+    check_fit,
     further_samples,
     kept_vector,
     misfits,
@@ -30,11 +31,15 @@ from .options import LossOptions, LossSpec, Options, check_options, lists_option
 from .sharded import sharded_loss
 from .shards import ClassShards
 from .stats import ClassStats
-from .weights import Empty, class_balanced_weights
+from .weights import Empty, checked_counts, class_balanced_weights
 
 GIVEN = ("logit_bias", "margin", "pos_weight")  # by the caller, or None
 VECTORS = ("weight", *GIVEN)  # buffers of (C,)
 OWN_STATE = ("counts", "beta", "schedule")
+FIXED = {  # what the weights are made of, and how it is changed
+    "counts": "update_counts(new) adds samples and renews the weights; for others make a new loss",
+    "beta": "set_beta(beta) renews the weights too",
+}
 KEPT = (torch.float32, torch.float64)  # dtypes that hold a weight
 
 
@@ -58,7 +63,8 @@ class ClassBalancedLoss(torch.nn.Module):
     Shape: input (C,), (N, C) or (N, C, d1, ..., dk); target (), (N,) or (N, d1, ..., dk).
     Attributes: weight, a (C,) float32 buffer, which moves with .to(). It stays float32 through
         .half() and .bfloat16(), as logit_bias, margin and pos_weight do; .double() makes it
-        float64. counts, beta and schedule (what is deferred), float64 on the CPU. Every option,
+        float64. counts, beta and schedule (what is deferred), float64 on the CPU, which `set_beta`,
+        `update_counts` and a `DeferredReweighting` change, and no assignment. Every option,
         checked when assigned and used from then on. group, which may be assigned too.
         `set_beta` and `update_counts` change the weights in place: a compiled model uses the new
         weights without recompiling; another gamma or logit_scale compiles it anew.
@@ -100,7 +106,7 @@ class ClassBalancedLoss(torch.nn.Module):
     ) -> None:
         super().__init__()
         self.group = group
-        self.counts, self.beta = class_vector(counts), copied(reals(beta, "beta"))
+        self.counts, self.beta = checked_counts(counts), copied(reals(beta, "beta"))
         self.options = options_of("ClassBalancedLoss", options)
         if pos_weight is not None:
             check_pos_weight(self.spec)
@@ -171,12 +177,16 @@ class ClassBalancedLoss(torch.nn.Module):
             if self._group is not None and self.averages_over_ranks(normalizer):
                 raise ValueError("a group and shards: pass normalizer=global_normalizer(...)")
             return sharded_loss(input, given, self.spec, return_stats, shards)
-        if self._group is not None and self.averages_over_ranks(normalizer):
-            group = self._group.group
-            return loss_over_ranks(input, given, self.spec, return_stats, group)
-        if type(input) is not Tensor and is_dtensor(input):
-            return loss_of_dtensor(input, given, self.spec, return_stats)
-        inputs = check_inputs(input, *given, self.spec, return_stats)
+        try:
+            if self._group is not None and self.averages_over_ranks(normalizer):
+                group = self._group.group
+                return loss_over_ranks(input, given, self.spec, return_stats, group)
+            if type(input) is not Tensor and is_dtensor(input):
+                return loss_of_dtensor(input, given, self.spec, return_stats)
+            inputs = check_inputs(input, *given, self.spec, return_stats)
+        except ValueError:
+            check_fit(self.counts, weight, input)  # what is not the fault of these arguments
+            raise
         return dispatch(input, inputs, self.spec, return_stats)
 
     if TYPE_CHECKING:
@@ -276,10 +286,10 @@ class ClassBalancedLoss(torch.nn.Module):
         tensor([9., 3.], dtype=torch.float64)
         """
         if self._group is None:
-            more = further_samples(new, self.counts)
+            more = further_samples(new, self.counts, self.beta)
         else:
             group = self._group.group
-            further = partial(further_samples, new, self.counts)
+            further = partial(further_samples, new, self.counts, self.beta)
             more = agreed(further, len(self.counts), group, device_of(group)).cpu()
         self._reweight(self.counts + more, self.beta, self._share)
 
@@ -294,7 +304,7 @@ class ClassBalancedLoss(torch.nn.Module):
     def _reweight(self, counts: Tensor, beta: Tensor, share: float) -> None:
         """The weights of these, in place; share: see weights_on_the_way."""
         self.weight.copy_(weights_on_the_way(counts, beta, self.empty, share))
-        self.counts, self.beta, self._share = counts, beta, share
+        self.__dict__.update(counts=counts, beta=beta, _share=share)
 
     def _defer(self, epoch: int, share: float) -> None:
         """What a schedule says: it is in this epoch, and the weights are re-weighted so far."""
@@ -312,6 +322,8 @@ class ClassBalancedLoss(torch.nn.Module):
         return self
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in FIXED and name in self.__dict__:
+            raise AttributeError(f"{name} cannot be assigned: {FIXED[name]}")
         if name in VECTORS and name in self.__dict__.get("_buffers", ()):
             self._check_assigned(name, value)
         if name in Options._fields:  # nn.Module would register a Parameter of this name
@@ -368,7 +380,7 @@ class ClassBalancedLoss(torch.nn.Module):
         if errors:
             return
         if "counts" in state:
-            self.counts, self.beta = (copied(state[name]) for name in ("counts", "beta"))
+            self.__dict__.update({name: copied(state[name]) for name in FIXED})
         if "schedule" in state:
             epoch, self._share = state["schedule"].tolist()
             self._epoch = int(epoch)

@@ -12,14 +12,13 @@ Where a device has no kernel, the eager implementation fills them. Kernels: back
 from __future__ import annotations
 
 import re
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import reference
+from . import caller, reference
 from .inputs import Inputs, is_soft
 from .options import REDUCTIONS, Formula
 from .values import check_target, check_values
@@ -148,6 +147,4 @@ def _warn_once(device_type: str) -> None:
     why = why_eager.get(device_type)
     if why is not None and not _warned:
         _warned = True
-        warnings.warn(
-            f"cbloss_fused runs in eager PyTorch, not in its fused kernels: {why}", stacklevel=3
-        )
+        caller.warn(f"cbloss_fused runs in eager PyTorch, not in its fused kernels: {why}")

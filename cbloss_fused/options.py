@@ -6,7 +6,6 @@ A new option is one line in `LossOptions`, `Options` and `RULES`, and, if a form
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import operator
 from collections.abc import Callable, Sequence
@@ -17,6 +16,9 @@ from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict, TypeVar, cast
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
+
+from . import hints
+from .keywords import KNOWN, check_keywords
 
 Activation: TypeAlias = Literal["softmax", "sigmoid"]
 ClassWeighting: TypeAlias = Literal["sample", "class"]
@@ -90,7 +92,18 @@ class Rule(NamedTuple):
 
 
 def _choice(*valid: str | None) -> Rule:
-    return Rule(f"one of {', '.join(map(repr, valid))}", lambda value: value in valid)
+    def is_valid(value: Any) -> bool:
+        plain = value is None or isinstance(value, str)  # == of arrays is no bool
+        return plain and value in valid
+
+    return Rule(f"one of {', '.join(map(repr, valid))}", is_valid)
+
+
+def _is_bool(value: Any) -> bool:
+    try:
+        return bool(value in (True, False))
+    except (ValueError, RuntimeError):  # an array or a tensor of several
+        return False
 
 
 def _is_int(value: Any) -> bool:
@@ -120,8 +133,8 @@ RULES = {
     "ignore_index": _or_none(Rule("an int", _is_int, TypeError)),
     "background_index": _or_none(Rule("an int", _is_int, TypeError)),
     "reduction": _choice(*REDUCTIONS),
-    "inplace": Rule("True or False", lambda v: v in (True, False), TypeError),
-    "recompute": _or_none(Rule("True or False", lambda v: v in (True, False), TypeError)),
+    "inplace": Rule("True or False", _is_bool, TypeError),
+    "recompute": _or_none(Rule("True or False", _is_bool, TypeError)),
     "backend": _choice(None, "cpu", "triton", "cuda", "reference"),
 }
 
@@ -136,10 +149,14 @@ def _check_each(options: Options) -> None:
             )
         try:
             valid = rule.valid(value)
-        except (TypeError, RuntimeError):  # the second of a tensor of several numbers
-            raise TypeError(f"{name} must be a number, {rule.expected}, got {value!r}") from None
+        except (TypeError, ValueError, RuntimeError):  # of an array or a tensor of several numbers
+            raise TypeError(
+                f"{name} must be a number, {rule.expected}, got {value!r}"
+                f"{hints.of_option(name, value)}"
+            ) from None
         if not valid:
-            raise rule.error(f"{name} must be {rule.expected}, got {value!r}")
+            hint = hints.of_option(name, value)
+            raise rule.error(f"{name} must be {rule.expected}, got {value!r}{hint}")
 
 
 def _check_together(options: Options) -> None:
@@ -157,9 +174,11 @@ def _check_together(options: Options) -> None:
                 "class_weighting='class' weight belongs to no row"
             )
     elif options.gamma_neg is not None or options.alpha is not None or options.clip:
+        of_sigmoid = ("gamma_neg", "alpha", "clip")
+        given = [text for text in options.changed() if text.split("=")[0] in of_sigmoid]
         raise ValueError(
-            "gamma_neg, alpha and clip tell positives from negatives: activation='softmax' has one "
-            f"target, got gamma_neg={options.gamma_neg}, alpha={options.alpha}, clip={options.clip}"
+            f"{' and '.join(given)} would tell positives from negatives: activation='softmax' has "
+            "one target, expected activation='sigmoid'"
         )
     elif options.class_weighting == "class":
         raise ValueError(
@@ -277,11 +296,7 @@ def _index(value: Any) -> int | None:
 
 def options_of(caller: str, options: LossOptions) -> Options:
     """Options from keywords; raises TypeError for an unknown keyword, as Python does."""
-    for name in options:
-        if name not in RULES:
-            near = difflib.get_close_matches(name, RULES, 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise TypeError(f"{caller}() got an unexpected keyword argument {name!r}{hint}")
+    check_keywords(caller, options, RULES)
     return Options(**options)
 
 
@@ -303,7 +318,7 @@ def _cached(caller: str, **options: Any) -> LossSpec:
 
 
 def lists_options(function: F) -> F:
-    """Let help() and inspect.signature list every option in the place of **options."""
+    """Let help() and inspect.signature list every option in the place of **options; errors too."""
     signature = inspect.signature(function)
     parameters = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
     for name, default in Options._field_defaults.items():
@@ -312,4 +327,6 @@ def lists_options(function: F) -> F:
         kind = inspect.Parameter.KEYWORD_ONLY
         parameters.append(inspect.Parameter(name, kind, default=default, annotation=annotation))
     vars(function)["__signature__"] = signature.replace(parameters=parameters)
+    caller = function.__qualname__.removesuffix(".__init__")
+    KNOWN[caller] = [parameter.name for parameter in parameters if parameter.name != "self"]
     return function

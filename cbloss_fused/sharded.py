@@ -61,6 +61,8 @@ def checked(
     make: gives logits, or what stands for them, and the rest, or raises.
     input: whose device decides whether values are looked at.
     """
+    if not isinstance(shards, ClassShards):
+        raise TypeError(f"shards must be a ClassShards or None, got {type(shards).__name__}")
     logits: Any = None
     inputs: Any = None
 

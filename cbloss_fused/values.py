@@ -5,10 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import inf
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from . import hints
 from .inputs import Inputs, compute_dtype, known_labels
 from .options import Formula
 
@@ -38,7 +40,17 @@ def check_target(
         raise IndexError(
             f"target{list(first)} = {int(target[first])} is out of range: expected 0 <= target"
             f"{below}{others} ({int(bad.sum())} of {target.numel()} are wrong)"
+            f"{hints.of_target_values(target, bad, num_classes)}"
         )
+
+
+def told_of(error: IndexError, target: Tensor, *limits: Any) -> IndexError:
+    """A kernel's error as check_target says it, with a hint; limits: its further arguments."""
+    try:
+        check_target(target, *limits)
+    except IndexError as found:
+        return found
+    return error
 
 
 def check_values(

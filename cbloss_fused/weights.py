@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Sequence
 from typing import Literal, TypeAlias, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 
+from . import caller, hints
 from .arrays import Array, Vector, class_vector, device, reals, require
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
@@ -19,7 +19,8 @@ Empty: TypeAlias = Literal["error", "zero", "one"]  # what a class without sampl
 def effective_number(counts: Vector, beta: float | Vector) -> Tensor:
     """Effective number of samples of each class, (1 - beta^n) / (1 - beta).
 
-    No power is formed and nothing cancels: the relative error is below 1e-12 for n >= 1.
+    No power is formed and nothing cancels: the relative error is below 1e-12 for n >= 1. Warns of
+    frequencies in the place of counts, as `class_balanced_weights`.
 
     Args:
         counts: (C,) samples per class, finite and >= 0, fractions allowed.
@@ -34,8 +35,10 @@ def effective_number(counts: Vector, beta: float | Vector) -> Tensor:
     >>> effective_number([0, 1, 10, 1000], beta=0.9)
     tensor([ 0.0000,  1.0000,  6.5132, 10.0000], dtype=torch.float64)
     """
-    n = _counts(counts)
-    return _effective_number(n, _beta(beta, len(n))).to(device(counts))
+    n = checked_counts(counts)
+    b = _beta(beta, len(n))
+    warn_of_frequencies(n, b)
+    return _effective_number(n, b).to(device(counts))
 
 
 @overload
@@ -94,9 +97,9 @@ def class_balanced_weights(
     >>> class_balanced_weights(torch.tensor([100, 10, 1]), beta=0.9)
     tensor([0.2393, 0.3674, 2.3932])
     """
-    n = _counts(counts)
+    n = checked_counts(counts)
     b = _beta(beta, len(n)).expand_as(n)
-    frequencies = _look_like_frequencies(n)
+    given = n
     n = _handle_empty_classes(
         n, empty, ', or empty="zero" (weight 0) or empty="one" (counted as one sample)'
     )
@@ -104,12 +107,7 @@ def class_balanced_weights(
     E = _effective_number(n, b)[present]
     _check_spread(E, n[present])
     _warn_if_collapsed(E, n[present], b[present])
-    if frequencies and ((b > 0) & (b < 1)).any():
-        warnings.warn(
-            "these look like frequencies: counts are expected, the numbers of samples; without "
-            "them beta does next to nothing",
-            stacklevel=2,
-        )
+    warn_of_frequencies(given, b)
     inverse = E.min() / E  # in (0, 1], where 1 / E may be infinite
     weights = torch.zeros_like(n)
     weights[present] = inverse * (len(inverse) / inverse.sum())
@@ -136,7 +134,8 @@ def logit_adjustment(counts: Vector, tau: float = 1.0) -> Tensor:
     >>> logit_adjustment([90, 10])
     tensor([-0.1054, -2.3026])
     """
-    n = _handle_empty_classes(_counts(counts), "error")
+    n = _handle_empty_classes(checked_counts(counts), "error")
+    tau = float(reals(tau, "tau"))
     if not math.isfinite(tau):
         raise ValueError(f"tau must be finite, got {tau}")
     return (tau * (n / n.sum()).log()).float().to(device(counts))
@@ -161,7 +160,8 @@ def ldam_margin(counts: Vector, max_margin: float = 0.5) -> Tensor:
     >>> ldam_margin([160, 10])
     tensor([0.2500, 0.5000])
     """
-    n = _handle_empty_classes(_counts(counts), "error")
+    n = _handle_empty_classes(checked_counts(counts), "error")
+    max_margin = float(reals(max_margin, "max_margin"))
     if not 0 <= max_margin < math.inf:
         raise ValueError(f"max_margin must be finite and >= 0, got {max_margin}")
     return (max_margin * (n.min() / n) ** 0.25).float().to(device(counts))
@@ -211,6 +211,7 @@ def _handle_empty_classes(n: Tensor, empty: str, also: str = "") -> Tensor:
         names = ", ".join(map(str, zeros[:10])) + (", …" if len(zeros) > 10 else "")
         raise ValueError(
             f"{len(zeros)} of {len(n)} classes have no samples ({names}): expected counts > 0{also}"
+            f"{hints.of_empty(n)}"
         )
     return n.masked_fill(n == 0, 1.0) if empty == "one" else n
 
@@ -231,22 +232,30 @@ def _warn_if_collapsed(E: Tensor, n: Tensor, beta: Tensor) -> None:
     suggestion = 1 - 10.0 ** -max(1, math.ceil(math.log10(n.max())))
     other = _effective_number(n, torch.full_like(n, suggestion))
     if beta.max() > 0 and E.max() / E.min() < 1.01 <= other.max() / other.min():
-        warnings.warn(
+        caller.warn(
             f"beta = {beta.max().item()!r} re-weights nothing: beta**n has vanished for every "
             f"class (counts {n.min():g} to {n.max():g}), so all weights are equal within 1 %; "
-            f"try beta={suggestion!r}, or beta=0 if equal weights are meant",
-            stacklevel=3,  # the caller of class_balanced_weights
+            f"try beta={suggestion!r}, or beta=0 if equal weights are meant"
         )
 
 
-def _look_like_frequencies(n: Tensor) -> bool:
-    return bool((n <= 1).all() and (n != n.round()).any() and abs(n.sum() - 1) <= 1e-6)
+def warn_of_frequencies(n: Tensor, beta: Tensor) -> None:
+    """Warn of shares of 1 in the place of counts, unless beta weighs both alike."""
+    shares = (n <= 1).all() and (n != n.round()).any() and abs(n.sum() - 1) <= 0.01  # rounded ones
+    if shares and ((beta > 0) & (beta < 1)).any():
+        caller.warn(
+            "these look like frequencies: counts are expected, the numbers of samples; without "
+            "them beta does next to nothing"
+        )
 
 
-def _counts(counts: Vector) -> Tensor:
+def checked_counts(counts: Vector) -> Tensor:
+    """(C,) float64 on the CPU."""
     n = class_vector(counts)
     if n.dim() != 1 or len(n) == 0:
-        raise ValueError(f"counts has shape {tuple(n.shape)}: expected (C,) with C >= 1")
+        raise ValueError(
+            f"counts has shape {tuple(n.shape)}: expected (C,) with C >= 1{hints.of_rank(n.dim())}"
+        )
     require((n >= 0) & n.isfinite(), n, "counts", "a finite count >= 0")
     return n
 

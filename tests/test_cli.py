@@ -129,7 +129,7 @@ def test_a_reader_that_goes_away(monkeypatch, folder):
 
 def test_help(capsys):
     text = printed(capsys)
-    for command in ("demo", "experiment", "weights", "plot"):
+    for command in ("demo", "experiment", "weights", "plot", "doctor", "bench"):
         assert re.search(rf"^ +{command}\b", text, re.M)
     for arguments in (["-h"], ["weights", "--help"], ["plot", "--help"], ["experiment", "--help"]):
         with pytest.raises(SystemExit) as stop:
@@ -141,6 +141,19 @@ def test_help(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--version"])
     assert capsys.readouterr().out == f"cbloss_fused {cbloss_fused.__version__}\n"
+
+
+@pytest.mark.parametrize("script", ["/usr/bin/cbloss-fused", r"cbloss-fused.exe"])
+def test_the_installed_script_has_its_own_name(script, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [script])
+    with pytest.raises(SystemExit):
+        cli.main(["weights"])
+    assert capsys.readouterr().err.startswith("cbloss-fused weights: error: ")
+
+
+def test_the_installed_script_is_the_command_line():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert '[project.scripts]\ncbloss-fused = "cbloss_fused.cli:main"\n' in text
 
 
 def test_main_module(capsys, monkeypatch):
@@ -176,6 +189,20 @@ def test_main_module(capsys, monkeypatch):
         (["plot", "n.txt", "--beta", "0.9", "2"], "argument --beta: '2': expected a number in"),
         (["plot", "n.txt", "--output", "w.pdf"], "'w.pdf': expected a file that ends in .png or"),
         (["plot", "n.txt", "--output", "no/w.png"], "'no/w.png': there is no folder 'no'"),
+        (["doctor", "--quick"], "unrecognized arguments: --quick"),
+        (["bench", "-N", "0"], "--rows 0: expected at least 1"),
+        (["bench", "--classes", "0"], "--classes 0: expected at least 1"),
+        (["bench", "--threads", "0"], "--threads 0: expected at least 1"),
+        (["bench", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8'"),
+        (["bench", "--gamma", "-1"], "argument --gamma: '-1': expected a finite number >= 0"),
+        (["bench", "--gamma", "inf"], "argument --gamma: 'inf': expected a finite number >= 0"),
+        (["bench", "--gamma", "two"], "argument --gamma: 'two': expected a finite number >= 0"),
+        (["bench", "--device", "tpu"], "--device 'tpu': Expected one of cpu"),
+        (["bench", "--device", "meta"], "--device 'meta': "),
+        (
+            ["bench", "-N", str(10**9), "-C", str(10**6)],
+            "(1000000000, 1000000) in float32 on cpu: ",
+        ),
         (["experiment"], "the following arguments are required: NAME"),
         (["experiment", "mnist"], "invalid choice: 'mnist'"),
         (["train"], "invalid choice: 'train'"),

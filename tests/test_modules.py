@@ -156,7 +156,7 @@ def test_to_another_device():
     loss_fn = ClassBalancedLoss(COUNTS, 0.9).to("meta")
     assert loss_fn.weight.device.type == "meta"
     assert loss_fn(LOGITS.to("meta"), TARGET.to("meta")).device.type == "meta"
-    with pytest.raises(ValueError, match=f"weight must be on input's device {DEVICE}.*, got meta"):
+    with pytest.raises(ValueError, match=f"is on meta, but input on {DEVICE}.*: call loss_fn.to"):
         loss_fn(LOGITS, TARGET)
 
 
@@ -212,8 +212,8 @@ BAD = {
     "backend": ({"backend": "tpu"}, ValueError, "backend"),
     "ignore_index": ({"ignore_index": "none"}, TypeError, "ignore_index"),
     "inplace": ({"inplace": True, "backend": "reference"}, ValueError, "inplace"),
-    "bias": ({"logit_bias": [1.0, 2.0]}, ValueError, r"logit_bias must have shape \(4,\), got"),
-    "margin": ({"margin": ["a"] * 4}, TypeError, "margin must be real numbers, got list"),
+    "bias": ({"logit_bias": [1.0, 2.0]}, ValueError, r"logit_bias .*\(4,\), .* got \(2,\)"),
+    "margin": ({"margin": ["a"] * 4}, TypeError, r"margin must be real numbers, got \['a'"),
     "infinite": ({"margin": [0, 1, float("inf"), 0]}, ValueError, r"margin\[2\] = inf"),
     "pos_weight": ({"pos_weight": [1, 2, -1, 1], "activation": "sigmoid"}, ValueError, "= -1.0"),
     "unknown": ({"gama": 2.0}, TypeError, "gama"),
@@ -247,7 +247,7 @@ def test_counts_of_a_batch_without_the_last_classes():
     loss_fn.update_counts(Counter([0, 1, 1]))
     loss_fn.update_counts({})
     assert loss_fn.counts.tolist() == [101, 12, 1, 40]
-    with pytest.raises(ValueError, match=r"new must have shape \(4,\), got \(5,\)"):
+    with pytest.raises(ValueError, match=r"new .* 4 classes .*\(4,\), got \(5,\)"):
         loss_fn.update_counts({4: 1})
 
 

@@ -17,7 +17,13 @@ from support.marks import FAMILIES, name_of
 from support.oracle import oracle, sample
 from support.tolerances import assert_grad
 
-from cbloss_fused import ClassBalancedLoss, backends, class_balanced_loss
+from cbloss_fused import (
+    ClassBalancedLoss,
+    LinearClassBalancedLoss,
+    backends,
+    class_balanced_loss,
+    ops,
+)
 from cbloss_fused.backends import REGISTRY, set_isa
 from cbloss_fused.buffers import new_saved
 from cbloss_fused.inputs import Inputs
@@ -279,17 +285,59 @@ def test_without_the_library_the_reference_serves_and_says_so_once():
         [sys.executable, "-c", WITHOUT_LIBRARY, json.dumps(cases)],
         capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent,
     )  # fmt: skip
-    results, warned, found, _ = json.loads(done.stdout)
+    results, warned, found, file = json.loads(done.stdout)
     x = torch.linspace(-3, 3, 40, dtype=torch.float64).reshape(4, 10).sin()
     for (family, _), (loss, grad) in zip(cases, results, strict=True):
         want = oracle(x, torch.tensor([0, 3, -100, 9]), activation=family, gamma=0.5)
         assert loss == pytest.approx(want[0].item(), rel=1e-12)
         assert_grad(torch.tensor(grad, dtype=torch.float64), want[1], torch.float64)
     assert len(warned) == 1
+    assert file == "<string>"
     assert "cbloss_fused" in warned[0]
     reason = found["cpu"].removeprefix("reference: ")
     assert reason != found["cpu"]
     assert reason in warned[0]
+    assert "uv pip install --reinstall-package cbloss_fused" in reason
+
+
+ROUTES = ("function", "module", "backward", "none", "linear", "aot_eager", "inductor")
+
+
+def route_of_a_call(route):
+    """A call as users make it, and what is on its line; of a compiled function, on its first."""
+    loss_fn, head = ClassBalancedLoss([5, 3, 2], 0.9), LinearClassBalancedLoss(4, [5, 3, 2], 0.9)
+    x, y = torch.ones(2, 3, requires_grad=True), torch.tensor([0, 1])
+
+    def function():
+        return class_balanced_loss(x * 2, y)
+
+    calls: dict[str, Any] = {
+        "function": (function, "class_balanced_loss(x * 2"),
+        "module": (lambda: loss_fn(x, y), "lambda: loss_fn(x, y),"),
+        "backward": (lambda: loss_fn(x, y).backward(), "lambda: loss_fn(x, y).backward()"),
+        "none": (lambda: class_balanced_loss(x, y, reduction="none"), 'reduction="none"'),
+        "linear": (lambda: head(torch.ones(2, 4), y), "head(torch.ones"),
+        "aot_eager": (torch.compile(function, backend="aot_eager"), "def function():"),
+        "inductor": (torch.compile(function), "def function():"),
+    }
+    return calls[route]
+
+
+@TORCH_WARNS
+@pytest.mark.parametrize("route", ROUTES)
+def test_the_warning_of_the_fallback_names_the_callers_line(route, monkeypatch):
+    loss, gradient = ops.overloads("reference")
+    fallback = REGISTRY["cpu"]._replace(loss=loss, gradient=gradient)
+    monkeypatch.setitem(REGISTRY, "cpu", fallback)
+    monkeypatch.setitem(ops.why_eager, "cpu", "no compiler")
+    monkeypatch.setattr(ops, "_warned", False)
+    torch._dynamo.reset()
+    call, text = route_of_a_call(route)
+    with pytest.warns(UserWarning, match="not in its fused kernels: no compiler") as found:
+        call()
+    (warning,) = [each for each in found if "fused kernels" in str(each.message)]
+    assert warning.filename == __file__
+    assert text in Path(__file__).read_text().splitlines()[warning.lineno - 1]
 
 
 def test_the_fallback_operators_are_what_is_registered():

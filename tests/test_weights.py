@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from functools import partial
+from itertools import product
 from typing import Any
 
 import mpmath
@@ -20,6 +21,7 @@ from cbloss_fused import (
     class_counts,
     effective_number,
     init_head_bias_,
+    ldam_margin,
     logit_adjustment,
 )
 
@@ -49,6 +51,7 @@ def test_effective_number_oracle(beta):
     assert_oracle(DENSE, beta)
 
 
+@pytest.mark.filterwarnings("ignore:these look like frequencies")
 @settings(deadline=None)
 @given(st.lists(st.floats(1e-6, 1e9), min_size=1, max_size=5), st.floats(0, 1))
 def test_effective_number_oracle_everywhere(counts, beta):
@@ -231,11 +234,17 @@ def test_frequencies_in_the_place_of_counts_are_warned_of():
         (torch.tensor(frequencies), 0.5),
         ([0.5, 0.5], [1, 0.9]),
         ({0: 1 / 3, 1: 2 / 3}, 0.9),
+        ([0.333, 0.333, 0.333], 0.9),  # rounded
     ]
-    for n, beta in wrong:
+    entries = class_balanced_weights, effective_number, ClassBalancedLoss
+    for (n, beta), entry in product(wrong, entries):
         with pytest.warns(UserWarning, match="look like frequencies: counts are expected") as found:
-            class_balanced_weights(n, beta)
+            entry(n, beta)
         assert [warning.filename for warning in found] == [__file__]
+    loss_fn = ClassBalancedLoss([9, 1, 1], 0.9)
+    with pytest.warns(UserWarning, match="look like frequencies: counts are expected") as found:
+        loss_fn.update_counts(frequencies)
+    assert [warning.filename for warning in found] == [__file__]
     with pytest.warns(UserWarning, match="look like frequencies"):
         class_balanced_weights([0.5, 0, 0.5], 0.9, empty="one")
     right: list[tuple[Any, Any]] = [
@@ -246,8 +255,10 @@ def test_frequencies_in_the_place_of_counts_are_warned_of():
         ([1.5, 0.5], 0.9),
         ([0.5, 0.25], 0.9),
     ]
-    for n, beta in right:
-        class_balanced_weights(n, beta)
+    for (n, beta), entry in product(right, entries):
+        entry(n, beta)
+    for scale_invariant in (logit_adjustment, ldam_margin):
+        torch.testing.assert_close(scale_invariant(frequencies), scale_invariant([90, 9, 1]))
 
 
 class Series(list[int]):
