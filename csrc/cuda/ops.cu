@@ -1,4 +1,7 @@
 // The CUDA operators. They never synchronise, and allocate scratch memory alone.
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
 #include <atomic>
 #include <string>
 
