@@ -1,0 +1,60 @@
+"""What the package and its extras require, with licences, as docs/dependencies.md.
+
+`python tools/licences.py` in an environment that has them all, without what these require.
+"""
+
+from __future__ import annotations
+
+import re
+from importlib import metadata
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TITLE = """# Dependencies
+
+The core needs PyTorch, and Triton on GPUs, which PyTorch's packages bring. All else is for an extra.
+Nothing is fetched when the package is imported or runs; `tests/test_supply_chain.py` checks that,
+and that nothing is unpickled, evaluated or given to a shell. `tools/licences.py` makes this table
+from the packages' own metadata.
+
+| package | licence | for |
+| --- | --- | --- |
+"""
+
+
+def required() -> dict[str, list[str]]:
+    """Packages, and the extras that need them; "core" for the package itself."""
+    found: dict[str, list[str]] = {}
+    for line in metadata.requires("cbloss_fused") or []:
+        name = re.split(r"[<>=\[; ]", line, maxsplit=1)[0]
+        extra = re.search(r'extra == "(.*?)"', line)
+        found.setdefault(name, []).append(extra[1] if extra else "core")
+    return dict(sorted(found.items()))
+
+
+def licence(name: str) -> str | None:
+    """As the package states it; None: it is not installed."""
+    try:
+        about = metadata.metadata(name)
+    except metadata.PackageNotFoundError:
+        return None
+    stated = about.get("License-Expression")
+    classified = [
+        value.rpartition(" :: ")[2]
+        for value in about.get_all("Classifier") or []
+        if value.startswith("License ::")
+    ]
+    text = (about.get("License") or "").strip().splitlines()
+    return stated or ", ".join(classified) or (text[0] if text else "not stated")
+
+
+def main() -> None:
+    rows = [
+        f"| {name} | {licence(name) or 'not installed here'} | {', '.join(extras)} |\n"
+        for name, extras in required().items()
+    ]
+    (ROOT / "docs" / "dependencies.md").write_text(TITLE + "".join(rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
