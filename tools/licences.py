@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TITLE = """# Dependencies
 
-The core needs PyTorch, and Triton on GPUs, which PyTorch's packages bring. All else is for an extra.
+The core needs PyTorch, and Triton on GPUs, which PyTorch brings. All else is for an extra.
 Nothing is fetched when the package is imported or runs; `tests/test_supply_chain.py` checks that,
 and that nothing is unpickled, evaluated or given to a shell. `tools/licences.py` makes this table
 from the packages' own metadata.

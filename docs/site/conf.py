@@ -56,6 +56,7 @@ bench/results/README
 
 CHANGELOG
 CONTRIBUTING
+docs/dependencies
 :::
 """,
     "bench/results/README": f"""
