@@ -24,6 +24,8 @@ from .module_state import (
     kept_vector,
     misfits,
     no_classes,
+    packed,
+    unpacked,
     weights_on_the_way,
 )
 from .options import LossOptions, LossSpec, Options, check_options, lists_options, options_of
@@ -34,7 +36,7 @@ from .weights import Empty, class_balanced_weights
 
 GIVEN = ("logit_bias", "margin", "pos_weight")  # by the caller, or None
 VECTORS = ("weight", *GIVEN)  # buffers of (C,)
-OWN_STATE = ("counts", "beta", "schedule")
+OWN_STATE = ("counts", "beta", "schedule")  # entries of states that had no extra state
 KEPT = (torch.float32, torch.float64)  # dtypes that hold a weight
 
 
@@ -62,11 +64,11 @@ class ClassBalancedLoss(torch.nn.Module):
         checked when assigned and used from then on. group, which may be assigned too.
         `set_beta` and `update_counts` change the weights in place: a compiled model uses the new
         weights without recompiling; another gamma or logit_scale compiles it anew.
-    State: weight, logit_bias, margin, pos_weight, counts, beta, and how far a
-        `DeferredReweighting` is, all as tensors. A checkpoint of `nn.CrossEntropyLoss(weight=...)`
-        loads too: counts and beta then stay as they are. A state that does not fit raises and
-        changes nothing here. A group is in no state: copies share it, and what is unpickled, or
-        loaded as a whole module, has group None until one is assigned.
+    State: weight, logit_bias, margin, pos_weight and, as the extra state, one tensor of counts,
+        beta and how far a `DeferredReweighting` is. A checkpoint of
+        `nn.CrossEntropyLoss(weight=...)` loads too: counts and beta then stay as they are. A state
+        that does not fit raises and changes nothing here. A group is in no state: copies share it,
+        and what is unpickled, or loaded as a whole module, has group None until one is assigned.
     Raises: ValueError or TypeError for bad counts, beta or options, here and not in forward.
     Source: Cui et al., CVPR 2019 (arXiv 1901.05555).
 
@@ -329,9 +331,28 @@ class ClassBalancedLoss(torch.nn.Module):
             )
         check_class_vector(name, value, len(self.counts))
 
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination |= {prefix + name: getattr(self, name).clone() for name in OWN_STATE}
+    def get_extra_state(self) -> Tensor:
+        """Counts, beta and schedule: what a state has besides the vectors."""
+        return packed(self.counts, self.beta, self._epoch, self._share)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Take them over; the weights are an entry of their own, and stay.
+
+        Raises: ValueError, and changes nothing, for what is no such state of as many classes.
+        """
+        C = len(self.counts)
+        parts = unpacked(state, C, self.beta)
+        problems = misfits(parts, "", C)
+        if problems:
+            raise ValueError("; ".join(problems))
+        self._set_own_state(parts)
+
+    def _set_own_state(self, state: Mapping[str, Tensor]) -> None:
+        if "counts" in state:
+            self.counts, self.beta = (copied(state[name]) for name in ("counts", "beta"))
+        if "schedule" in state:
+            epoch, self._share = state["schedule"].tolist()
+            self._epoch = int(epoch)
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool,
@@ -343,8 +364,9 @@ class ClassBalancedLoss(torch.nn.Module):
             for name in (*VECTORS, *OWN_STATE, "_extra_state")
             if prefix + name in state_dict
         }
-        state |= state.pop("_extra_state", {})  # of 0.1: a dict
-        problems = misfits(state, prefix, len(self.counts))
+        C = len(self.counts)
+        state |= unpacked(state.pop("_extra_state", {}), C, self.beta)
+        problems = misfits(state, prefix, C)
         expected = [name for name in VECTORS if self._buffers[name] is not None]
         missing = [prefix + name for name in expected if name not in state]
         known = {prefix + name for name in (*expected, *OWN_STATE, "_extra_state")}
@@ -365,13 +387,8 @@ class ClassBalancedLoss(torch.nn.Module):
             vectors, prefix, local_metadata, False, missing_keys, unexpected_keys, errors
         )
         error_msgs += errors
-        if errors:
-            return
-        if "counts" in state:
-            self.counts, self.beta = (copied(state[name]) for name in ("counts", "beta"))
-        if "schedule" in state:
-            epoch, self._share = state["schedule"].tolist()
-            self._epoch = int(epoch)
+        if not errors:
+            self._set_own_state(state)
 
     def extra_repr(self) -> str:
         """num_classes and beta, then whatever is not the default."""
