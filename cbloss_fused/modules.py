@@ -77,15 +77,17 @@ class ClassBalancedLoss(torch.nn.Module):
     >>> loss.backward()
     """
 
-    weight: Tensor
-    logit_bias: Tensor | None
-    margin: Tensor | None
-    pos_weight: Tensor | None
-    counts: Tensor
-    beta: Tensor
-    _group: Kept | None = None
-    spec: LossSpec
-    _options: Options
+    if TYPE_CHECKING:  # fastai evaluates a loss's annotations, with names of its own
+        weight: Tensor
+        logit_bias: Tensor | None
+        margin: Tensor | None
+        pos_weight: Tensor | None
+        counts: Tensor
+        beta: Tensor
+        spec: LossSpec
+        _group: Kept | None
+        _options: Options
+    _group = None
 
     @lists_options
     def __init__(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import typing
 from contextlib import nullcontext
 from typing import Any
 
@@ -180,6 +181,11 @@ def test_a_wrong_assignment_changes_nothing(name: str, value: Any, error: type[E
     loss_fn(LOGITS, TARGET)
 
 
+def test_annotations_are_understood_without_our_names() -> None:
+    """fastai's BaseLoss evaluates those of the loss that it wraps."""
+    typing.get_type_hints(ClassBalancedLoss(COUNTS), globalns={}, localns={})
+
+
 def test_a_weight_may_be_assigned() -> None:
     loss_fn = ClassBalancedLoss(COUNTS, 0.9)
     loss_fn.weight = torch.tensor([1.0, 2.0, 3.0, 4.0])
@@ -234,6 +240,24 @@ def test_a_schedule_goes_on_where_the_loaded_loss_was() -> None:
     assert resumed.weight.tolist() == [1] * 4
 
 
+def test_a_schedule_goes_to_a_given_epoch() -> None:
+    loss_fn = ClassBalancedLoss(COUNTS, 0.99)
+    schedule = DeferredReweighting(loss_fn, 2, anneal_epochs=2)
+    weights = []
+    for _ in range(6):
+        weights.append(loss_fn.weight.clone())
+        schedule.step()
+    for epoch in (3, 0, 5, 2):
+        schedule.step(epoch)
+        assert schedule.epoch == epoch
+        assert torch.equal(loss_fn.weight, weights[epoch])
+    schedule.step()
+    assert schedule.epoch == 3
+    with pytest.raises(ValueError, match="epoch must be an int >= 0, got -1"):
+        schedule.step(-1)
+    assert schedule.epoch == 3
+
+
 def test_a_schedule_takes_any_integer() -> None:
     for three in (np.int64(3), torch.tensor(3)):
         loss_fn = ClassBalancedLoss([90, 10], 0.99)
@@ -242,6 +266,8 @@ def test_a_schedule_takes_any_integer() -> None:
         torch.testing.assert_close(loss_fn.weight, class_balanced_weights([90, 10], 0.9))
         assert schedule.state_dict() == {"epoch": 3}
         assert type(schedule.epoch) is int and type(schedule.start_epoch) is int
+        schedule.step(np.int64(4))
+        assert type(schedule.epoch) is int
         with pytest.raises(ValueError, match=r"epoch must be an int >= 0, got 1.5"):
             schedule.load_state_dict({"epoch": 1.5})  # type: ignore[dict-item]
 
