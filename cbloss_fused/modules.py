@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -22,25 +22,18 @@ from .module_state import (
     ModuleOptions,
     further_samples,
     kept_vector,
-    misfits,
     no_classes,
-    packed,
-    unpacked,
     weights_on_the_way,
 )
 from .options import LossOptions, LossSpec, Options, check_options, lists_options, options_of
+from .saved import GIVEN, KEPT, VECTORS, SavedLoss
 from .sharded import sharded_loss
 from .shards import ClassShards
 from .stats import ClassStats
 from .weights import Empty, class_balanced_weights
 
-GIVEN = ("logit_bias", "margin", "pos_weight")  # by the caller, or None
-VECTORS = ("weight", *GIVEN)  # buffers of (C,)
-OWN_STATE = ("counts", "beta", "schedule")  # entries of states that had no extra state
-KEPT = (torch.float32, torch.float64)  # dtypes that hold a weight
 
-
-class ClassBalancedLoss(torch.nn.Module):
+class ClassBalancedLoss(SavedLoss):
     """`class_balanced_loss` with the weights of given class counts.
 
     Args:
@@ -67,8 +60,9 @@ class ClassBalancedLoss(torch.nn.Module):
     State: weight, logit_bias, margin, pos_weight and, as the extra state, one tensor of counts,
         beta and how far a `DeferredReweighting` is. A checkpoint of
         `nn.CrossEntropyLoss(weight=...)` loads too: counts and beta then stay as they are. A state
-        that does not fit raises and changes nothing here. A group is in no state: copies share it,
-        and what is unpickled, or loaded as a whole module, has group None until one is assigned.
+        that does not fit raises and changes nothing. (One of a whole model that lacks an entry is
+        loaded as far as it goes, as torch does it.) A group is in no state: copies share it, and
+        what is unpickled, or loaded as a whole module, has group None until one is assigned.
     Raises: ValueError or TypeError for bad counts, beta or options, here and not in forward.
     Source: Cui et al., CVPR 2019 (arXiv 1901.05555).
 
@@ -82,8 +76,6 @@ class ClassBalancedLoss(torch.nn.Module):
         logit_bias: Tensor | None
         margin: Tensor | None
         pos_weight: Tensor | None
-        counts: Tensor
-        beta: Tensor
         spec: LossSpec
         _group: Kept | None
         _options: Options
@@ -332,65 +324,6 @@ class ClassBalancedLoss(torch.nn.Module):
                 f"{type(value).__name__}"
             )
         check_class_vector(name, value, len(self.counts))
-
-    def get_extra_state(self) -> Tensor:
-        """Counts, beta and schedule: what a state has besides the vectors."""
-        return packed(self.counts, self.beta, self._epoch, self._share)
-
-    def set_extra_state(self, state: Any) -> None:
-        """Take them over; the weights are an entry of their own, and stay.
-
-        Raises: ValueError, and changes nothing, for what is no such state of as many classes.
-        """
-        C = len(self.counts)
-        parts = unpacked(state, C, self.beta)
-        problems = misfits(parts, "", C)
-        if problems:
-            raise ValueError("; ".join(problems))
-        self._set_own_state(parts)
-
-    def _set_own_state(self, state: Mapping[str, Tensor]) -> None:
-        if "counts" in state:
-            self.counts, self.beta = (copied(state[name]) for name in ("counts", "beta"))
-        if "schedule" in state:
-            epoch, self._share = state["schedule"].tolist()
-            self._epoch = int(epoch)
-
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool,
-        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
-    ) -> None:  # fmt: skip
-        """All or nothing, and of older states and of nn.CrossEntropyLoss what there is."""
-        state = {
-            name: state_dict[prefix + name]
-            for name in (*VECTORS, *OWN_STATE, "_extra_state")
-            if prefix + name in state_dict
-        }
-        C = len(self.counts)
-        state |= unpacked(state.pop("_extra_state", {}), C, self.beta)
-        problems = misfits(state, prefix, C)
-        expected = [name for name in VECTORS if self._buffers[name] is not None]
-        missing = [prefix + name for name in expected if name not in state]
-        known = {prefix + name for name in (*expected, *OWN_STATE, "_extra_state")}
-        unexpected = [key for key in state_dict if key.startswith(prefix) and key not in known]
-        if problems or (strict and (missing or unexpected)):
-            error_msgs += problems
-            if strict:
-                missing_keys += missing
-                unexpected_keys += unexpected
-            return
-        vectors = {
-            prefix + name: state[name] if state[name].dtype in KEPT else state[name].float()
-            for name in expected
-            if name in state
-        }
-        errors: list[str] = []
-        super()._load_from_state_dict(
-            vectors, prefix, local_metadata, False, missing_keys, unexpected_keys, errors
-        )
-        error_msgs += errors
-        if not errors:
-            self._set_own_state(state)
 
     def extra_repr(self) -> str:
         """num_classes and beta, then whatever is not the default."""

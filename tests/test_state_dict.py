@@ -10,7 +10,11 @@ import pytest
 import torch
 from support.state import COUNTS, assert_unchanged, snapshot
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    set_model_state_dict,
+)
 
 from cbloss_fused import (
     ClassBalancedLoss,
@@ -99,6 +103,38 @@ def test_distributed_checkpoints() -> None:
     for name, value in model.state_dict().items():
         assert torch.equal(other.state_dict()[name], value), name
     assert other[1].schedule.tolist() == [1, 0]  # type: ignore[index]
+
+
+@pytest.mark.parametrize("distributed", (False, True), ids=("torch", "distributed"))
+def test_a_checkpoint_in_parts(distributed: bool) -> None:
+    """As Accelerate and transformers load large models; no part has all entries of the loss."""
+
+    def made(counts: list[float]) -> nn.ModuleList:
+        return nn.ModuleList([nn.Linear(3, 4), ClassBalancedLoss(counts, 0.9, margin=[0.5] * 4)])
+
+    model, other = made([100, 10, 1, 40]), made([1, 1, 1, 1])
+    DeferredReweighting(model[1], 2).step()  # type: ignore[arg-type]
+    options = StateDictOptions(full_state_dict=True, strict=False)
+    for name, value in model.state_dict().items():
+        if distributed:
+            set_model_state_dict(other, {name: value}, options=options)
+        else:
+            missing, unexpected = other.load_state_dict({name: value}, strict=False)
+            assert name not in missing and not unexpected
+    for name, value in model.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name
+
+
+def test_a_state_that_lacks_entries_is_loaded_as_far_as_it_goes_if_asked() -> None:
+    saved = ClassBalancedLoss(COUNTS, 0.9).state_dict()
+    for container in (nn.Identity, nn.Sequential):
+        loss_fn = ClassBalancedLoss([1] * 4, 0.5, margin=torch.ones(4))
+        module, prefix = (loss_fn, "") if container is nn.Identity else (container(loss_fn), "0.")
+        state = {prefix + name: value for name, value in (saved | {"scales": 1}).items()}
+        missing, unexpected = module.load_state_dict(state, strict=False)
+        assert (missing, unexpected) == ([prefix + "margin"], [prefix + "scales"])
+        assert loss_fn.counts.tolist() == COUNTS
+        assert torch.equal(loss_fn.weight, saved["weight"])
 
 
 def test_what_goes_beside_a_state_loads_with_weights_only() -> None:
