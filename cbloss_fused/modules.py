@@ -102,13 +102,15 @@ class ClassBalancedLoss(SavedLoss):
             check_pos_weight(self.spec)
         self.empty = empty
         weight = class_balanced_weights(counts, beta, empty=empty)
-        if not isinstance(counts, Tensor):
-            weight = weight.to(torch.get_default_device())  # meta, too: reset_parameters follows
+        default = torch.get_default_device()
+        if not isinstance(counts, Tensor) or default.type == "meta":
+            weight = weight.to(default)  # meta, too: reset_parameters follows
         self._given: dict[str, Tensor] = {}  # for reset_parameters
         for name, vector in zip(GIVEN, (logit_bias, margin, pos_weight), strict=True):
             buffer = None if vector is None else kept_vector(name, vector, len(weight))
             if buffer is not None:
                 self._given[name] = buffer.cpu().clone()
+                buffer = buffer.to("meta") if weight.is_meta else buffer
             self.register_buffer(name, buffer)
         self.register_buffer("weight", weight)
         self._epoch, self._share = 0, 1.0  # of a DeferredReweighting, see _defer
@@ -323,7 +325,9 @@ class ClassBalancedLoss(SavedLoss):
                 f"{name} is a buffer: it must be a Tensor that is no Parameter, got "
                 f"{type(value).__name__}"
             )
-        check_class_vector(name, value, len(self.counts))
+        old = self._buffers[name]
+        late = old is not None and old.is_meta  # memory for it, whose values are still to come
+        check_class_vector(name, value.to("meta") if late else value, len(self.counts))
 
     def extra_repr(self) -> str:
         """num_classes and beta, then whatever is not the default."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -34,14 +35,19 @@ class SavedLoss(torch.nn.Module):
     def set_extra_state(self, state: Any) -> None:
         """Take them over; the weights are an entry of their own, and stay.
 
-        Raises: ValueError, and changes nothing, for what is no such state of as many classes.
+        Those of another number of classes are left, with a warning: transformers hands them over
+        where mismatched sizes are to be ignored, as for a new head.
+        Raises: ValueError, and changes nothing, for what is no such state.
         """
         C = len(self.counts)
         parts = unpacked(state, C, self.beta)
         problems = misfits(parts, "", C)
-        if problems:
+        if "_extra_state" in parts and isinstance(state, Tensor) and state.dim() == 1:
+            warnings.warn(f"{problems[0]}: not loaded", stacklevel=2)
+        elif problems:
             raise ValueError("; ".join(problems))
-        self._set_own_state(parts)
+        else:
+            self._set_own_state(parts)
 
     def _set_own_state(self, state: Mapping[str, Tensor]) -> None:
         if "counts" in state:

@@ -80,6 +80,20 @@ def test_a_module_without_values_takes_vectors_without_values() -> None:
     assert loss_fn.margin.is_meta
 
 
+def test_a_module_without_values_takes_memory_without_values() -> None:
+    """As transformers gives to what a checkpoint lacks, before it has it initialised."""
+    with torch.device("meta"):
+        loss_fn = ClassBalancedLoss(COUNTS, 0.9, margin=[0.1] * 4)
+    for name in ("weight", "margin"):
+        with pytest.raises(ValueError, match=rf"{name} must .*\(4,\)"):
+            setattr(loss_fn, name, torch.full((5,), float("nan")))
+        setattr(loss_fn, name, torch.full((4,), float("nan")))
+    loss_fn.reset_parameters()
+    assert torch.equal(loss_fn.weight, class_balanced_weights(COUNTS, 0.9))
+    with pytest.raises(ValueError, match=r"weight.* = nan"):
+        loss_fn.weight = torch.full((4,), float("nan"))
+
+
 def test_a_reset_gives_what_the_module_was_made_of() -> None:
     loss_fn = ClassBalancedLoss(COUNTS, 0.9, margin=torch.ones(4), logit_bias=torch.ones(4))
     assert loss_fn.margin is not None
