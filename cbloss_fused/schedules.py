@@ -11,7 +11,8 @@ from .modules import ClassBalancedLoss
 class DeferredReweighting:
     """Weights of 1 for the first epochs, then the loss's own: deferred re-weighting (DRW).
 
-    `step()` after every epoch, as torch's schedulers; it changes the loss's weights in place.
+    `step()` after every epoch, as torch's schedulers, or `step(epoch)` as each begins; the loss's
+    weights change in place.
 
     Args:
         loss_fn: the loss, whose counts and beta are those to defer.

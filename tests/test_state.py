@@ -80,10 +80,11 @@ def test_a_module_without_values_takes_vectors_without_values() -> None:
     assert loss_fn.margin.is_meta
 
 
-def test_a_module_without_values_takes_memory_without_values() -> None:
+@pytest.mark.parametrize("counts", (COUNTS, torch.tensor(COUNTS)), ids=("list", "tensor"))
+def test_a_module_without_values_takes_memory_without_values(counts: Any) -> None:
     """As transformers gives to what a checkpoint lacks, before it has it initialised."""
     with torch.device("meta"):
-        loss_fn = ClassBalancedLoss(COUNTS, 0.9, margin=[0.1] * 4)
+        loss_fn = ClassBalancedLoss(counts, 0.9, margin=[0.1] * 4)
     for name in ("weight", "margin"):
         with pytest.raises(ValueError, match=rf"{name} must .*\(4,\)"):
             setattr(loss_fn, name, torch.full((5,), float("nan")))
