@@ -8,13 +8,14 @@ TRITON ?= triton==3.7.1; platform_system == 'Linux'
 VENV := .venv
 BIN := $(VENV)/bin
 DOCS := .venv-docs
+FRAMEWORKS := .venv-frameworks
 KERNEL_TESTS := @bench/gpu_tests.txt
 MANYLINUX ?= manylinux_2_28_$(shell uname -m)
 SANITIZED := "cuda and (C1000 or C7 or C9 or split or otherwise or scaling)"
 CUDA_PATHS = PATH="$$PATH:$$CUDA_HOME/bin:/usr/local/cuda/bin"; export PATH
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo help test test-all test-here test-interpreted planted oldest bench codegen roofline scaling fonts experiment figures docs wheel hub gpu gpu-build gpu-test gpu-bench sanitize-gpu lint clean
+.PHONY: demo help test test-all test-here test-interpreted frameworks-test planted oldest bench codegen roofline scaling fonts experiment figures docs wheel hub gpu gpu-build gpu-test gpu-bench sanitize-gpu lint clean
 demo: $(VENV)/ready  ## train on long-tailed digits, with and without class balance
 	$(BIN)/python -m cbloss_fused.demo
 help:  ## this list
@@ -27,6 +28,8 @@ test-here: $(VENV)/ready  ## tests on this machine: CPU, or GPU if there is one;
 	$(BIN)/python -m pytest $(LONG)
 test-interpreted: $(VENV)/ready  ## Triton kernels in its interpreter, without a GPU
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(LONG) $(KERNEL_TESTS)
+frameworks-test: $(FRAMEWORKS)/ready  ## examples, checkpoints of Lightning, Trainer, timm and others; in an environment of its own
+	PYTHONPATH=. $(FRAMEWORKS)/bin/python -m pytest -o addopts= -q -rs tests/test_frameworks*.py tests/test_recipes.py
 # Faults planted in the CUDA kernels, each of which a check must find: a test of the tests.
 planted: $(VENV)/ready  ## faults planted in the CUDA kernels, each must be found; minutes
 	$(BIN)/python -m pytest -m slow
@@ -91,7 +94,7 @@ lint: $(VENV)/lint  ## ruff, mypy, clang-format
 	$(BIN)/mypy --allow-untyped-defs --allow-incomplete-defs --allow-untyped-calls tests
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc bench tests -name '*.cpp' -o -name '*.h' -o -name '*.c' -o -name '*.cu' -o -name '*.cuh')
 clean:  ## remove the environment and what was built
-	rm -rf $(VENV) $(DOCS) build dist *.egg-info cbloss_fused/_C*.so cbloss_fused/_cuda.so cbloss_fused/*.stamp
+	rm -rf $(VENV) $(DOCS) $(FRAMEWORKS) build dist *.egg-info cbloss_fused/_C*.so cbloss_fused/_cuda.so cbloss_fused/*.stamp
 
 # The environment, torch, then the extension, built against that torch and in place.
 $(VENV)/torch:
@@ -101,6 +104,14 @@ $(VENV)/torch:
 $(VENV)/ready: $(VENV)/torch $(SOURCES)
 	$(BIN)/python setup.py -q build_ext --inplace
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[test,demo,experiments]"
+	touch $@
+# The extra alone: the package is that of the work tree, with the extension if it was built.
+$(FRAMEWORKS)/ready: pyproject.toml
+	$(PYTHON) -m venv $(FRAMEWORKS)
+	$(FRAMEWORKS)/bin/pip install --quiet "$(TORCH)" hypothesis numpy pytest \
+	$$($(FRAMEWORKS)/bin/python -c "from importlib import import_module, util; \
+	toml = import_module('tomllib' if util.find_spec('tomllib') else 'pip._vendor.tomli'); \
+	print(*toml.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['frameworks'])")
 	touch $@
 $(VENV)/bench: $(VENV)/ready
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[bench]"

@@ -1,11 +1,10 @@
-"""What ClassBalancedLoss takes and keeps: keywords, vectors, deferred weights, states that fit."""
+"""What ClassBalancedLoss takes and keeps: keywords, vectors, deferred weights."""
 
 from __future__ import annotations
 
 import warnings
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import hints
@@ -89,25 +88,3 @@ def weights_on_the_way(counts: Tensor, beta: Tensor, empty: Empty, share: float)
     with warnings.catch_warnings():  # of a beta that moves no weight yet: it grows
         warnings.simplefilter("ignore")
         return class_balanced_weights(counts, between, empty=empty)
-
-
-def misfits(state: dict[str, Any], prefix: str, C: int) -> list[str]:
-    """What of a state cannot be loaded into a loss of C classes."""
-    shapes: dict[str, list[Any]] = {"beta": [(), (C,)], "schedule": [(2,)]}
-    found = []
-    for name, value in state.items():
-        allowed = shapes.get(name, [(C,)])
-        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        if shape not in allowed:
-            found.append(
-                f"size mismatch for {prefix}{name}: the checkpoint has {shape}, expected "
-                f"{' or '.join(map(str, allowed))}"
-            )
-    if ("counts" in state) != ("beta" in state):
-        found.append(f"{prefix}counts and {prefix}beta come together, got one of them")
-    largest = torch.finfo(torch.float64).max
-    for name, most in (("counts", largest), ("beta", 1), ("schedule", largest)):
-        values = state.get(name)
-        if values is not None and not found and not ((values >= 0) & (values <= most)).all():
-            found.append(f"{prefix}{name} has values outside [0, {most:g}]")
-    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -23,27 +23,23 @@ from .module_state import (
     check_fit,
     further_samples,
     kept_vector,
-    misfits,
     no_classes,
     weights_on_the_way,
 )
 from .options import LossOptions, LossSpec, Options, check_options, lists_options, options_of
+from .saved import GIVEN, KEPT, VECTORS, SavedLoss
 from .sharded import sharded_loss
 from .shards import ClassShards
 from .stats import ClassStats
 from .weights import Empty, checked_counts, class_balanced_weights
 
-GIVEN = ("logit_bias", "margin", "pos_weight")  # by the caller, or None
-VECTORS = ("weight", *GIVEN)  # buffers of (C,)
-OWN_STATE = ("counts", "beta", "schedule")
 FIXED = {  # what the weights are made of, and how it is changed
     "counts": "update_counts(new) adds samples and renews the weights; for others make a new loss",
     "beta": "set_beta(beta) renews the weights too",
 }
-KEPT = (torch.float32, torch.float64)  # dtypes that hold a weight
 
 
-class ClassBalancedLoss(torch.nn.Module):
+class ClassBalancedLoss(SavedLoss):
     """`class_balanced_loss` with the weights of given class counts.
 
     Args:
@@ -68,11 +64,12 @@ class ClassBalancedLoss(torch.nn.Module):
         checked when assigned and used from then on. group, which may be assigned too.
         `set_beta` and `update_counts` change the weights in place: a compiled model uses the new
         weights without recompiling; another gamma or logit_scale compiles it anew.
-    State: weight, logit_bias, margin, pos_weight, counts, beta, and how far a
-        `DeferredReweighting` is, all as tensors. A checkpoint of `nn.CrossEntropyLoss(weight=...)`
-        loads too: counts and beta then stay as they are. A state that does not fit raises and
-        changes nothing here. A group is in no state: copies share it, and what is unpickled, or
-        loaded as a whole module, has group None until one is assigned.
+    State: weight, logit_bias, margin, pos_weight and, as the extra state, one tensor of counts,
+        beta and how far a `DeferredReweighting` is. A checkpoint of
+        `nn.CrossEntropyLoss(weight=...)` loads too: counts and beta then stay as they are. A state
+        that does not fit raises and changes nothing. (One of a whole model that lacks an entry is
+        loaded as far as it goes, as torch does it.) A group is in no state: copies share it, and
+        what is unpickled, or loaded as a whole module, has group None until one is assigned.
     Raises: ValueError or TypeError for bad counts, beta or options, here and not in forward.
     Source: Cui et al., CVPR 2019 (arXiv 1901.05555).
 
@@ -81,15 +78,15 @@ class ClassBalancedLoss(torch.nn.Module):
     >>> loss.backward()
     """
 
-    weight: Tensor
-    logit_bias: Tensor | None
-    margin: Tensor | None
-    pos_weight: Tensor | None
-    counts: Tensor
-    beta: Tensor
-    _group: Kept | None = None
-    spec: LossSpec
-    _options: Options
+    if TYPE_CHECKING:  # fastai evaluates a loss's annotations, with names of its own
+        weight: Tensor
+        logit_bias: Tensor | None
+        margin: Tensor | None
+        pos_weight: Tensor | None
+        spec: LossSpec
+        _group: Kept | None
+        _options: Options
+    _group = None
 
     @lists_options
     def __init__(
@@ -112,13 +109,15 @@ class ClassBalancedLoss(torch.nn.Module):
             check_pos_weight(self.spec)
         self.empty = empty
         weight = class_balanced_weights(counts, beta, empty=empty)
-        if not isinstance(counts, Tensor):
-            weight = weight.to(torch.get_default_device())  # meta, too: reset_parameters follows
+        default = torch.get_default_device()
+        if not isinstance(counts, Tensor) or default.type == "meta":
+            weight = weight.to(default)  # meta, too: reset_parameters follows
         self._given: dict[str, Tensor] = {}  # for reset_parameters
         for name, vector in zip(GIVEN, (logit_bias, margin, pos_weight), strict=True):
             buffer = None if vector is None else kept_vector(name, vector, len(weight))
             if buffer is not None:
                 self._given[name] = buffer.cpu().clone()
+                buffer = buffer.to("meta") if weight.is_meta else buffer
             self.register_buffer(name, buffer)
         self.register_buffer("weight", weight)
         self._epoch, self._share = 0, 1.0  # of a DeferredReweighting, see _defer
@@ -339,51 +338,9 @@ class ClassBalancedLoss(torch.nn.Module):
                 f"{name} is a buffer: it must be a Tensor that is no Parameter, got "
                 f"{type(value).__name__}"
             )
-        check_class_vector(name, value, len(self.counts))
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination |= {prefix + name: getattr(self, name).clone() for name in OWN_STATE}
-
-    def _load_from_state_dict(
-        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool,
-        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
-    ) -> None:  # fmt: skip
-        """All or nothing, and of older states and of nn.CrossEntropyLoss what there is."""
-        state = {
-            name: state_dict[prefix + name]
-            for name in (*VECTORS, *OWN_STATE, "_extra_state")
-            if prefix + name in state_dict
-        }
-        state |= state.pop("_extra_state", {})  # of 0.1: a dict
-        problems = misfits(state, prefix, len(self.counts))
-        expected = [name for name in VECTORS if self._buffers[name] is not None]
-        missing = [prefix + name for name in expected if name not in state]
-        known = {prefix + name for name in (*expected, *OWN_STATE, "_extra_state")}
-        unexpected = [key for key in state_dict if key.startswith(prefix) and key not in known]
-        if problems or (strict and (missing or unexpected)):
-            error_msgs += problems
-            if strict:
-                missing_keys += missing
-                unexpected_keys += unexpected
-            return
-        vectors = {
-            prefix + name: state[name] if state[name].dtype in KEPT else state[name].float()
-            for name in expected
-            if name in state
-        }
-        errors: list[str] = []
-        super()._load_from_state_dict(
-            vectors, prefix, local_metadata, False, missing_keys, unexpected_keys, errors
-        )
-        error_msgs += errors
-        if errors:
-            return
-        if "counts" in state:
-            self.__dict__.update({name: copied(state[name]) for name in FIXED})
-        if "schedule" in state:
-            epoch, self._share = state["schedule"].tolist()
-            self._epoch = int(epoch)
+        old = self._buffers[name]
+        late = old is not None and old.is_meta  # memory for it, whose values are still to come
+        check_class_vector(name, value.to("meta") if late else value, len(self.counts))
 
     def extra_repr(self) -> str:
         """num_classes and beta, then whatever is not the default."""

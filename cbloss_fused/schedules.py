@@ -11,7 +11,8 @@ from .modules import ClassBalancedLoss
 class DeferredReweighting:
     """Weights of 1 for the first epochs, then the loss's own: deferred re-weighting (DRW).
 
-    `step()` after every epoch, as torch's schedulers; it changes the loss's weights in place.
+    `step()` after every epoch, as torch's schedulers, or `step(epoch)` as each begins; the loss's
+    weights change in place.
 
     Args:
         loss_fn: the loss, whose counts and beta are those to defer.
@@ -53,9 +54,13 @@ class DeferredReweighting:
         """The epoch that the loss is in, counted from 0."""
         return self.loss_fn._epoch
 
-    def step(self) -> None:
-        """An epoch has ended."""
-        self._go_to(self.epoch + 1)
+    def step(self, epoch: int | None = None) -> None:
+        """An epoch has ended: on to the next one, or to the given one, counted from 0.
+
+        A caller who knows the epoch passes it as an epoch begins: wherever training was cut off and
+        whatever was saved, the weights are then those of the epoch.
+        """
+        self._go_to(self.epoch + 1 if epoch is None else _epochs("epoch", epoch))
 
     def reset(self) -> None:
         """Start again at epoch 0."""

@@ -15,6 +15,7 @@ pytest.register_assert_rewrite("support")
 
 from support.backends import BACKENDS, DEVICE, GPU_BACKENDS, INTERPRETED, Backend
 from support.sampling import select
+from support.torchvision_operators import stand_in
 
 hypothesis.settings.register_profile("fixed", derandomize=True, deadline=None, database=None)
 hypothesis.settings.load_profile("fixed")
@@ -22,6 +23,7 @@ if DEVICE == "cuda":
     torch.set_default_device(DEVICE)
 if INTERPRETED:
     from support import interpreter
+stand_in()
 
 
 def pytest_configure(config: pytest.Config) -> None:

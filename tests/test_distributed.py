@@ -16,11 +16,13 @@ import torch
 import torch.nn.functional as F
 from support.backends import DEVICE, INTERPRETED
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.multiprocessing.spawn import spawn
 from torch.utils.data import TensorDataset
 
 from cbloss_fused import (
     ClassBalancedLoss,
+    DeferredReweighting,
     class_balanced_loss,
     class_balanced_weights,
     class_counts,
@@ -58,6 +60,7 @@ def on_a_rank(rank: int, ranks: int, store: str) -> None:
     counts()
     updated_counts()
     copies()
+    a_broadcast_state()
     a_smaller_group()
     if ranks == 2:
         compiled()
@@ -380,6 +383,19 @@ def copies() -> None:
         unpickled.group = world()
         assert torch.equal(unpickled(logits, own(y), own(s)), want)
     assert f"group of {ranks_()}" in repr(loss_fn)
+
+
+def a_broadcast_state() -> None:
+    """Rank 0 alone has the checkpoint: all go on with its counts, in its epoch."""
+    saved, loaded = (nn.ModuleDict({"net": head(), "loss": made()}) for _ in range(2))
+    schedule = DeferredReweighting(saved["loss"], 2)  # type: ignore[arg-type]
+    schedule.step()
+    saved["loss"].update_counts([1] * C)  # type: ignore[operator]
+    state = saved.state_dict() if torch.distributed.get_rank() == 0 else {}
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(loaded, state, options=options)
+    for name, value in saved.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value), name
 
 
 def a_smaller_group() -> None:

@@ -1,21 +1,20 @@
-"""What a ClassBalancedLoss owns: its state, its buffers, its options, how far it is re-weighted."""
+"""What a ClassBalancedLoss owns: its buffers, its options, how far it is re-weighted."""
 
 from __future__ import annotations
 
 import copy
-import io
+import typing
 from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from support.state import COUNTS, assert_unchanged, snapshot
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
 from cbloss_fused import (
     ClassBalancedLoss,
-    ClassStats,
     DeferredReweighting,
     class_balanced_loss,
     class_balanced_weights,
@@ -24,141 +23,8 @@ from cbloss_fused import (
 )
 from cbloss_fused.options import Options
 
-COUNTS = [100, 10, 1, 40]
 LOGITS = torch.linspace(-3, 3, 24).reshape(6, 4).sin() * 4
 TARGET = torch.tensor([0, 1, 2, 3, 0, 2])
-
-
-def snapshot(loss_fn: ClassBalancedLoss) -> dict[str, Any]:
-    state = {name: value.clone() for name, value in loss_fn.state_dict().items()}
-    return state | {"options": loss_fn.options, "version": loss_fn.weight._version}
-
-
-def assert_unchanged(loss_fn: ClassBalancedLoss, before: dict[str, Any]) -> None:
-    after = snapshot(loss_fn)
-    assert after.keys() == before.keys()
-    for name, value in before.items():
-        same = torch.equal(after[name], value) if isinstance(value, torch.Tensor) else None
-        assert after[name] == value if same is None else same, name
-
-
-# state_dict ---------------------------------------------------------------------------------------
-
-
-def test_a_state_is_tensors_that_can_be_averaged_and_saved() -> None:
-    loss_fn = ClassBalancedLoss(COUNTS, 0.9, margin=torch.ones(4))
-    state = loss_fn.state_dict()
-    assert sorted(state) == ["beta", "counts", "margin", "schedule", "weight"]
-    assert all(type(value) is torch.Tensor for value in state.values())
-    average = {name: (value + value) / 2 for name, value in state.items()}
-    loss_fn.load_state_dict(average)
-    file = io.BytesIO()
-    torch.save(nn.Sequential(nn.Linear(2, 4), loss_fn).state_dict(), file)
-    file.seek(0)
-    other = nn.Sequential(nn.Linear(2, 4), ClassBalancedLoss([1] * 4, 0.0, margin=torch.zeros(4)))
-    other.load_state_dict(torch.load(file, weights_only=True))
-    for name, value in state.items():
-        assert torch.equal(other[1].state_dict()[name], value), name
-
-
-def test_every_key_of_a_state_is_an_attribute() -> None:
-    """torch.distributed.checkpoint looks each of them up."""
-    loss_fn = ClassBalancedLoss(COUNTS, 0.9, activation="sigmoid", pos_weight=torch.ones(4),
-                                margin=torch.ones(4), logit_bias=torch.ones(4))  # fmt: skip
-    DeferredReweighting(loss_fn, 2).step()
-    for name, value in loss_fn.state_dict().items():
-        assert torch.equal(getattr(loss_fn, name), value), name
-    assert loss_fn.schedule.tolist() == [1, 0]
-    loss_fn.schedule.fill_(7)
-    assert loss_fn.schedule.tolist() == [1, 0]
-    with pytest.raises(AttributeError):
-        loss_fn.schedule = torch.zeros(2)  # type: ignore[misc]
-
-
-def test_distributed_checkpoints() -> None:
-    def made(counts: list[float]) -> nn.Module:
-        return nn.Sequential(nn.Linear(3, 4), ClassBalancedLoss(counts, 0.9, margin=torch.ones(4)))
-
-    model, other = made([100, 10, 1, 40]), made([1, 1, 1, 1])
-    DeferredReweighting(model[1], 2).step()  # type: ignore[index]
-    state = get_model_state_dict(model)
-    assert state.keys() == model.state_dict().keys()
-    set_model_state_dict(other, state)
-    for name, value in model.state_dict().items():
-        assert torch.equal(other.state_dict()[name], value), name
-    assert other[1].schedule.tolist() == [1, 0]  # type: ignore[index]
-
-
-def test_what_goes_beside_a_state_loads_with_weights_only() -> None:
-    x = torch.zeros(2, 4, requires_grad=True)
-    loss_fn = ClassBalancedLoss(COUNTS, 0.9, gamma=np.float64(2.0), logit_scale=torch.tensor(3.0))  # type: ignore[arg-type]
-    _, stats = loss_fn(x, torch.tensor([0, 0]), return_stats=True)
-    file = io.BytesIO()
-    torch.save({"stats": stats, "options": loss_fn.options}, file)
-    file.seek(0)
-    loaded = torch.load(file, weights_only=True)
-    assert isinstance(loaded["stats"], ClassStats)
-    assert loaded["stats"].rows.tolist() == [2, 0, 0, 0]
-    assert loaded["options"] == Options(gamma=2.0, logit_scale=3.0)
-
-
-def test_a_state_is_not_the_modules_own_memory() -> None:
-    loss_fn = ClassBalancedLoss(COUNTS, 0.9)
-    loss_fn.state_dict()["counts"].fill_(7)
-    assert loss_fn.counts.tolist() == COUNTS
-
-
-def test_weights_of_cross_entropy_load() -> None:
-    saved = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 2.0, 3.0, 4.0])).state_dict()
-    loss_fn = ClassBalancedLoss(COUNTS, 0.9)
-    loss_fn.load_state_dict(saved)
-    assert loss_fn.weight.tolist() == [1, 2, 3, 4]
-    assert loss_fn.counts.tolist() == COUNTS
-    assert loss_fn.beta == 0.9
-
-
-def test_a_state_of_version_0_1_loads() -> None:
-    extra = {"counts": torch.tensor([4.0, 3, 2, 1]).double(), "beta": torch.tensor(0.5).double()}
-    loss_fn = ClassBalancedLoss(COUNTS, 0.9)
-    weight = class_balanced_weights([4, 3, 2, 1], 0.5)
-    loss_fn.load_state_dict({"weight": weight, "_extra_state": extra})
-    assert torch.equal(loss_fn.weight, weight)
-    assert loss_fn.counts.tolist() == [4, 3, 2, 1]
-    assert loss_fn.beta == 0.5
-
-
-def test_weights_of_half_precision_load_as_float32() -> None:
-    for assign in (False, True):
-        loss_fn = ClassBalancedLoss(COUNTS, 0.9)
-        loss_fn.load_state_dict({"weight": torch.ones(4).half()}, assign=assign)
-        assert loss_fn.weight.dtype == torch.float32
-
-
-MISFITS: dict[str, dict[str, Any]] = {
-    "weight": {"weight": torch.ones(5)},
-    "counts": {"counts": torch.ones(5, dtype=torch.float64)},
-    "beta": {"beta": torch.ones(3)},
-    "schedule": {"schedule": torch.ones(3)},
-    "counts alone": {"beta": None},
-    "missing weight": {"weight": None},
-    "unexpected margin": {"margin": torch.ones(4)},
-    "no tensor": {"counts": [1, 2, 3, 4]},
-    "negative": {"counts": torch.tensor([1.0, 2, -1, 3])},
-    "nan": {"counts": torch.tensor([1.0, 2, float("nan"), 3])},
-    "large": {"beta": torch.tensor(1.5)},
-    "epoch": {"schedule": torch.tensor([float("nan"), 1.0])},
-    "unknown": {"scales": torch.ones(4)},
-}
-
-
-@pytest.mark.parametrize("changes", MISFITS.values(), ids=MISFITS.keys())
-def test_a_state_that_does_not_fit_changes_nothing(changes: dict[str, Any]) -> None:
-    state = ClassBalancedLoss([4, 3, 2, 1], 0.5).state_dict() | changes
-    loss_fn = ClassBalancedLoss(COUNTS, 0.9)
-    before = snapshot(loss_fn)
-    with pytest.raises(RuntimeError, match=r"weight|counts|beta|schedule|margin|scales"):
-        loss_fn.load_state_dict({name: v for name, v in state.items() if v is not None})
-    assert_unchanged(loss_fn, before)
 
 
 # Dtypes and devices -------------------------------------------------------------------------------
@@ -212,6 +78,21 @@ def test_a_module_without_values_takes_vectors_without_values() -> None:
     loss_fn = ClassBalancedLoss(COUNTS, 0.9, margin=torch.ones(4)).to("meta")
     loss_fn.margin = torch.zeros(4, device="meta")
     assert loss_fn.margin.is_meta
+
+
+@pytest.mark.parametrize("counts", (COUNTS, torch.tensor(COUNTS)), ids=("list", "tensor"))
+def test_a_module_without_values_takes_memory_without_values(counts: Any) -> None:
+    """As transformers gives to what a checkpoint lacks, before it has it initialised."""
+    with torch.device("meta"):
+        loss_fn = ClassBalancedLoss(counts, 0.9, margin=[0.1] * 4)
+    for name in ("weight", "margin"):
+        with pytest.raises(ValueError, match=rf"{name} must .*\(4,\)"):
+            setattr(loss_fn, name, torch.full((5,), float("nan")))
+        setattr(loss_fn, name, torch.full((4,), float("nan")))
+    loss_fn.reset_parameters()
+    assert torch.equal(loss_fn.weight, class_balanced_weights(COUNTS, 0.9))
+    with pytest.raises(ValueError, match=r"weight.* = nan"):
+        loss_fn.weight = torch.full((4,), float("nan"))
 
 
 def test_a_reset_gives_what_the_module_was_made_of() -> None:
@@ -315,6 +196,11 @@ def test_a_wrong_assignment_changes_nothing(name: str, value: Any, error: type[E
     loss_fn(LOGITS, TARGET)
 
 
+def test_annotations_are_understood_without_our_names() -> None:
+    """fastai's BaseLoss evaluates those of the loss that it wraps."""
+    typing.get_type_hints(ClassBalancedLoss(COUNTS), globalns={}, localns={})
+
+
 def test_a_weight_may_be_assigned() -> None:
     loss_fn = ClassBalancedLoss(COUNTS, 0.9)
     loss_fn.weight = torch.tensor([1.0, 2.0, 3.0, 4.0])
@@ -369,6 +255,24 @@ def test_a_schedule_goes_on_where_the_loaded_loss_was() -> None:
     assert resumed.weight.tolist() == [1] * 4
 
 
+def test_a_schedule_goes_to_a_given_epoch() -> None:
+    loss_fn = ClassBalancedLoss(COUNTS, 0.99)
+    schedule = DeferredReweighting(loss_fn, 2, anneal_epochs=2)
+    weights = []
+    for _ in range(6):
+        weights.append(loss_fn.weight.clone())
+        schedule.step()
+    for epoch in (3, 0, 5, 2):
+        schedule.step(epoch)
+        assert schedule.epoch == epoch
+        assert torch.equal(loss_fn.weight, weights[epoch])
+    schedule.step()
+    assert schedule.epoch == 3
+    with pytest.raises(ValueError, match="epoch must be an int >= 0, got -1"):
+        schedule.step(-1)
+    assert schedule.epoch == 3
+
+
 def test_a_schedule_takes_any_integer() -> None:
     for three in (np.int64(3), torch.tensor(3)):
         loss_fn = ClassBalancedLoss([90, 10], 0.99)
@@ -377,6 +281,8 @@ def test_a_schedule_takes_any_integer() -> None:
         torch.testing.assert_close(loss_fn.weight, class_balanced_weights([90, 10], 0.9))
         assert schedule.state_dict() == {"epoch": 3}
         assert type(schedule.epoch) is int and type(schedule.start_epoch) is int
+        schedule.step(np.int64(4))
+        assert type(schedule.epoch) is int
         with pytest.raises(ValueError, match=r"epoch must be an int >= 0, got 1.5"):
             schedule.load_state_dict({"epoch": 1.5})  # type: ignore[dict-item]
 

@@ -38,14 +38,15 @@ def licence(name: str) -> str | None:
         about = metadata.metadata(name)
     except metadata.PackageNotFoundError:
         return None
-    stated = about.get("License-Expression")
+    stated = [line for key in ("License-Expression", "License") for line in about.get_all(key) or []]
     classified = [
         value.rpartition(" :: ")[2]
         for value in about.get_all("Classifier") or []
         if value.startswith("License ::")
     ]
-    text = (about.get("License") or "").strip().splitlines()
-    return stated or ", ".join(classified) or (text[0] if text else "not stated")
+    if "License-Expression" in about or not classified:
+        return stated[0].strip().splitlines()[0] if stated else "not stated"
+    return ", ".join(classified)
 
 
 def main() -> None:
