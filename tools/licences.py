@@ -38,7 +38,7 @@ def licence(name: str) -> str | None:
         about = metadata.metadata(name)
     except metadata.PackageNotFoundError:
         return None
-    stated = [line for key in ("License-Expression", "License") for line in about.get_all(key) or []]
+    stated = [*(about.get_all("License-Expression") or []), *(about.get_all("License") or [])]
     classified = [
         value.rpartition(" :: ")[2]
         for value in about.get_all("Classifier") or []
