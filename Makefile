@@ -14,7 +14,7 @@ SANITIZED := "cuda and (C1000 or C7 or C9 or split or otherwise or scaling)"
 CUDA_PATHS = PATH="$$PATH:$$CUDA_HOME/bin:/usr/local/cuda/bin"; export PATH
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo help test test-all test-here test-interpreted planted oldest bench codegen roofline scaling fonts experiment figures docs wheel hub gpu gpu-build gpu-test gpu-bench sanitize-gpu lint clean
+.PHONY: demo help test test-all test-here test-interpreted planted oldest bench bounds codegen roofline scaling fonts experiment figures docs wheel hub gpu gpu-build gpu-test gpu-bench sanitize-gpu lint clean
 demo: $(VENV)/ready  ## train on long-tailed digits, with and without class balance
 	$(BIN)/python -m cbloss_fused.demo
 help:  ## this list
@@ -44,6 +44,9 @@ codegen: $(VENV)/ready $(VENV)/bench  ## what the GPU kernels compile to, counte
 	$(BIN)/python -m bench.machine_code.codegen
 	$(BIN)/python -m bench.launch_cost
 	! command -v nvcc > /dev/null || $(BIN)/python -m bench.machine_code.nvcc
+bounds: $(VENV)/ready  ## errors of the CPU kernels' functions, over all float32 numbers, into bench/results/; minutes
+	$(BIN)/python -m bench.bounds > build/bounds.md
+	mv build/bounds.md bench/results/bounds-cpu.md
 roofline: $(VENV)/ready  ## predictions of the GPU kernels, into bench/machine_code/
 	$(BIN)/python -m bench.machine_code.roofline > bench/machine_code/roofline.md
 scaling: $(VENV)/ready  ## up to 10^8 classes and 1024 GPUs, computed, into bench/scaling.md
