@@ -54,7 +54,7 @@ OF_GAMMA = {  # float32, half types
 def _functions() -> tuple[Function, ...]:
     found = []
     for short in (False, True):
-        e, u = (4e-6, 7e-6) if short else (4e-7, 2.5e-7)
+        e, u = (4e-6, 7e-6) if short else (4.1e-7, 2.5e-7)
         found += [
             Function("exp", short, LOWEST, HIGHEST, e),
             Function("exp_minus_half", short, -87.0, 174.6, e),

@@ -142,7 +142,7 @@ CLIPPED = tuple(f | {"clip": 0.0625} for f in BOTH)
 BALANCED = tuple(f | {"alpha": 0.25, "alpha_neg": 0.75} for f in BOTH)
 ROW, SOFT_ROW, ELEMENT = ("loss", "k", "g_y"), ("loss", "k", "g_top"), ("L", "g")
 SAMPLED = (
-    Sampled("softmax_row", ROW, draw_softmax, exact_softmax, PLAIN + SMOOTHED, 6e-6),
+    Sampled("softmax_row", ROW, draw_softmax, exact_softmax, PLAIN + SMOOTHED, 1e-5),
     Sampled("soft_row", SOFT_ROW, draw_soft, exact_soft, PLAIN[:1] + SMOOTHED[:1], 1e-6),
     Sampled("sigmoid_element", ELEMENT, draw_logit, exact_element, PLAIN, 6e-6),
     Sampled("clipped_element", ELEMENT, draw_logit, exact_clipped, CLIPPED, 1e-6),

@@ -110,14 +110,14 @@ CB_FN SoftRow<T> soft_row(T R, T s, T r, T W, T W_others, T B, T D, Scalar C, T 
     row.loss += weighted(r, f.eps / C * (C * nll - D));
     row.k += slope * f.eps * inv;
     row.uniform = slope * (f.eps / C);
-    row.g_top += slope * f.eps * (one - q) - row.uniform;
+    row.g_top += slope * f.eps * inv - row.uniform;
   }
   if (f.zeta != 0) {
     const T lse = M + nll, steep = slope * (2 * f.zeta) * min(largest, lse);
     const T bounded = min(largest, max(-largest, steep));
     row.loss += weighted(r, f.zeta * lse * lse);
     row.k += bounded * inv;
-    row.g_top += bounded * (one - q);
+    row.g_top += bounded * inv;
   }
   return row;
 }
