@@ -355,9 +355,7 @@ def _rows(
             R = torch.where(z.gather(1, top) == -inf, nan, R)  # no class has a probability
             B = torch.where(a == 0, 0.0, a * (z - M)).sum(1, keepdim=True)
             W, W_others = (v.sum(1, keepdim=True) for v in (a, a.scatter(1, top, 0.0)))
-            L, k, g_top, uniform, hard = soft_row(
-                R, s, r, W, W_others, B, D, C, largest, f
-            )
+            L, k, g_top, uniform, hard = soft_row(R, s, r, W, W_others, B, D, C, largest, f)
             grad = (k * e - uniform - hard * a).scatter(1, top, g_top)
         else:
             d = z.gather(1, top) - M
