@@ -10,12 +10,13 @@ BIN := $(VENV)/bin
 DOCS := .venv-docs
 FRAMEWORKS := .venv-frameworks
 KERNEL_TESTS := @bench/gpu_tests.txt
+CALLS ?= 20000
 MANYLINUX ?= manylinux_2_28_$(shell uname -m)
 SANITIZED := "cuda and (C1000 or C7 or C9 or split or otherwise or scaling)"
 CUDA_PATHS = PATH="$$PATH:$$CUDA_HOME/bin:/usr/local/cuda/bin"; export PATH
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo help test test-all test-here test-interpreted frameworks-test planted oldest bench codegen roofline scaling fonts experiment figures docs wheel hub gpu gpu-build gpu-test gpu-bench sanitize-gpu lint clean
+.PHONY: demo help test test-all test-here test-interpreted frameworks-test planted fuzz oldest bench bounds codegen roofline scaling fonts experiment figures docs wheel hub gpu gpu-build gpu-test gpu-bench sanitize-gpu lint clean
 demo: $(VENV)/ready  ## train on long-tailed digits, with and without class balance
 	$(BIN)/python -m cbloss_fused.demo
 help:  ## this list
@@ -32,7 +33,9 @@ frameworks-test: $(FRAMEWORKS)/ready  ## examples, checkpoints of Lightning, Tra
 	PYTHONPATH=. $(FRAMEWORKS)/bin/python -m pytest -o addopts= -q -rs tests/test_frameworks*.py tests/test_recipes.py
 # Faults planted in the CUDA kernels, each of which a check must find: a test of the tests.
 planted: $(VENV)/ready  ## faults planted in the CUDA kernels, each must be found; minutes
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow --ignore tests/test_fuzz.py
+fuzz: $(VENV)/ready  ## random calls on every backend against float64; CALLS=20000 take an hour at most
+	CBLOSS_FUZZ=$(CALLS) timeout 3600 $(BIN)/python -m pytest -m slow tests/test_fuzz.py
 # The kernels through the oldest Triton that they promise, which knows less of the language.
 oldest: $(VENV)/ready  ## compile the Triton kernels by the oldest Triton that is promised
 	$(BIN)/pip install --quiet --no-deps --upgrade --target build/oldest "triton==3.6.0"
@@ -47,6 +50,9 @@ codegen: $(VENV)/ready $(VENV)/bench  ## what the GPU kernels compile to, counte
 	$(BIN)/python -m bench.machine_code.codegen
 	$(BIN)/python -m bench.launch_cost
 	! command -v nvcc > /dev/null || $(BIN)/python -m bench.machine_code.nvcc
+bounds: $(VENV)/ready  ## errors of the CPU kernels' functions, over all float32 numbers, into bench/results/; minutes
+	$(BIN)/python -m bench.bounds > build/bounds.md
+	mv build/bounds.md bench/results/bounds-cpu.md
 roofline: $(VENV)/ready  ## predictions of the GPU kernels, into bench/machine_code/
 	$(BIN)/python -m bench.machine_code.roofline > bench/machine_code/roofline.md
 scaling: $(VENV)/ready  ## up to 10^8 classes and 1024 GPUs, computed, into bench/scaling.md

@@ -215,8 +215,8 @@ def softmax_row(
         k, g_y = k + r * eps / S, g_y + r * eps * p - uniform
     if zeta:
         lse = M + S.log()
-        loss = loss + weighted(r, zeta * lse**2)
-        k, g_y = k + r * (2 * zeta) * lse / S, g_y + r * (2 * zeta) * lse * p
+        loss, steep = loss + weighted(r, zeta * lse**2), _bounded(r * (2 * zeta), lse)
+        k, g_y = k + steep / S, g_y + steep * p
     return loss, k, g_y, uniform
 
 
@@ -238,12 +238,18 @@ def soft_row(
     k, g_top = hard * W / S, hard * (W_others - W * q)
     if eps:
         loss = loss + weighted(r, eps / C * (C * nll - D))
-        k, g_top = k + r * eps / S, g_top + r * eps * (1 - q) - uniform
+        k, g_top = k + r * eps / S, g_top + r * eps / S - uniform
     if zeta:
         lse = M + nll
-        loss = loss + weighted(r, zeta * lse**2)
-        k, g_top = k + r * (2 * zeta) * lse / S, g_top + r * (2 * zeta) * lse * (1 - q)
+        loss, steep = loss + weighted(r, zeta * lse**2), _bounded(r * (2 * zeta), lse)
+        k, g_top = k + steep / S, g_top + steep / S
     return loss, k, g_top, uniform, hard
+
+
+def _bounded(factor: Tensor, lse: Tensor) -> Tensor:
+    """Their product, finite: it is multiplied by probabilities that may be 0."""
+    largest = torch.finfo(lse.dtype).max
+    return (factor * lse.clamp(max=largest)).clamp(-largest, largest)
 
 
 def sigmoid_element(z: Tensor, gamma: float, clip: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -337,9 +343,10 @@ def _rows(
         others = z.scatter(1, top, -inf)
         M = torch.maximum(others.amax(1, keepdim=True), z.gather(1, top))
         M = M.clamp(min=torch.finfo(z.dtype).min)  # NaN stays; -inf - -inf would be NaN
+        infinite = (unlimited == inf).any(1, keepdim=True)  # then M is the limit's, 0
         if sums is not None:
-            infinite = (unlimited == inf).any(1, keepdim=True)  # then M is the limit's, 0
             M = torch.where(infinite, M, sums[0].unsqueeze(1))
+        largest = torch.where(infinite, inf, M)
         e = (others - M).exp()
         D = (z - M).sum(1, keepdim=True) if eps else 0.0
         R = e.sum(1, keepdim=True) if sums is None else sums[1].unsqueeze(1)
@@ -348,11 +355,11 @@ def _rows(
             R = torch.where(z.gather(1, top) == -inf, nan, R)  # no class has a probability
             B = torch.where(a == 0, 0.0, a * (z - M)).sum(1, keepdim=True)
             W, W_others = (v.sum(1, keepdim=True) for v in (a, a.scatter(1, top, 0.0)))
-            L, k, g_top, uniform, hard = soft_row(R, s, r, W, W_others, B, D, C, M, f)
+            L, k, g_top, uniform, hard = soft_row(R, s, r, W, W_others, B, D, C, largest, f)
             grad = (k * e - uniform - hard * a).scatter(1, top, g_top)
         else:
             d = z.gather(1, top) - M
-            L, k, g_top, uniform = softmax_row(d, R, r, D, C, M, f)
+            L, k, g_top, uniform = softmax_row(d, R, r, D, C, largest, f)
             grad = (k * e - uniform).scatter(1, top, g_top)
     L = torch.where(ignored, 0.0, L.squeeze(1))
     grad = torch.where(ignored.unsqueeze(1), 0.0, f.logit_scale * grad)

@@ -182,6 +182,7 @@ def test_links_of_the_readme_are_whole_elsewhere():
 # Other names --------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 @pytest.mark.skipif(REGISTRY["cpu"].missing is not None, reason="no library")
 def test_the_layout_of_a_hub(tmp_path):
     """The list of the build is complete; the hub's loader finds the package and its kernels."""

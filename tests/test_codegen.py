@@ -187,6 +187,7 @@ def test_the_recomputing_backward_is_one_read_and_one_write(dtype, C):
     assert [(x.loads, x.stores) for x in read.loops if x.loads] == [(n, n)]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("smoothing", (0.0, 0.1), ids="s{}".format)
 @FAMILY
 def test_label_smoothing_and_loss_alone_do_not_spill(activation, gamma, smoothing):

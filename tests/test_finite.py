@@ -272,6 +272,25 @@ def test_softmax_plus_infinity_takes_all(backend, dtype, gamma, C):
         assert grad.isnan().any()
 
 
+@pytest.mark.parametrize("soft", (False, True), ids=("index", "soft"))
+@pytest.mark.parametrize("recompute", (False, True), ids=("stored", "recompute"))
+@pytest.mark.parametrize("C", (3, 131), ids="C{}".format)
+def test_z_loss_of_plus_infinity(backend, C, recompute, soft):
+    """Its limit is infinite, also where the class is right; the gradient is bounded."""
+    logits = torch.zeros(2, C)
+    logits[:, 0] = inf
+    target = torch.tensor([0, 1])
+    if soft:
+        target = torch.nn.functional.one_hot(target, C).float()
+    options = {"z_loss": 0.01, "reduction": "sum", "recompute": recompute}
+    loss, grad = loss_and_grad(backend, logits, target, **options)
+    assert loss == inf
+    assert grad.isfinite().all()
+    assert (grad[:, 0] > 1e36).all()
+    assert grad[:, 1].tolist() == [0, -1]
+    assert (grad[:, 2:] == 0).all()
+
+
 @on_infinite
 def test_sigmoid_plus_infinity(backend, dtype, gamma, C):
     options = {"activation": "sigmoid", "gamma": gamma}

@@ -46,3 +46,26 @@ def test_loss(backend, case):
 @pytest.mark.parametrize("case", STORED["weights"], ids=lambda case: case["theirs"])
 def test_class_weights(case):
     assert_near(class_balanced_weights(**arguments(case["ours"])), case["weights"], 1e-6)
+
+
+# What packages' own tests expect, to the digits that they have there: the mean over rows and
+# classes. MMPretrain: tests/test_models/test_losses.py; kornia: tests/losses/test_focal_loss.py.
+# The tests of timm and torchvision have no numbers but compare random inputs with formulas.
+SCORES, LABELS = [[5.0, -5.0, 0.0]] * 2, [[1.0, 0.0, 1.0], [0.0, 1.0, 0.0]]
+ASYMMETRIC, FOCAL = {"gamma": 1.0, "gamma_neg": 4.0}, {"gamma": 2.0, "alpha": 0.25}
+PUBLISHED = {
+    "mmpretrain-asymmetric": (SCORES, LABELS, ASYMMETRIC | {"clip": 0.05}, 3.80845 / 3),
+    "mmpretrain-asymmetric-no-clip": (SCORES, LABELS, ASYMMETRIC, 5.1186 / 3),
+    "mmpretrain-focal": (SCORES, LABELS, FOCAL, 0.8522),
+    "kornia-focal": ([[100.0, -100.0]], [[1.0, 0.0]], FOCAL, 0.0),
+}
+
+
+@pytest.mark.parametrize("case", PUBLISHED.values(), ids=PUBLISHED)
+def test_published(backend, case):
+    logits, labels, options, want = case
+    x, t = torch.tensor(logits, dtype=torch.float64), torch.tensor(labels, dtype=torch.float64)
+    for scale in (1.0, 0.5):  # as their sample weights
+        rows = torch.full((len(x),), scale, dtype=torch.float64)
+        loss, _ = loss_and_grad(backend, x, t, activation="sigmoid", sample_weight=rows, **options)
+        assert loss.item() / x.shape[1] == pytest.approx(scale * want, rel=5e-5, abs=1e-12)

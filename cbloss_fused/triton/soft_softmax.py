@@ -40,13 +40,13 @@ def soft_row(
         uniform = slope * (eps / C)
         loss += weighted(r, eps / C * (C * nll - D))
         k += slope * eps / S
-        g_top += slope * eps * (1.0 - q) - uniform
+        g_top += slope * eps / S - uniform
     if Z:
         lse = M + nll
         steep = clamp_finite(slope * (2 * zeta) * clamp_finite(lse))
         loss += weighted(r, zeta * lse * lse)
         k += steep / S
-        g_top += steep * (1.0 - q)
+        g_top += steep / S
     return loss, k, g_top, uniform, hard
 
 

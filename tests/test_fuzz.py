@@ -1,0 +1,140 @@
+"""Random calls on every backend against the reference in float64: `make fuzz`.
+
+A call raises the same error everywhere, or agrees. CBLOSS_FUZZ is the number of calls.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from support.backends import BACKENDS, DEVICE, INTERPRETED, Backend
+from support.calls import Call, calls
+from support.tolerances import assert_grad, assert_loss
+from torch import Tensor
+
+from cbloss_fused import class_balanced_loss
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(DEVICE != "cpu" or INTERPRETED, reason="fuzzes what runs on a CPU"),
+]
+EXAMPLES = int(os.environ.get("CBLOSS_FUZZ", "300"))
+ERRORS = (ValueError, TypeError, IndexError, RuntimeError)
+OF_VALUES = (ValueError, IndexError)  # GPU kernels take values as given
+
+
+def told(error: Exception) -> str:
+    """The message: C++ writes -3.0 as -3, and a target's index as that of (N, C, d1 * d2)."""
+    return re.sub(r"\.0\b|^target\[[\d, ]*\]", "", str(error))
+
+
+def run(call: Call, backend: Any) -> tuple[Tensor, Tensor | None]:
+    """Loss and gradient, in the call's mode."""
+    options = {"backend": backend.argument} | call.options
+    leaf = call.logits.detach().requires_grad_(call.mode != "no_grad")
+    x = leaf
+    if call.mode in ("recompute", "stored"):
+        options["recompute"] = call.mode == "recompute"
+    if call.mode == "inplace":  # what a model computed, with the strides of the logits
+        x = leaf.clone(memory_format=torch.preserve_format)
+        options["inplace"] = True
+    if call.mode == "stats":
+        loss, stats = class_balanced_loss(x, call.target, call.weight, return_stats=True, **options)
+        assert stats.rows.sum() <= call.target.numel()
+    else:
+        loss = class_balanced_loss(x, call.target, call.weight, **options)
+    if call.mode == "no_grad":
+        return loss, None
+    incoming = torch.ones_like(loss)
+    if call.mode == "retain_graph":
+        (first,) = torch.autograd.grad(loss, leaf, incoming, retain_graph=True)
+        (again,) = torch.autograd.grad(loss, leaf, incoming)
+        assert torch.equal(first.nan_to_num(), again.nan_to_num())
+    else:
+        (again,) = torch.autograd.grad(loss, leaf, incoming)
+    return loss.detach(), again
+
+
+def expected(call: Call) -> tuple[Tensor, Tensor] | Exception:
+    """From the reference in float64, of the same numbers.
+
+    Of extreme logits by its explicit gradient: that of autograd is NaN where a limit is not, and
+    exp(z - lse) is off by the rounding of a large lse.
+    """
+    leaf = call.logits.detach().double().requires_grad_()
+
+    def result(name: Any) -> tuple[Tensor, Tensor]:
+        loss = class_balanced_loss(leaf, call.target, call.weight, backend=name, **call.options)
+        (grad,) = torch.autograd.grad(loss, leaf, torch.ones_like(loss))
+        return loss.detach(), grad
+
+    try:
+        found = result("reference")
+    except ERRORS as error:
+        return error
+    if not call.extreme:
+        return found
+    with Backend(None, fallback=True).active():
+        return result(None)
+
+
+def slack_of(call: Call) -> float:
+    """What cancels: as test_every_combination_of_options has it, times what multiplies rows."""
+    options, f64 = call.options, call.logits.dtype == torch.float64
+    cancelling = 1.0 if options["label_smoothing"] else 0.0
+    if call.target.shape == call.logits.shape and call.target.numel():
+        cancelling = max(1.0, call.target.double().clamp(min=0).sum(1).max().item())
+    slack = (1e-14 if f64 else 4e-7) * cancelling
+    if options.get("clip") and not f64:
+        slack = 1e-6
+    return slack * 4 * options["logit_scale"]
+
+
+def assert_agrees(call: Call, got: Any, want: tuple[Tensor, Tensor]) -> None:
+    dtype, C = call.logits.dtype, call.logits.shape[min(1, call.logits.dim() - 1)]
+    slack = slack_of(call) * max(1, want[0].numel(), call.target.numel())
+    classes = C * max(1, call.target.numel())
+    assert_loss(*both_finite(got[0], want[0]), dtype, classes, slack=slack)
+    if got[1] is not None:
+        grad, exact = both_finite(got[1], want[1])
+        if grad.dim() == 1:
+            grad, exact = grad[None], exact[None]
+        assert_grad(grad, exact, dtype, slack=slack)
+
+
+def both_finite(got: Tensor, want: Tensor) -> tuple[Tensor, Tensor]:
+    """0 where both are NaN, or infinite alike: a bounded one is the largest number of its type."""
+    same = (got.isnan() & want.isnan()) | (~want.isfinite() & (got == want))
+    same |= (want.abs() > 1e100) & (got.double().abs() > 1e30) & (got.sign() == want.sign())
+    return got.masked_fill(same, 0), want.masked_fill(same, 0)
+
+
+@given(call=calls())
+@settings(
+    max_examples=EXAMPLES, derandomize=False, print_blob=True,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)  # fmt: skip
+def test_every_backend_agrees_or_raises(call):
+    want = expected(call)
+    for name, backend in BACKENDS.items():
+        with backend.active():
+            try:
+                got = run(call, backend)
+            except ERRORS as error:
+                if call.mode == "inplace" and str(error).startswith("inplace=True needs"):
+                    continue  # strides of the inner dimensions
+                assert type(error) is type(want), f"{name}: {error!r}, reference: {want!r}"
+                assert told(error) == told(want), f"{name}: {error}, reference: {want}"
+                continue
+        if isinstance(want, Exception):
+            assert backend.gpu and isinstance(want, OF_VALUES), f"{name} did not raise {want!r}"
+            continue
+        try:
+            assert_agrees(call, got, want)
+        except pytest.fail.Exception as failed:
+            pytest.fail(f"{name}: {failed}")
