@@ -33,12 +33,22 @@ class Case(NamedTuple):
     seed: int
 
 
-def cases(dtypes: list[str], classes: list[int], share: int) -> Iterator[Case]:
-    """Every combination, or one of `share` of them."""
+class Chosen(NamedTuple):
+    """Of which values cases() makes all combinations, or one of `share` of them."""
+
+    dtypes: list[str]
+    classes: list[int]
+    layouts: list[str]
+    targets: list[str]
+    share: int
+
+
+def cases(chosen: Chosen) -> Iterator[Case]:
     kinds = [(sigmoid, kind) for sigmoid, several in KINDS.items() for kind in several]
-    combinations = itertools.product(classes, LAYOUTS, dtypes, kinds)
+    kinds = [(sigmoid, kind) for sigmoid, kind in kinds if kind in chosen.targets]
+    combinations = itertools.product(chosen.classes, chosen.layouts, chosen.dtypes, kinds)
     for seed, (C, layout, dtype, (sigmoid, kind)) in enumerate(combinations):
-        if seed % share == 0:
+        if seed % chosen.share == 0:
             yield Case(sigmoid, DTYPES[dtype], C, layout, kind, seed)
 
 

@@ -24,15 +24,28 @@ from cbloss_fused.backends import REGISTRY, set_isa
 from cbloss_fused.inputs import Inputs, compute_dtype, is_soft
 from cbloss_fused.options import REDUCTIONS, Formula, Options
 
-from .cases import CLASSES, IGNORED, Call, Case, by_row, cases, drawn_call, laid
+from .cases import (
+    CLASSES,
+    IGNORED,
+    KINDS,
+    LAYOUTS,
+    Call,
+    Case,
+    Chosen,
+    by_row,
+    cases,
+    drawn_call,
+    laid,
+)
 
 THREADS = 3  # where there are rows for several
 
 
-def run(case: Case, backend: str, tell: Callable[[str], None]) -> None:
-    """Every operator on a case, loss and gradient also in place; raises where one is wrong."""
+def run(case: Case, backend: str, rows: int, tell: Callable[[str], None]) -> None:
+    """Every operator on a case of so many rows at most, loss and gradient also in place; ends where
+    a result is wrong."""
     draw = random.Random(case.seed)
-    call = drawn_call(case, draw, 5000 if backend == "cpu" else 67)
+    call = drawn_call(case, draw, rows)
     x, target, numbers, K = call.x, call.target, call.numbers, call.K
     rows, C, soft, reduced = *x.shape, is_soft(target), REDUCTIONS[call.reduction]
     # Values, as far as the kernels know them: targets are converted to what they compute in.
@@ -198,8 +211,13 @@ def main() -> None:
     )
     parser.add_argument("--dtypes", nargs="*", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--classes", nargs="*", type=int, default=list(CLASSES))
+    parser.add_argument("--layouts", nargs="*", choices=LAYOUTS, default=list(LAYOUTS))
+    parser.add_argument("--targets", nargs="*", choices=KINDS[True], default=list(KINDS[True]))
+    parser.add_argument("--rows", type=int, default=5000, help="at most, but for images")
     parser.add_argument("--share", type=int, default=1, help="one of so many cases")
     arguments = parser.parse_args()
+    given = arguments
+    chosen = Chosen(given.dtypes, given.classes, given.layouts, given.targets, given.share)
     ops._warned = True
     torch.set_num_threads(THREADS)
     if arguments.backend == "triton":
@@ -215,8 +233,8 @@ def main() -> None:
         if arguments.backend == "cpu":
             set_isa(isa)
             check_refusals(tell)
-        for case in cases(arguments.dtypes, arguments.classes, arguments.share):
-            run(case, arguments.backend, tell)
+        for case in cases(chosen):
+            run(case, arguments.backend, arguments.rows, tell)
             count += 1
     print(f"{count} cases")
 
