@@ -14,8 +14,8 @@ from torch import Tensor
 from cbloss_fused.inputs import Inputs, compute_dtype, is_soft
 from cbloss_fused.options import Activation, Formula, Options
 
-# Images' and vectors' ends; with 2100, sums of so many terms that they must be flushed on the way.
-CLASSES = (1, 7, 10, 99, 100, 101, 131, 1000, 2100)
+# Ends of vectors and of four vectors; with 2100, sums that must be flushed on the way.
+CLASSES = (1, 7, 10, 99, 100, 101, 127, 131, 1000, 2100)
 GAMMAS = (0.0, 0.5, 1.0, 2.0, 1.5, 4.0)
 LAYOUTS = ("rows", "padded", "apart", "image", "channels-last")
 KINDS = {False: ("index", "soft", "bool"), True: ("index", "background", "soft", "bool", "unknown")}

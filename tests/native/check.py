@@ -159,17 +159,20 @@ def refused(message: str, call: Callable[[], object]) -> None:
         raise SystemExit(f"nothing was raised, expected {message!r}")
 
 
-def check_refusals(tell: Callable[[str], None]) -> None:
+def check_refusals(dtype: torch.dtype, tell: Callable[[str], None]) -> None:
     """Values out of range: the first of them, wherever it lies in a row or among rows."""
     for C, rows, K, sigmoid in itertools.product((7, 131), (1, 9), (1, 3), (False, True)):
-        check_refusals_of(C, rows, K, sigmoid, tell)
+        check_refusals_of(C, rows, K, sigmoid, dtype, tell)
 
 
-def check_refusals_of(C: int, N: int, K: int, sigmoid: bool, tell: Callable[[str], None]) -> None:
+def check_refusals_of(
+    C: int, N: int, K: int, sigmoid: bool, dtype: torch.dtype, tell: Callable[[str], None]
+) -> None:
     """The last of N * K rows has a value that is out of range, in its largest logit's class."""
     numbers, record = Formula.of(Options("sigmoid" if sigmoid else "softmax")), REGISTRY["cpu"]
-    memory, nan = Memory(at_end=True), torch.tensor(float("nan"))
-    x = torch.zeros(N, C, K) if K > 1 else torch.zeros(N, C)
+    compute = compute_dtype(dtype)
+    memory, nan = Memory(at_end=True), torch.tensor(float("nan"), dtype=compute)
+    x = torch.zeros((N, C, K) if K > 1 else (N, C), dtype=dtype)
     last = (N - 1, C - 1, K - 1)[: x.dim()]
     x[last] = 1
     y = torch.zeros(N, K, dtype=torch.int64) if K > 1 else torch.zeros(N, dtype=torch.int64)
@@ -189,11 +192,11 @@ def check_refusals_of(C: int, N: int, K: int, sigmoid: bool, tell: Callable[[str
         refuse(f"target[{of_rows}] = {index} ", wrong)
     for number, partly in itertools.product((1.5, -0.5, float("nan"), -float("inf")), (0, 1)):
         if number != 1.5 or sigmoid:
-            soft = torch.zeros_like(x)
+            soft = torch.zeros(x.shape)
             soft[last] = number
             where = ", ".join(map(str, last))
             refuse(f"target[{where}] = ", soft, partly=bool(partly))
-    vector = torch.ones(max(C, N * K))
+    vector = torch.ones(max(C, N * K), dtype=compute)
     for size, name in ((C, "weight"), (N * K, "sample_weight")):
         values = memory.copy(vector[:size])
         values[-1] = -1
@@ -232,7 +235,7 @@ def main() -> None:
 
         if arguments.backend == "cpu":
             set_isa(isa)
-            check_refusals(tell)
+            check_refusals(DTYPES[chosen.dtypes[0]], tell)
         for case in cases(chosen):
             run(case, arguments.backend, arguments.rows, tell)
             count += 1

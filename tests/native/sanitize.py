@@ -14,6 +14,7 @@ from emulator.build import SANITIZERS
 
 from cbloss_fused.backends import set_isa
 
+from . import build
 from .build import NAME, ROOT, link, objects_of, package
 
 FLAGS = [*SANITIZERS, "-O1", "-g1", "-fno-omit-frame-pointer", "-w"]
@@ -24,7 +25,7 @@ CHOSEN = "cpu or guard_pages"  # of the tests in them
 def built(folder: Path) -> Path:
     """The folder, its extension compiled if it is not up to date."""
     library = package(folder) / NAME
-    sources = [*(ROOT / "csrc").rglob("*"), *Path(__file__).parent.glob("*.py")]
+    sources = [*(ROOT / "csrc").rglob("*"), Path(build.__file__), Path(__file__)]
     newest = max(path.stat().st_mtime for path in sources)
     if not library.exists() or library.stat().st_mtime < newest:
         objects = objects_of(ROOT / "csrc", folder / "objects", set_isa(), FLAGS)
