@@ -16,7 +16,7 @@ SANITIZED := "cuda and (C1000 or C7 or C9 or split or otherwise or scaling)"
 CUDA_PATHS = PATH="$$PATH:$$CUDA_HOME/bin:/usr/local/cuda/bin"; export PATH
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo help test test-all test-here test-interpreted frameworks-test planted fuzz oldest bench bounds codegen roofline scaling fonts experiment figures docs wheel hub gpu gpu-build gpu-test gpu-bench sanitize-gpu lint clean
+.PHONY: demo help test test-all test-here test-interpreted frameworks-test planted fuzz sanitize oldest bench bounds codegen roofline scaling fonts experiment figures docs wheel hub gpu gpu-build gpu-test gpu-bench sanitize-gpu lint clean
 demo: $(VENV)/ready  ## train on long-tailed digits, with and without class balance
 	$(BIN)/python -m cbloss_fused.demo
 help:  ## this list
@@ -31,11 +31,13 @@ test-interpreted: $(VENV)/ready  ## Triton kernels in its interpreter, without a
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest $(LONG) $(KERNEL_TESTS)
 frameworks-test: $(FRAMEWORKS)/ready  ## examples, checkpoints of Lightning, Trainer, timm and others; in an environment of its own
 	PYTHONPATH=. $(FRAMEWORKS)/bin/python -m pytest -o addopts= -q -rs tests/test_frameworks*.py tests/test_recipes.py
-# Faults planted in the CUDA kernels, each of which a check must find: a test of the tests.
-planted: $(VENV)/ready  ## faults planted in the CUDA kernels, each must be found; minutes
+# Faults planted in the kernels, each of which a check must find: a test of the tests.
+planted: $(VENV)/ready  ## faults planted in the kernels, each must be found; half an hour
 	$(BIN)/python -m pytest -m slow --ignore tests/test_fuzz.py
 fuzz: $(VENV)/ready  ## random calls on every backend against float64; CALLS=20000 take an hour at most
 	CBLOSS_FUZZ=$(CALLS) timeout 3600 $(BIN)/python -m pytest -m slow tests/test_fuzz.py
+sanitize: $(VENV)/ready  ## CPU kernels under address and undefined-behaviour sanitizers; minutes
+	PYTHONPATH=.:tests $(BIN)/python -m native.sanitize
 # The kernels through the oldest Triton that they promise, which knows less of the language.
 oldest: $(VENV)/ready  ## compile the Triton kernels by the oldest Triton that is promised
 	$(BIN)/pip install --quiet --no-deps --upgrade --target build/oldest "triton==3.6.0"

@@ -23,7 +23,7 @@ from cbloss_fused.inputs import Inputs
 from cbloss_fused.options import Formula, Options
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
-CHECK = [sys.executable, str(Path(__file__).parent / "emulator" / "check.py")]
+CHECK = [sys.executable, "-m", "emulator.check"]
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_special_functions_at_their_worst(emulated, setting, family, gamma, erro
 def checked(library: Path | None, *arguments: str, **environment: str) -> str:
     done = subprocess.run(
         [*CHECK, str(library), *arguments],
-        capture_output=True, text=True, env=os.environ | environment,
+        capture_output=True, text=True, env=os.environ | environment, cwd=Path(__file__).parent,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

@@ -116,10 +116,12 @@ CB_FN Vec exp(Vec x) {
 }
 
 // log x for normal x > 0, by atanh: absolute error 1e-7 in [1/2, 2], elsewhere relative 1.3e-7.
+// Lanes that belong to no row may have any x: unsigned numbers may wrap around.
 CB_FN Vec log(Vec x) {
   constexpr float LN2 = 0.693147181f;
-  const IVec bits = (IVec)x, n = (bits - 0x3f3504f3) >> 23;  // mantissa in [sqrt(1/2), sqrt 2)
-  const Vec m = (Vec)(bits - (n << 23)), f = m - 1.f, s = f / (m + 1.f), t = s * s;
+  const UVec bits = (UVec)x;
+  const IVec n = (IVec)(bits - 0x3f3504f3u) >> 23;  // mantissa in [sqrt(1/2), sqrt 2)
+  const Vec m = (Vec)(bits - ((UVec)n << 23)), f = m - 1.f, s = f / (m + 1.f), t = s * s;
   const Vec p = ((t * 0.1111111f + 0.1428571f) * t + 0.2f) * t + 0.3333333f;
   const Vec y = __builtin_convertvector(n, Vec) * LN2 + (2.f * s + 2.f * s * t * p);
   return x <= FLT_MAX ? y : x;  // log of infinity and NaN: unchanged

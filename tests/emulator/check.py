@@ -1,4 +1,5 @@
-"""Runs the CUDA kernels of an emulated library against float64: `python check.py LIBRARY`.
+"""Runs the CUDA kernels of an emulated library against float64, in this folder's
+parent: `python -m emulator.check LIBRARY`.
 
 A process of its own, since a kernel that is wrong may end it: every buffer lies between pages that
 nobody may touch. Thread orders, the errors of special functions, options and layouts vary from case
@@ -10,14 +11,14 @@ from __future__ import annotations
 import argparse
 import ctypes
 import itertools
-import mmap
 import random
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
+from support.guard_pages import Memory
 from torch import Tensor
 
 from cbloss_fused import reference
@@ -44,37 +45,6 @@ TOLERANCE = {  # relative: of the loss, of a gradient to the row's largest
     torch.bfloat16: (2e-5, 2.0**-8 + 2e-5),
     torch.float16: (2e-5, 2.0**-11 + 2e-5),
 }
-PAGE = mmap.PAGESIZE
-libc = ctypes.CDLL(None, use_errno=True)
-libc.mmap.restype = ctypes.c_void_p
-libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-libc.mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-
-
-class Memory:
-    """Buffers between pages without access: up to the last, or `shift` elements past the first."""
-
-    def __init__(self, at_end: bool, shift: int) -> None:
-        self.at_end, self.shift = at_end, shift
-        self.regions: list[tuple[int, int]] = []
-
-    def copy(self, values: Tensor) -> Tensor:
-        size, item = values.numel() * values.element_size(), values.element_size()
-        start = 0 if self.at_end else self.shift * item
-        pages = (size + start + PAGE - 1) // PAGE * PAGE + 2 * PAGE
-        base = libc.mmap(None, pages, mmap.PROT_READ | mmap.PROT_WRITE, 0x22, -1, 0)
-        self.regions.append((base, pages))
-        for guard in (base, base + pages - PAGE):
-            assert libc.mprotect(guard, PAGE, 0) == 0
-        first = base + (pages - PAGE - size if self.at_end else PAGE + start)
-        memory = (ctypes.c_char * max(size, 1)).from_address(first)
-        tensor = torch.frombuffer(memory, dtype=values.dtype, count=values.numel())
-        return tensor.view(values.shape).copy_(values)
-
-    def free(self) -> None:
-        for base, pages in self.regions:
-            libc.munmap(base, pages)
 
 
 class Case(NamedTuple):
@@ -228,7 +198,14 @@ def run(case: Case, library: ctypes.CDLL) -> None:
     memory.free()
 
 
-def check(case: Case, what: str, got: Tensor, want: Tensor, rtol: float, scale: Tensor) -> None:
+class OfType(Protocol):
+    """A case, as far as check() looks at it."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+def check(case: OfType, what: str, got: Tensor, want: Tensor, rtol: float, scale: Tensor) -> None:
     smallest = 2.0**-24 if case.dtype == torch.float16 and got.dtype == case.dtype else 1e-37
     wrong = (got.double() - want).abs() > rtol * scale + smallest
     wrong |= got.isnan() != want.isnan()

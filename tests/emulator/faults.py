@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from . import build
 
-CHECK = Path(__file__).parent / "check.py"
+TESTS = Path(__file__).parent.parent
 NAMES = {"float": "float32", "__nv_bfloat16": "bfloat16", "__half": "float16"}
 
 
@@ -109,8 +109,8 @@ def plant(fault: Fault, folder: Path) -> str | None:
     assert text.count(fault.line) > 0, f"{fault.name}: {fault.file} has no such line"
     path.write_text(text.replace(fault.line, fault.becomes))
     library = build.faulty(csrc, fault.dtype)
-    command = [sys.executable, str(CHECK), str(library), "--dtypes", NAMES[fault.dtype]]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = [sys.executable, "-m", "emulator.check", str(library), "--dtypes"]
+    done = subprocess.run([*command, NAMES[fault.dtype]], capture_output=True, text=True, cwd=TESTS)
     if done.returncode == 0:
         return None
     return (done.stderr.strip().splitlines() or [f"ended by signal {-done.returncode}"])[-1]
