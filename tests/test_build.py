@@ -38,7 +38,7 @@ def test_the_declarations_are_pytorchs(tmp_path, changed):
     lines = ["#define USE_CUDA", *(f"#include <torch/csrc/{each}>" for each in headers), ours]
     include = Path(torch.__file__).parent / "include"
     done = subprocess.run(
-        [COMPILER, "-std=c++17", "-fsyntax-only", "-DTORCH_TARGET_VERSION=0x020b000000000000",
+        [COMPILER or "g++", "-std=c++17", "-fsyntax-only", "-DTORCH_TARGET_VERSION=0x020b000000000000",
          f"-isystem{include}", "-x", "c++", "-"],
         input="\n".join(lines), capture_output=True, text=True,
     )  # fmt: skip
