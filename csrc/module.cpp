@@ -1,5 +1,6 @@
-// The Python module cbloss_fused._C, or what a builder of kernels for a hub calls it: register(library) gives the kernels of cpu/ops.cpp to the
-// operators of that library of PyTorch; set_isa as in cpu/call.h.
+// The Python module cbloss_fused._C, or what a builder of kernels for a hub calls it:
+// register(library) gives the kernels of cpu/ops.cpp to the operators of that library of PyTorch;
+// set_isa as in cpu/call.h.
 #include <Python.h>
 
 #include <stdexcept>

@@ -38,8 +38,8 @@ def test_the_declarations_are_pytorchs(tmp_path, changed):
     lines = ["#define USE_CUDA", *(f"#include <torch/csrc/{each}>" for each in headers), ours]
     include = Path(torch.__file__).parent / "include"
     done = subprocess.run(
-        [COMPILER or "g++", "-std=c++17", "-fsyntax-only", "-DTORCH_TARGET_VERSION=0x020b000000000000",
-         f"-isystem{include}", "-x", "c++", "-"],
+        [COMPILER or "g++", "-std=c++17", "-fsyntax-only", f"-isystem{include}",
+         "-DTORCH_TARGET_VERSION=0x020b000000000000", "-x", "c++", "-"],
         input="\n".join(lines), capture_output=True, text=True,
     )  # fmt: skip
     assert (done.returncode != 0) == changed, done.stderr
