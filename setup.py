@@ -374,9 +374,13 @@ class BuildExtension(build_ext):
     def run(self) -> None:
         self.no_cuda = NO_CUDA
         super().run()
-        note = Path(self.get_ext_fullpath("cbloss_fused._C")).parent / "_cuda_note.txt"
+        package = Path(self.get_ext_fullpath("cbloss_fused._C")).parent
+        note = package / "_cuda_note.txt"
         note.unlink(missing_ok=True)
         if self.no_cuda is not None:
+            if not KEEP or ASKED == "0":  # what is not current is not used
+                for name in ("_cuda.so", "_cuda.stamp"):
+                    (package / name).unlink(missing_ok=True)
             note.write_text(self.no_cuda + "\n")
             tell(f"without CUDA kernels: {self.no_cuda}")
 

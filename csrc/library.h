@@ -11,15 +11,15 @@
 
 namespace stack {
 
-constexpr uint64_t ABI_VERSION =
-    0x020b000000000000;  // what lies on the stack: as torch 2.11 has it
+// What lies on the stack is as torch 2.11 has it.
+constexpr uint64_t ABI_VERSION = 0x020b000000000000;
 
+// The low bytes of a value, which all of PyTorch's machines have first.
 template <class T>
 T bits(StableIValue value) {
   static_assert(std::is_trivially_copyable_v<T> && sizeof(T) <= sizeof(value));
   T copy;
-  std::memcpy(&copy, &value,
-              sizeof(T));  // of the low bytes: all of PyTorch's machines have these first
+  std::memcpy(&copy, &value, sizeof(T));
   return copy;
 }
 

@@ -152,6 +152,23 @@ def test_a_wheel_without_kernels_is_one_for_any_platform(tmp_path):
     assert not [name for name in names if name.endswith(kinds)]
 
 
+@pytest.mark.parametrize("keep", ("0", "1"))
+def test_a_library_that_is_not_built_now_is_not_used(tmp_path, keep):
+    """In place; CBLOSS_KEEP=1: it was carried here, to where there is no nvcc."""
+    folder = copied(tmp_path)
+    library = folder / "cbloss_fused" / "_cuda.so"
+    library.write_text("of an earlier build")
+    environment = {"CBLOSS_CPU": "0", "CBLOSS_CUDA": "", "CBLOSS_KEEP": keep, "CUDA_HOME": ""}
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=folder,
+        capture_output=True, text=True,
+        env=os.environ | environment | {"CUDA_PATH": "", "PATH": str(tmp_path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert library.exists() == (keep == "1")
+    assert "no nvcc found" in (library.parent / "_cuda_note.txt").read_text()
+
+
 def test_the_archive_of_sources_is_complete(tmp_path):
     if not (ROOT / ".git").exists():
         pytest.skip("not a checkout")
