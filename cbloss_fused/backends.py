@@ -132,7 +132,7 @@ def _cuda() -> Backend:
         return _without_cuda("built, but this PyTorch has no CUDA")
     try:
         return _cuda_record(ctypes.CDLL(str(library)), "cuda")
-    except OSError as error:
+    except (OSError, AttributeError) as error:  # of another version
         return _without_cuda(f"the library cannot be loaded ({error}); {REINSTALL}")
 
 

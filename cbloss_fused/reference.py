@@ -343,10 +343,11 @@ def _rows(
         others = z.scatter(1, top, -inf)
         M = torch.maximum(others.amax(1, keepdim=True), z.gather(1, top))
         M = M.clamp(min=torch.finfo(z.dtype).min)  # NaN stays; -inf - -inf would be NaN
-        infinite = (unlimited == inf).any(1, keepdim=True)  # then M is the limit's, 0
-        if sums is not None:
-            M = torch.where(infinite, M, sums[0].unsqueeze(1))
-        largest = torch.where(infinite, inf, M)
+        largest = M  # of the logits as given, which the z-loss alone asks for
+        if sums is not None or f.z_loss:
+            infinite = (unlimited == inf).any(1, keepdim=True)  # then M is the limit's, 0
+            M = M if sums is None else torch.where(infinite, M, sums[0].unsqueeze(1))
+            largest = torch.where(infinite, inf, M)
         e = (others - M).exp()
         D = (z - M).sum(1, keepdim=True) if eps else 0.0
         R = e.sum(1, keepdim=True) if sums is None else sums[1].unsqueeze(1)

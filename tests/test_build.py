@@ -17,7 +17,7 @@ import torch
 from support.backends import INTERPRETED
 
 import setup
-from cbloss_fused.backends import REGISTRY
+from cbloss_fused.backends import REGISTRY, _cuda
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ("csrc", "cbloss_fused", "setup.py", "pyproject.toml", "README.md", "LICENSE")
@@ -260,3 +260,15 @@ def test_two_copies_of_the_package_live_beside_each_other(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("fused C++ kernels") == 3
+
+
+@pytest.mark.skipif(COMPILER is None, reason="needs g++")
+def test_a_cuda_library_of_another_version_is_told_not_raised(tmp_path, monkeypatch):
+    library = tmp_path / "_cuda.so"
+    command = [COMPILER or "g++", "-shared", "-x", "c++", "-", "-o", str(library)]
+    subprocess.run(command, input="", text=True, check=True)
+    monkeypatch.setitem(_cuda.__globals__, "FOLDER", tmp_path)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    missing = _cuda().missing
+    assert missing is not None
+    assert re.match(r"the library cannot be loaded \(.*cbloss_register\); reinstall", missing)
