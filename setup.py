@@ -365,6 +365,7 @@ class BuildExtension(build_ext):
     """Libraries of names of their own, and a note of why there is none for CUDA."""
 
     no_cuda: str | None = None
+    in_sources = False
 
     def get_ext_filename(self, fullname: str) -> str:
         if fullname.endswith("_cuda"):  # not a module of Python
@@ -373,6 +374,7 @@ class BuildExtension(build_ext):
 
     def run(self) -> None:
         self.no_cuda = NO_CUDA
+        self.in_sources = bool(self.inplace)  # which setuptools clears while it builds
         super().run()
         package = Path(self.get_ext_fullpath("cbloss_fused._C")).parent
         note = package / "_cuda_note.txt"
@@ -387,11 +389,12 @@ class BuildExtension(build_ext):
     def build_extension(self, ext: Extension) -> None:
         """Into the package in place, else where it is found again but does not enter a wheel."""
         target, cuda = Path(self.get_ext_fullpath(ext.name)), ext.name.endswith("_cuda")
-        folder = target.parent if self.inplace else Path(self.build_temp).resolve()
+        in_sources = ROOT / "cbloss_fused"
+        folder = in_sources if self.in_sources else Path(self.build_temp).resolve()
         library, tools = folder / target.name, cuda_tools if cuda else cpu_tools
         sources = digest_of_sources("cpu" if cuda else "cuda")
         stamp = Stamp(folder / f"{ext.name.split('.')[-1]}.stamp", library, sources)
-        keep = KEEP and self.inplace
+        keep = KEEP and self.in_sources
         if self.force or not stamp.current(tools, keep):
             if not cuda:
                 check_compiler()
@@ -414,6 +417,9 @@ class BuildExtension(build_ext):
         if library != target:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(library, target)
+
+    def copy_extensions_to_source(self) -> None:
+        """They were built there: a copy would overwrite what a process may have loaded."""
 
     def build_cpu(self, library: Path, folder: Path) -> None:
         words = compiler()

@@ -115,6 +115,34 @@ def test_code_that_does_not_compile(tmp_path):
     assert not list(tmp_path.rglob("*.so"))
 
 
+# What is current ----------------------------------------------------------------------------------
+
+FAKE = """case $* in *-dM*) echo '#define __GNUC__ 12'; exit;; --version) exit;; esac
+echo >> "{log}"; for word; do [ "$last" != -o ] || echo a library > "$word"; last=$word; done"""
+
+
+@pytest.mark.parametrize("keep", ("0", "1"))
+def test_what_is_current_is_not_built_again(tmp_path, keep):
+    """In place, wherever the temporary files go: pip's editable installation has its own."""
+    folder = copied(tmp_path)
+    fake = compiler(tmp_path, FAKE.format(log=tmp_path / "calls"))
+
+    def calls(temporary: str, **environment: str) -> int:
+        (tmp_path / "calls").write_text("")
+        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace", "-t", temporary]
+        settings = {"CXX": fake, "CBLOSS_CUDA": "0", "CBLOSS_KEEP": keep} | environment
+        subprocess.run(command, cwd=folder, check=True, env=os.environ | settings)
+        return len((tmp_path / "calls").read_text())
+
+    assert calls("one") > 5
+    assert (folder / "cbloss_fused" / "_C.stamp").exists()
+    assert calls("two") == 0
+    assert (calls("two", CXXFLAGS="-g") == 0) == (keep == "1")
+    with (folder / "csrc" / "call.h").open("a") as file:
+        file.write("// changed\n")
+    assert calls("two") > 5
+
+
 # Wheels -------------------------------------------------------------------------------------------
 
 
