@@ -68,17 +68,15 @@ Worst function(const char* name, uint32_t first, uint32_t last, uint32_t step) {
   const auto is = [name](const char* other) { return !std::strcmp(name, other); };
   const auto run = [=](auto f, auto exact) { return sweep(first, last, step, f, exact, relative); };
   const auto e_to = [](double x) { return std::exp(x); };
-  const auto e_half = [](double z) { return std::exp(-z / 2); };
+  const auto root = [](double z) { return std::sqrt(sigma(z)); };
   if (is("exp")) return run([](Vec x) { return exp<SHORT>(x); }, e_to);
-  if (is("exp_minus_half")) return run([](Vec z) { return exp_minus_half<SHORT>(z); }, e_half);
+  if (is("root_sigma")) return run([](Vec z) { return root_sigma<SHORT>(z); }, root);
   if (is("log1m_over")) return run([](Vec m) { return log1m_over<SHORT>(m); }, exact_log1m_over);
   const auto log_of = [](Vec x) { return log(x); };
   const auto log_of_double = [](double x) { return std::log(x); };
   if (is("log")) return run(log_of, log_of_double);
   if (is("log, absolute")) return sweep(first, last, step, log_of, log_of_double, absolute);
   if (is("rcp")) return run([](Vec x) { return rcp(x); }, [](double x) { return 1 / x; });
-  if (is("rsqrt"))
-    return run([](Vec x) { return rsqrt(x); }, [](double x) { return 1 / std::sqrt(x); });
   if (is("softplus")) {
     const auto sum = [](Vec z) {
       SoftplusSum<SHORT, Vec> one;

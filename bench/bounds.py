@@ -57,7 +57,7 @@ def _functions() -> tuple[Function, ...]:
         e, u = (4e-6, 7e-6) if short else (4.1e-7, 2.5e-7)
         found += [
             Function("exp", short, LOWEST, HIGHEST, e),
-            Function("exp_minus_half", short, -87.0, 174.6, e),
+            Function("root_sigma", short, -87.0, 174.6, e),
             Function("log1m_over", short, 0.0, 0.5, u),
             Function("sigma", short, -128.0, 128.0, e, 17),
             Function("softplus", short, -128.0, 128.0, 4e-6 if short else 6e-7, 17),
@@ -72,7 +72,6 @@ def _functions() -> tuple[Function, ...]:
         Function("log", False, 2.0, LARGEST, 1.3e-7),
         Function("log, absolute", False, 0.5, 2.0, 1e-7),
         Function("rcp", False, 1.0, 2.0, 1.2e-7),
-        Function("rsqrt", False, 1.0, LARGEST, 1.2e-7),
     )
 
 

@@ -4,8 +4,8 @@
 // file inside its own namespace, after it has defined CB_FN (how these functions are declared) and
 // the operations on T (vec.h on the CPU, math.cuh on a GPU):
 // - arithmetic, comparison and ?:, element by element;
-// - constant, largest_finite, neg_abs, log, exp, exp_minus_half, power, divide, rcp, rsqrt; for
-//   double also log1p_neg;
+// - constant, largest_finite, neg_abs, log, exp, root_sigma = sqrt(sigma), power, divide, rcp; for
+//   double also log1p_neg, but not root_sigma;
 // - min and max, which are NaN where their second argument is NaN, so that a NaN logit gives NaN.
 //
 // SHORT: the results are stored in a half type, so exp and log1m_over may use shorter polynomials.
@@ -129,14 +129,20 @@ template <class T>
 struct Element {
   T L, g;
 };
+// gamma, as a constant where the code is for one value: a factor of 1 or 2 is no multiplication.
+template <Gamma G, class Scalar>
+CB_FN Scalar known(Scalar gamma) {
+  if constexpr (G == Gamma::HALF) return Scalar(0.5f);
+  if constexpr (G == Gamma::ONE) return Scalar(1);
+  if constexpr (G == Gamma::TWO) return Scalar(2);
+  return gamma;
+}
 template <Gamma G, bool SHORT, class T, class Scalar>
 CB_FN Element<T> sigmoid_element(T z, Scalar gamma) {
   const T zero{}, one = constant<T>(1);
   T s, c, m, focus = one;  // sigma(z), sigma(-z), the smaller of the two, s^gamma
   if constexpr (G == Gamma::HALF && !std::is_same_v<T, double>) {
-    // sigma and its root from one exponential and one rsqrt: h = e^{-z/2}, root = rsqrt(1 + h^2).
-    const T h = exp_minus_half<SHORT>(z);
-    focus = rsqrt(one + h * h), s = focus * focus, c = one - s, m = min(s, c);
+    focus = root_sigma<SHORT>(z), s = focus * focus, c = one - s, m = min(s, c);
   } else {
     const T e = exp<SHORT>(neg_abs(z)), inv = rcp(one + e);
     m = e * inv, s = z < zero ? m : inv, c = z < zero ? inv : m;
@@ -152,7 +158,7 @@ CB_FN Element<T> sigmoid_element(T z, Scalar gamma) {
     focus = exp<SHORT>(-gamma * min(largest_finite<T>(), l + max(zero, -z)));
   // Where sp > 50, c * sp is below 1e-20. The bound avoids 0 * inf, and that the rounding error of
   // c is multiplied by a large sp.
-  return {focus * sp, focus * (gamma * c * min(constant<T>(50), sp) + s)};
+  return {focus * sp, focus * (known<G>(gamma) * c * min(constant<T>(50), sp) + s)};
 }
 
 // gamma = 0, many elements: sum log(1 + e_j) = log prod (1 + e_j) needs one logarithm for all of

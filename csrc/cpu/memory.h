@@ -8,6 +8,10 @@ constexpr int64_t AHEAD = 2048;
 // gradient they fit into the smallest second-level caches.
 constexpr int64_t NEXT_ROW = 1 << 16;
 
+// Elements of a cache line.
+template <class S>
+constexpr int64_t LINE = 64 / sizeof(S);
+
 // Any address will do: none faults.
 CB_FN void prefetch(const void* p) { __builtin_prefetch(p); }
 template <class S>

@@ -3,7 +3,8 @@
 // Calls body(j, z, n, blank) for all vectors of a row, where z is -inf in the blank lanes: the
 // target's (y = C: there is none) and those past the end. Calls flush() at least every CHUNK
 // vectors. The order of the calls depends on C and y alone. Meanwhile the C elements from `later`
-// on are fetched.
+// on are fetched. Two calls a turn, whose instructions the compiler lets alternate: each is one
+// long chain, and few of them fit into what a processor looks ahead.
 template <class S, class Body, class Flush>
 CB_FN void for_negatives(const S* x, const S* later, int64_t C, int64_t y, const Body& body,
                          const Flush& flush) {
@@ -15,10 +16,13 @@ CB_FN void for_negatives(const S* x, const S* later, int64_t C, int64_t y, const
   for (const auto& [begin, end] : segment)
     for (int64_t b = begin; b < end; b += CHUNK * N) {
       const int64_t stop = std::min(end, b + CHUNK * N);
-      for (int64_t j = b; j < stop; j += N) {
-        prefetch(later + j);
-        body(j, load(x + j), N, none);
+      int64_t j = b;
+      for (; j + N < stop; j += 2 * N) {
+        for (int64_t k = 0; k < 2 * N; k += LINE<S>) prefetch(later + j + k);
+        const V z = load(x + j), next = load(x + j + N);  // both before a gradient in their place
+        body(j, z, N, none), body(j + N, next, N, none);
       }
+      if (j < stop) body(j, load(x + j), N, none);
       flush();
     }
   for (int64_t j = at_y; j < C; j = j < whole ? whole : C) {
@@ -83,12 +87,12 @@ template <class S>
 typename Lanes<S>::T largest_logit(const S* x, int64_t C) {
   using V = typename Lanes<S>::V;
   using T = typename Lanes<S>::T;
-  constexpr int64_t N = Lanes<S>::N, SUMS = 4, LINE = 64 / sizeof(S);
+  constexpr int64_t N = Lanes<S>::N, SUMS = 4;
   V top[SUMS];
   for (V& t : top) t = V{} - LARGEST<T>;
   int64_t j = 0;
   for (; j + SUMS * N <= C; j += SUMS * N) {
-    for (int64_t k = 0; k < SUMS * N; k += LINE) prefetch(ahead(x + j + k));
+    for (int64_t k = 0; k < SUMS * N; k += LINE<S>) prefetch(ahead(x + j + k));
     for (int64_t s = 0; s < SUMS; ++s) top[s] = max(load(x + j + s * N), top[s]);
   }
   for (; j < C; j += N) top[0] = max(padded(load_up_to(x + j, C - j), C - j, -INF<T>), top[0]);

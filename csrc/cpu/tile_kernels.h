@@ -136,7 +136,9 @@ template <class Body, class Flush>
 CB_FN void for_classes(int64_t C, const Body& body, const Flush& flush) {
   for (int64_t b = 0; b < C; b += CHUNK) {
     const int64_t stop = std::min(C, b + CHUNK);
-    for (int64_t c = b; c < stop; ++c) body(c);
+    int64_t c = b;
+    for (; c + 1 < stop; c += 2) body(c), body(c + 1);  // as in for_negatives()
+    if (c < stop) body(c);
     flush();
   }
 }

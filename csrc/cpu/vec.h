@@ -83,36 +83,45 @@ CB_FN double log(double x) { return std::log(x); }
 CB_FN double rcp(double x) { return 1 / x; }
 CB_FN double log1p_neg(double m) { return std::log1p(-m); }
 
-// e^x for x <= 88, as 2^n e^r with |r| <= ln2/2: relative error 4.1e-7 (SHORT: 4e-6), 2e-7 of it by
-// the rounding of LN2 where |x| is large. Below x = -87.3 the result is 0.
+// b e^(a x) for a x <= 88, as 2^n e^r with |r| <= ln2/2: relative error 4.1e-7 (SHORT: 4e-6), 2e-7
+// of it by the rounding of LN2 where |a x| is large. Below a x = -87.3 the result is 0. a and b are
+// powers of two, a may be negative: both are in the constants, exactly.
 template <bool SHORT = false>
-CB_FN Vec exp(Vec x) {
+CB_FN Vec exp_times(float a, Vec x, float b) {
   constexpr float LOG2_E = 1.44269504f, LN2 = 0.693147181f, LOWEST = -87.3f;
   constexpr float ROUND = 12582912.f + 127;  // 1.5 * 2^23: adding it rounds to an integer
-  const Vec shifted = x * LOG2_E + ROUND, n = shifted - ROUND;
+  const Vec shifted = x * (a * LOG2_E) + ROUND, n = shifted - ROUND;
 #if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-  const Vec r = x - n * LN2;
+  const Vec r = x - n * (LN2 / a);
 #else
-  const Vec r = (x - n * 0.693359375f) + (n * (0.693359375f - LN2));  // the first product is exact
+  constexpr float HIGH = 0.693359375f;  // n * HIGH is exact
+  const Vec r = (x - n * (HIGH / a)) + (n * ((HIGH - LN2) / a));
 #endif
-  Vec p;
+  const float a_2 = a * a, a_3 = a_2 * a, a_4 = a_3 * a;
+  Vec p;  // of a r
   if constexpr (SHORT) {
-    p = r * 4.151318790e-02f + 1.678794694e-01f;
-    p = p * r + 5.000303824e-01f;
-    p = p * r + 9.999665808e-01f;
+    p = r * (b * a_4 * 4.151318790e-02f) + b * a_3 * 1.678794694e-01f;
+    p = p * r + b * a_2 * 5.000303824e-01f;
+    p = p * r + b * a * 9.999665808e-01f;
   } else {
-    p = r * 8.290144645e-3f + 4.189885101e-2f;
-    p = p * r + 1.666764394e-1f;
-    p = p * r + 4.999914276e-1f;
-    p = p * r + 9.999997037e-01f;
+    p = r * (b * a_4 * a * 8.290144645e-3f) + b * a_4 * 4.189885101e-2f;
+    p = p * r + b * a_3 * 1.666764394e-1f;
+    p = p * r + b * a_2 * 4.999914276e-1f;
+    p = p * r + b * a * 9.999997037e-01f;
   }
-  p = p * r + 1.f;
+  p = p * r + b;
+  const Vec least = Vec{} + LOWEST / a;
 #if defined(__AVX512F__)
-  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, Vec{} + LOWEST, _CMP_NLT_UQ), p, n);
+  const Vec low = a < 0 ? least : x, high = a < 0 ? x : least;
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(low, high, _CMP_NLT_UQ), p, n);
 #else
   const IVec power = (IVec)shifted << 23;  // 2^n: the low bits of shifted are n + 127
-  return x < LOWEST ? Vec{} : p * (Vec)power;
+  return (a < 0 ? least < x : x < least) ? Vec{} : p * (Vec)power;
 #endif
+}
+template <bool SHORT = false>
+CB_FN Vec exp(Vec x) {
+  return exp_times<SHORT>(1, x, 1);
 }
 
 // log x for normal x > 0, by atanh: absolute error 1e-7 in [1/2, 2], elsewhere relative 1.3e-7.
@@ -127,18 +136,6 @@ CB_FN Vec log(Vec x) {
   return x <= FLT_MAX ? y : x;  // log of infinity and NaN: unchanged
 }
 
-// e^{-z/2}, bounded where L and g are 0: by a number whose square is infinite, which makes sigma
-// and its root 0, too. Of smaller ones they would be so small that their products are subnormal,
-// and slow. But the Newton step of rsqrt needs a finite square.
-template <bool SHORT>
-CB_FN Vec exp_minus_half(Vec z) {
-#if defined(__AVX512F__)
-  constexpr float MOST = 43.5f;
-#else
-  constexpr float MOST = 44.5f;
-#endif
-  return exp<SHORT>(min(Vec{} + MOST, z * -0.5f));
-}
 // q^gamma for q in [0, 1]. Other gammas than 1, 2 and 4 replace a q below the smallest normal
 // number by that number.
 template <class T, class Scalar>
@@ -153,7 +150,7 @@ CB_FN T divide(T a, T b) {
   return a / b;
 }
 
-// 1/x and 1/sqrt(x) for finite x > 0, with relative error 2^-23. By AVX-512 an estimate of 14 bits
+// 1/x for finite x > 0, with relative error 2^-23. By AVX-512 an estimate of 14 bits
 // and one Newton step, in place of a division or square root, which take as long as ten
 // multiplications.
 CB_FN Vec rcp(Vec x) {
@@ -164,14 +161,23 @@ CB_FN Vec rcp(Vec x) {
   return 1.f / x;
 #endif
 }
-CB_FN Vec rsqrt(Vec x) {
+
+// sqrt(sigma(z)) = 2 / sqrt(4 + h^2), h = 2 e^{-z/2}, bounded so that h^2 is finite: relative error
+// 5e-7 (SHORT: 4e-6). By an estimate of 12 bits or more and one Newton step where there is one.
+template <bool SHORT>
+CB_FN Vec root_sigma(Vec z) {
+  const Vec h = exp_times<SHORT>(-0.5f, max(Vec{} - 87.f, z), 2), x = h * h + 4.f;
+#if defined(__AVX2__)
 #if defined(__AVX512F__)
   const Vec y = _mm512_rsqrt14_ps(x);
-  return y + y * (0.5f - 0.5f * x * y * y);
 #else
-  Vec y;
-  for (int l = 0; l < W; ++l) y[l] = __builtin_sqrtf(x[l]);
-  return 1.f / y;
+  const Vec y = _mm256_rsqrt_ps(x);
+#endif
+  return y * (3.f - x * y * y);
+#else
+  Vec root;
+  for (int l = 0; l < W; ++l) root[l] = __builtin_sqrtf(x[l]);
+  return 2.f / root;
 #endif
 }
 

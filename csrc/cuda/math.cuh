@@ -79,9 +79,11 @@ CB_FN float exp_exact(float x) {
   const float y = x * LOG2E, rest = fmaf(x, LOG2E, -y) + x * 1.925963033e-8f;
   return ex2(y) * fmaf(rest, LN2, 1);
 }
+// sqrt(sigma(z)) = rsqrt(1 + h^2), h = e^{-z/2}: infinite for z < -177, then the root is 0.
 template <bool SHORT>
-CB_FN float exp_minus_half(float z) {  // infinite for z < -177: rsqrt of its square is 0
-  return ex2(z * (-0.5f * LOG2E));
+CB_FN float root_sigma(float z) {
+  const float h = ex2(z * (-0.5f * LOG2E));
+  return rsqrt(1 + h * h);
 }
 CB_FN float log(float x) { return lg2(x) * LN2; }
 CB_FN float divide(float a, float b) { return a * rcp(b); }
