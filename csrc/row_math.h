@@ -168,7 +168,7 @@ template <bool SHORT, class T>
 struct SoftplusSum {
   T linear{}, Q{};    // sum max(z, 0); prod (1 + e^{-|z|}) - 1
   CB_FN T add(T z) {  // returns sigma(z)
-    linear = z < T{} ? linear : linear + z;
+    linear += max(T{}, z);
     return multiply(z);
   }
   CB_FN T multiply(T z) {

@@ -17,14 +17,16 @@ from support.calls import Call, calls
 from support.tolerances import assert_grad, assert_loss
 from torch import Tensor
 
-from cbloss_fused import class_balanced_loss
+from cbloss_fused import ClassShards, ClassStats, class_balanced_loss
 
 pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*autograd.function.Function:DeprecationWarning"),  # torch's
     pytest.mark.slow,
     pytest.mark.skipif(DEVICE != "cpu" or INTERPRETED, reason="fuzzes what runs on a CPU"),
 ]
 EXAMPLES = int(os.environ.get("CBLOSS_FUZZ", "300"))
 ERRORS = (ValueError, TypeError, IndexError, RuntimeError)
+BEST = next(iter(BACKENDS.values()))
 OF_VALUES = (ValueError, IndexError)  # GPU kernels take values as given
 
 
@@ -43,11 +45,17 @@ def run(call: Call, backend: Any) -> tuple[Tensor, Tensor | None]:
     if call.mode == "inplace":  # what a model computed, with the strides of the logits
         x = leaf.clone(memory_format=torch.preserve_format)
         options["inplace"] = True
+    loss_of: Any = class_balanced_loss
+    if call.mode == "compile" and backend is BEST:  # the others' operators are traced alike
+        torch._dynamo.reset()
+        loss_of = torch.compile(class_balanced_loss, fullgraph=True, backend="aot_eager")
+    if call.mode == "shards":  # of one rank, whose code is its own
+        options["shards"] = ClassShards(call.logits.shape[min(1, call.logits.dim() - 1)])
     if call.mode == "stats":
-        loss, stats = class_balanced_loss(x, call.target, call.weight, return_stats=True, **options)
-        assert stats.rows.sum() <= call.target.numel()
+        loss, stats = loss_of(x, call.target, call.weight, return_stats=True, **options)
+        assert_stats(call, loss.detach(), stats)
     else:
-        loss = class_balanced_loss(x, call.target, call.weight, **options)
+        loss = loss_of(x, call.target, call.weight, **options)
     if call.mode == "no_grad":
         return loss, None
     incoming = torch.ones_like(loss)
@@ -58,6 +66,21 @@ def run(call: Call, backend: Any) -> tuple[Tensor, Tensor | None]:
     else:
         (again,) = torch.autograd.grad(loss, leaf, incoming)
     return loss.detach(), again
+
+
+def assert_stats(call: Call, loss: Tensor, stats: ClassStats) -> None:
+    """Rows of each class, counted here; sums of the classes; a mean of probabilities."""
+    counted = call.target.flatten().long()
+    for name in ("ignore_index", "background_index"):
+        if call.options.get(name) is not None:
+            counted = counted[counted != call.options[name]]
+    rows = torch.bincount(counted, minlength=stats.rows.numel())
+    assert torch.equal(stats.rows, rows.to(stats.rows.dtype))
+    if call.options.get("background_index") is None:
+        total = stats.loss.sum().to(loss.dtype)
+        torch.testing.assert_close(total, loss, rtol=1e-5, atol=1e-6, equal_nan=True)
+    p = stats.probability[rows > 0]
+    assert ((p >= 0) & (p <= 1 + 1e-6) | p.isnan()).all()
 
 
 def expected(call: Call) -> tuple[Tensor, Tensor] | Exception:
@@ -121,6 +144,8 @@ def both_finite(got: Tensor, want: Tensor) -> tuple[Tensor, Tensor]:
 )  # fmt: skip
 def test_every_backend_agrees_or_raises(call):
     want = expected(call)
+    if isinstance(want, Exception) and call.mode == "compile":
+        call = call._replace(mode="plain")  # what is traced raises the compiler's errors
     for name, backend in BACKENDS.items():
         with backend.active():
             try:

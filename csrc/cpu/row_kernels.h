@@ -19,7 +19,7 @@ CB_FN void for_negatives(const S* x, const S* later, int64_t C, int64_t y, const
       int64_t j = b;
       for (; j + N < stop; j += 2 * N) {
         for (int64_t k = 0; k < 2 * N; k += LINE<S>) prefetch(later + j + k);
-        const V z = load(x + j), next = load(x + j + N);  // both before a gradient in their place
+        const V z = load(x + j), next = load(x + j + N);  // may not pass a store
         body(j, z, N, none), body(j + N, next, N, none);
       }
       if (j < stop) body(j, load(x + j), N, none);

@@ -13,7 +13,10 @@ from cbloss_fused.inputs import is_soft
 from .marks import DTYPES, IGNORED
 from .oracle import mark, option_sets, soft_targets
 
-MODES = ("plain", "recompute", "stored", "inplace", "stats", "no_grad", "retain_graph")
+MODES = (
+    "plain", "recompute", "stored", "inplace", "stats", "no_grad", "retain_graph", "shards",
+)  # fmt: skip
+RARE = 40  # one call in so many is compiled, which takes a second
 SPECIAL = (0.0, -0.0, 1e-40, -1e-40, 1e-30, 88.0, -88.0, 104.0, -104.0, 1e4, -1e4, 6e4, -6e4)
 INFINITE = (float("inf"), -float("inf"), float("nan"))
 MOST = 4000  # elements
@@ -52,7 +55,9 @@ def shapes(draw: st.DrawFn) -> tuple[int, ...]:
 
 @st.composite
 def layouts(draw: st.DrawFn, values: Tensor) -> Tensor:
-    """The same numbers with other strides, and from the middle of a storage."""
+    """The same numbers with other strides, and from the middle of a storage; or one's, expanded."""
+    if values.numel() and draw(st.integers(0, 9)) == 0:
+        return values.narrow(draw(st.integers(0, values.dim() - 1)), 0, 1).expand(values.shape)
     order = draw(st.permutations(range(values.dim())))
     step = draw(st.sampled_from((1, 1, 2, 3)))
     offset = draw(st.integers(0, 9))
@@ -120,8 +125,11 @@ def calls(draw: st.DrawFn) -> Call:
         _spoil(draw, options, target, C)
     modes = [
         mode for mode in MODES
-        if mode != "stats" or not (soft or options["reduction"] == "none")
+        if not (mode == "stats" and (soft or options["reduction"] == "none"))
+        and not (mode == "shards" and soft)
     ]  # fmt: skip
+    if draw(st.integers(1, RARE)) == 1:
+        modes = ["compile"]
     if not is_soft(target) and draw(st.booleans()) and C < 128:
         target = target.to(draw(st.sampled_from((torch.int32, torch.int8, torch.int16))))
     return Call(logits, target, vector((C,)), options, draw(st.sampled_from(modes)), extreme)
