@@ -16,7 +16,7 @@ SANITIZED := "cuda and (C1000 or C7 or C9 or split or otherwise or scaling)"
 CUDA_PATHS = PATH="$$PATH:$$CUDA_HOME/bin:/usr/local/cuda/bin"; export PATH
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo help test test-all test-here test-interpreted frameworks-test planted fuzz sanitize oldest bench bounds codegen roofline scaling fonts experiment figures docs wheel hub gpu gpu-build gpu-test gpu-bench sanitize-gpu lint clean
+.PHONY: demo help test test-all test-here test-interpreted frameworks-test planted fuzz sanitize matrix coverage oldest bench bounds codegen roofline scaling fonts experiment figures docs wheel hub gpu gpu-build gpu-test gpu-bench sanitize-gpu lint clean
 demo: $(VENV)/ready  ## train on long-tailed digits, with and without class balance
 	$(BIN)/python -m cbloss_fused.demo
 help:  ## this list
@@ -38,6 +38,8 @@ fuzz: $(VENV)/ready  ## random calls on every backend against float64; CALLS=200
 	CBLOSS_FUZZ=$(CALLS) timeout 3600 $(BIN)/python -m pytest -m slow tests/test_fuzz.py
 sanitize: $(VENV)/ready  ## CPU kernels under address and undefined-behaviour sanitizers; minutes
 	PYTHONPATH=.:tests $(BIN)/python -m native.sanitize
+matrix: $(VENV)/ready  ## the tests with Python 3.10 to 3.13 and other torch, triton, NumPy; downloads gigabytes
+	PYTHONPATH=. $(BIN)/python tools/matrix.py
 # The kernels through the oldest Triton that they promise, which knows less of the language.
 oldest: $(VENV)/ready  ## compile the Triton kernels by the oldest Triton that is promised
 	$(BIN)/pip install --quiet --no-deps --upgrade --target build/oldest "triton==3.6.0"

@@ -24,6 +24,7 @@ from .reference import softmax_row
 from .shards import Part, put, target_logit
 
 NONE = REDUCTIONS.index("none")
+BYTES = 64 << 20  # of a half type's gradient in float32, at a time
 
 
 class SoftmaxRows(NamedTuple):
@@ -73,13 +74,27 @@ def softmax_gradient(
     e, e_raw = (torch.where(v == M, 1.0, (v - M).exp()) for v in (z, raw))
     # The kernel writes scale / (R + e) e^{z - M}, here of R = 1.
     saved = torch.stack((torch.where(ignored, -1.0, 1.0), M, torch.ones_like(M)))
-    vectors = column, None, inputs.logit_bias, inputs.margin, None
+    vectors = None, inputs.logit_bias, inputs.margin, None
     scale = (k * factor * (1 + e)).contiguous()
-    backend.gradient(logits, *vectors, saved, scale, _plain(f).numbers(), None, None, grad)
     uniform = f.logit_scale * factor * uniform
-    if f.label_smoothing:
-        shape = grad.shape[:1] + grad.shape[2:]
-        grad.sub_(uniform.view(shape).unsqueeze(1))
+
+    def write(x: Tensor, out: Tensor, part: slice) -> None:
+        """Of some rows, into out, which may be x."""
+        target, state = column[part], saved[:, part].contiguous()
+        numbers = _plain(f).numbers()
+        backend.gradient(x, target, *vectors, state, scale[part], numbers, None, None, out)
+        if f.label_smoothing:
+            out.sub_(uniform[part].view(out.shape[:1] + out.shape[2:]).unsqueeze(1))
+
+    if f.label_smoothing and grad.dtype != M.dtype:  # rounded once: the difference may cancel
+        K = grad.shape[2:].numel()
+        step = max(1, BYTES // (M.element_size() * part.columns() * max(1, K)))
+        for n in range(0, len(grad), step):
+            piece = logits[n : n + step].to(M.dtype)
+            write(piece, piece, slice(n * K, (n + step) * K))
+            grad[n : n + step] = piece
+    else:
+        write(logits, grad, slice(None))
     elsewhere = f.logit_scale * factor * k * e_raw - uniform
     at_column = torch.where(part.here, f.logit_scale * factor * g_y, elsewhere)
     put(grad, column, torch.where(ignored, 0.0, at_column))

@@ -87,6 +87,25 @@ def near(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
     torch.testing.assert_close(got.double(), want, rtol=0, atol=atol, equal_nan=True)
 
 
+@pytest.mark.parametrize("K", (None, 2), ids="K{}".format)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=name_of)
+def test_half_types_are_rounded_once(dtype, K, monkeypatch):
+    """Where k e^{z - M} and what smoothing subtracts cancel; some rows at a time."""
+    monkeypatch.setattr(sharded_softmax, "BYTES", 5 * 4 * 3 * (K or 1))  # 5 of 13 samples
+    x, y, _ = data(3)
+    x = (0.1 * x).to(dtype)
+    if K:
+        x, y = torch.stack([x, x.flip(0)], 2), torch.stack([y, y.flip(0)], 1)
+    options: dict[str, Any] = {"label_smoothing": 0.9, "gamma": 0.5, "reduction": "sum"}
+    want, want_grad = expected(x, y, None, **options)
+    leaf = x.clone().requires_grad_()
+    loss = class_balanced_loss(leaf, y, shards=ClassShards(3), **options)
+    (grad,) = torch.autograd.grad(loss, leaf)
+    torch.testing.assert_close(loss.double(), want, rtol=1e-5, atol=0)
+    torch.testing.assert_close(grad.double() * factors(want), want_grad,
+                               rtol=torch.finfo(dtype).eps, atol=1e-6)  # fmt: skip
+
+
 # Two parts in one process: every backend ---------------------------------------------------------
 
 
