@@ -96,8 +96,8 @@ def installed(versions: Versions) -> list[str]:
         "import importlib.metadata as m, platform; "
         "print(platform.python_version(), *map(m.version, ('torch', 'triton', 'numpy')))"
     )
-    done = subprocess.run([versions.command, "-c", code], check=True, capture_output=True, text=True)
-    return done.stdout.split()
+    command = [versions.command, "-c", code]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
 
 
 def rows(chosen: list[Versions]) -> Iterator[list[str]]:
@@ -108,7 +108,7 @@ def rows(chosen: list[Versions]) -> Iterator[list[str]]:
             continue
         install(versions, python)
         with ThreadPoolExecutor(2) as pool:
-            results = list(pool.map(lambda way: tests(versions, way), (False, True)))
+            results = list(pool.map(tests, [versions] * 2, (False, True)))
         for _, failed in results:
             if failed:
                 print(failed, file=sys.stderr, flush=True)
