@@ -40,6 +40,13 @@ sanitize: $(VENV)/ready  ## CPU kernels under address and undefined-behaviour sa
 	PYTHONPATH=.:tests $(BIN)/python -m native.sanitize
 matrix: $(VENV)/ready  ## the tests with Python 3.10 to 3.13 and other torch, triton, NumPy; downloads gigabytes
 	PYTHONPATH=. $(BIN)/python tools/matrix.py
+coverage: $(VENV)/ready  ## lines of the package that `make test` runs, in a table; 95 % at least
+	$(BIN)/pip install --quiet "coverage>=7.10"
+	$(BIN)/coverage erase
+	$(BIN)/coverage run -m pytest -q
+	TRITON_INTERPRET=1 $(BIN)/coverage run -m pytest -q $(KERNEL_TESTS)
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage report --skip-covered --fail-under 95
 # The kernels through the oldest Triton that they promise, which knows less of the language.
 oldest: $(VENV)/ready  ## compile the Triton kernels by the oldest Triton that is promised
 	$(BIN)/pip install --quiet --no-deps --upgrade --target build/oldest "triton==3.6.0"

@@ -72,7 +72,7 @@ def install(versions: Versions, python: str) -> None:
     subprocess.run([python, "-m", "venv", versions.folder], check=True)
     wanted = [f"torch=={versions.torch}", f"triton=={versions.triton}", versions.numpy]
     pip = [versions.command, "-m", "pip", "install", "--quiet"]
-    subprocess.run([*pip, *wanted, *packages("test")], check=True)
+    subprocess.run([*pip, *wanted, *packages("test"), "setuptools>=77", "wheel"], check=True)
     done.touch()
 
 
