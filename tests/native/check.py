@@ -161,19 +161,23 @@ def refused(message: str, call: Callable[[], object]) -> None:
 
 def check_refusals(dtype: torch.dtype, tell: Callable[[str], None]) -> None:
     """Values out of range: the first of them, wherever it lies in a row or among rows."""
-    for C, rows, K, sigmoid in itertools.product((7, 131), (1, 9), (1, 3), (False, True)):
-        check_refusals_of(C, rows, K, sigmoid, dtype, tell)
+    shapes = [(N, C, K) for N, C, K in itertools.product((1, 9), (7, 131), (1, 3))]
+    for (N, C, K), sigmoid in itertools.product(shapes, (False, True)):
+        check_refusals_of(torch.zeros((N, C, K) if K > 1 else (N, C)), sigmoid, dtype, tell)
+        if K > 1:  # classes side by side
+            check_refusals_of(torch.zeros(N, K, C).transpose(1, 2), sigmoid, dtype, tell)
 
 
 def check_refusals_of(
-    C: int, N: int, K: int, sigmoid: bool, dtype: torch.dtype, tell: Callable[[str], None]
+    zeros: Tensor, sigmoid: bool, dtype: torch.dtype, tell: Callable[[str], None]
 ) -> None:
-    """The last of N * K rows has a value that is out of range, in its largest logit's class."""
+    """A row of the last sample has a value that is out of range, in its largest logit's class."""
+    N, C, K = zeros.shape[0], zeros.shape[1], zeros.shape[2:].numel()
     numbers, record = Formula.of(Options("sigmoid" if sigmoid else "softmax")), REGISTRY["cpu"]
     compute = compute_dtype(dtype)
     memory, nan = Memory(at_end=True), torch.tensor(float("nan"), dtype=compute)
-    x = torch.zeros((N, C, K) if K > 1 else (N, C), dtype=dtype)
-    last = (N - 1, C - 1, K - 1)[: x.dim()]
+    x = zeros.to(dtype)
+    last = (N - 1, C - 1, 0)[: x.dim()]
     x[last] = 1
     y = torch.zeros(N, K, dtype=torch.int64) if K > 1 else torch.zeros(N, dtype=torch.int64)
     of_rows = ", ".join(str(n - 1) for n in y.shape)
@@ -192,7 +196,7 @@ def check_refusals_of(
         refuse(f"target[{of_rows}] = {index} ", wrong)
     for number, partly in itertools.product((1.5, -0.5, float("nan"), -float("inf")), (0, 1)):
         if number != 1.5 or sigmoid:
-            soft = torch.zeros(x.shape)
+            soft = zeros.clone()
             soft[last] = number
             where = ", ".join(map(str, last))
             refuse(f"target[{where}] = ", soft, partly=bool(partly))
