@@ -321,10 +321,14 @@ def test_nan_stays_in_its_row(backend, family, dtype, gamma, C, where, eps):
 @FAMILY
 @on_infinite
 def test_rows_of_nothing_else(backend, family, dtype, gamma, C, value, eps):
-    """Ignored: exactly 0 whatever they hold. Else they must not touch another row."""
+    """Ignored: exactly 0 whatever they hold. Else they must not touch another row, and NaN where
+    there is no limit."""
     options = {"activation": family, "gamma": gamma, "label_smoothing": eps}
     changes = dict.fromkeys(range(C), value)
-    special_row(backend, C, dtype, changes, **options)
+    _, loss, grad = special_row(backend, C, dtype, changes, **options)
+    if family == "softmax":
+        assert loss.isnan().all()
+        assert grad.isnan().all()
     _, loss, grad = special_row(backend, C, dtype, changes, ignored=True, **options)
     assert loss == 0
     assert (grad == 0).all()

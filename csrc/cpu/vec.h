@@ -124,7 +124,7 @@ CB_FN Vec exp(Vec x) {
   return exp_times<SHORT>(1, x, 1);
 }
 
-// log x for normal x > 0, by atanh: absolute error 1e-7 in [1/2, 2], elsewhere relative 1.3e-7.
+// log x for normal x > 0, and 0, by atanh: absolute error 1e-7 in [1/2, 2], elsewhere relative 1.3e-7.
 // Lanes that belong to no row may have any x: unsigned numbers may wrap around.
 CB_FN Vec log(Vec x) {
   constexpr float LN2 = 0.693147181f;
@@ -133,7 +133,8 @@ CB_FN Vec log(Vec x) {
   const Vec m = (Vec)(bits - ((UVec)n << 23)), f = m - 1.f, s = f / (m + 1.f), t = s * s;
   const Vec p = ((t * 0.1111111f + 0.1428571f) * t + 0.2f) * t + 0.3333333f;
   const Vec y = __builtin_convertvector(n, Vec) * LN2 + (2.f * s + 2.f * s * t * p);
-  return x <= FLT_MAX ? y : x;  // log of infinity and NaN: unchanged
+  const Vec special = x == 0.f ? Vec{} - std::numeric_limits<float>::infinity() : x;
+  return (x > 0.f) & (x <= FLT_MAX) ? y : special;  // log of infinity and NaN: unchanged
 }
 
 // q^gamma for q in [0, 1]. Other gammas than 1, 2 and 4 replace a q below the smallest normal
