@@ -124,8 +124,8 @@ CB_FN Vec exp(Vec x) {
   return exp_times<SHORT>(1, x, 1);
 }
 
-// log x for normal x > 0, and 0, by atanh: absolute error 1e-7 in [1/2, 2], elsewhere relative 1.3e-7.
-// Lanes that belong to no row may have any x: unsigned numbers may wrap around.
+// log x for normal x > 0, and 0, by atanh: absolute error 1e-7 in [1/2, 2], elsewhere
+// relative 1.3e-7. Lanes that belong to no row may have any x: unsigned numbers may wrap around.
 CB_FN Vec log(Vec x) {
   constexpr float LN2 = 0.693147181f;
   const UVec bits = (UVec)x;

@@ -111,7 +111,7 @@ def plant(fault: Fault, folder: Path) -> Path:
 
 def arguments(fault: Fault) -> list[str]:
     """Of native/check.py: what sees the fault within seconds."""
-    chosen = ["--share", "2", "--rows", "67"]
+    chosen = ["--rows", "67"]
     if fault.classes == LONG:  # vectors of rows are slow there
         chosen = [
             *("--rows", "3", "--layouts", "rows", "padded"),
