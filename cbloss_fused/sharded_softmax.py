@@ -72,10 +72,12 @@ def softmax_gradient(
     factor, inputs, column = incoming.expand_as(M), part.inputs, _stand_in(part)
     z, raw = (target_logit(logits, part, column, margin) for margin in (True, False))
     e, e_raw = (torch.where(v == M, 1.0, (v - M).exp()) for v in (z, raw))
-    # The kernel writes scale / (R + e) e^{z - M}, here of R = 1.
-    saved = torch.stack((torch.where(ignored, -1.0, 1.0), M, torch.ones_like(M)))
+    # The kernel writes scale / (R + e) e^{z - M}, here of R = 1; but 0 where the column's logit is
+    # M: if both were infinite, R = 1 would be a second infinite logit.
+    R = torch.where(z == M, 0.0, torch.ones_like(M))
+    saved = torch.stack((torch.where(ignored, -1.0, 1.0), M, R))
     vectors = None, inputs.logit_bias, inputs.margin, None
-    scale = (k * factor * (1 + e)).contiguous()
+    scale = (k * factor * (R + e)).contiguous()
     uniform = f.logit_scale * factor * uniform
 
     def write(x: Tensor, out: Tensor, part: slice) -> None:

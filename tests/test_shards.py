@@ -109,6 +109,17 @@ def test_half_types_are_rounded_once(dtype, K, monkeypatch):
 # Two parts in one process: every backend ---------------------------------------------------------
 
 
+def test_an_infinite_target_takes_all(backend):
+    x = torch.tensor([[torch.inf, 1.0], [torch.inf, 1.0], [2.0, 1.0]], device=DEVICE)
+    leaf, target = x.requires_grad_(), torch.tensor([0, 1, 0], device=DEVICE)
+    options: dict[str, Any] = {"reduction": "none", "backend": backend.argument}
+    loss = class_balanced_loss(leaf, target, shards=ClassShards(2), **options)
+    (grad,) = torch.autograd.grad(loss.sum(), leaf)
+    assert loss[:2].tolist() == [0, torch.inf]
+    assert grad[:2].tolist() == [[0, 0], [1, -1]]
+    assert grad.isfinite().all()
+
+
 @pytest.mark.parametrize("K", (None, 2), ids="K{}".format)
 @pytest.mark.parametrize("columns", (1, 40), ids="at{}".format)
 @pytest.mark.parametrize("kind", FORMULAS)
