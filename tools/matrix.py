@@ -7,13 +7,12 @@ were built here: one library serves every version. Writes bench/results/versions
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -100,42 +99,44 @@ def installed(versions: Versions) -> list[str]:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
 
 
-def rows(chosen: list[Versions]) -> Iterator[list[str]]:
-    for versions in chosen:
-        python = interpreter(versions.python)
-        if python is None:
-            yield [versions.python, versions.torch, versions.triton, "", "no such Python here", ""]
-            continue
-        install(versions, python)
-        with ThreadPoolExecutor(2) as pool:
-            results = list(pool.map(tests, [versions] * 2, (False, True)))
-        for _, failed in results:
-            if failed:
-                print(failed, file=sys.stderr, flush=True)
-        yield [*installed(versions), *(counts for counts, _ in results)]
+def row(versions: Versions) -> list[str]:
+    """Of the table; kept in the environment's folder, beside what pytest has said."""
+    python = interpreter(versions.python)
+    if python is None:
+        return [*versions[:3], "", "no such Python here", ""]
+    install(versions, python)
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(tests, [versions] * 2, (False, True)))
+    for _, failed in results:
+        if failed:
+            print(failed, file=sys.stderr, flush=True)
+    found = [*installed(versions), *(counts for counts, _ in results)]
+    (versions.folder / "row.json").write_text(json.dumps(found))
+    return found
+
+
+def kept(versions: Versions) -> list[str]:
+    path = versions.folder / "row.json"
+    return json.loads(path.read_text()) if path.exists() else [*versions[:3], "", "not run", ""]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="", help="a version of Python")
+    parser.add_argument("--only", default="", help="a version of Python; others as they were")
     arguments = parser.parse_args()
-    chosen = [each for each in MATRIX if each.python.startswith(arguments.only)]
-    begin, found = time.monotonic(), []
-    for row in rows(chosen):
-        print(" | ".join(row), flush=True)
-        found.append(row)
-    if arguments.only:
-        return 0
+    table = []
+    for versions in MATRIX:
+        chosen = versions.python.startswith(arguments.only)
+        table.append(row(versions) if chosen else kept(versions))
+        print(" | ".join(table[-1]), flush=True)
     from bench.cpu import environment
 
     facts = environment("make matrix")
-    kept = {name: facts[name] for name in ("date", "command", "cpu", "system", "cbloss_fused")}
     text = ["# Versions", ""]
-    text += [f"- {name}: {value}" for name, value in kept.items()]
-    text += [f"- minutes: {(time.monotonic() - begin) / 60:.0f}", ""]
-    text += [f"| {' | '.join(line)} |" for line in (COLUMNS, ["---"] * len(COLUMNS), *found)]
+    text += [f"- {name}: {facts[name]}" for name in ("date", "command", "cpu", "cbloss_fused")]
+    text += ["", *(f"| {' | '.join(line)} |" for line in (COLUMNS, ["---"] * len(COLUMNS), *table))]
     (ROOT / "bench" / "results" / "versions.md").write_text("\n".join([*text, NOTE, ""]))
-    return int(any("failed" in cell or "error" in cell for row in found for cell in row))
+    return int(any(word in cell for line in table for cell in line for word in ("failed", "error")))
 
 
 if __name__ == "__main__":
