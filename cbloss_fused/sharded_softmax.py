@@ -50,7 +50,8 @@ def softmax_losses(
     factor = torch.where(M_k == M, 1.0, (M_k - M).exp())
     R = (R_k * factor).sum(0)
     R = torch.where((M_k == inf).sum(0) > 1, nan, R)  # no limit, as of two infinite logits of one
-    d, D = torch.where(z_y == M, 0.0, z_y - M), torch.zeros_like(M)
+    at_top = (z_y == M) & (M > -inf)  # of -inf alone there is no limit
+    d, D = torch.where(at_top, 0.0, z_y - M), torch.zeros_like(M)
     if D_k:
         sizes = torch.tensor(shards.sizes, dtype=M.dtype, device=M.device).unsqueeze(1)
         moved = torch.where((sizes == 0) | (M_k == M), 0.0, sizes * (M_k - M))
@@ -125,7 +126,9 @@ def _of_part(logits: Tensor, part: Part, backend: Backend) -> Tensor:
         if inputs.logit_bias is not None:
             total = total + inputs.logit_bias.sum(dtype=torch.float64)
         total = f.logit_scale * total - part.columns() * top.double()
-        found.append((total + torch.where(part.here, z - raw, 0.0)).to(M.dtype))
+        total = total + torch.where(part.here & raw.isfinite(), z - raw, 0.0)
+        below = 0.0 if part.columns() == 1 else -inf  # of the limit, where top is infinite
+        found.append(torch.where(top == inf, below, total).to(M.dtype))
     return torch.stack(found)
 
 

@@ -109,15 +109,29 @@ def test_half_types_are_rounded_once(dtype, K, monkeypatch):
 # Two parts in one process: every backend ---------------------------------------------------------
 
 
-def test_an_infinite_target_takes_all(backend):
-    x = torch.tensor([[torch.inf, 1.0], [torch.inf, 1.0], [2.0, 1.0]], device=DEVICE)
-    leaf, target = x.requires_grad_(), torch.tensor([0, 1, 0], device=DEVICE)
-    options: dict[str, Any] = {"reduction": "none", "backend": backend.argument}
-    loss = class_balanced_loss(leaf, target, shards=ClassShards(2), **options)
-    (grad,) = torch.autograd.grad(loss.sum(), leaf)
-    assert loss[:2].tolist() == [0, torch.inf]
-    assert grad[:2].tolist() == [[0, 0], [1, -1]]
-    assert grad.isfinite().all()
+INFINITE = [
+    [torch.inf, 1.0], [-torch.inf, 1.0], [torch.inf, -torch.inf], [torch.inf, torch.inf],
+    [-torch.inf, -torch.inf], [torch.nan, 1.0], [2.0, 1.0],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("columns", (1, 2), ids="C{}".format)
+@pytest.mark.parametrize("eps", (0.0, 0.1), ids="s{}".format)
+def test_infinite_logits_of_one_rank(backend, eps, columns):
+    """As without shards: limits, and NaN where there is none."""
+    x = torch.tensor(INFINITE, device=DEVICE)[:, :columns].repeat_interleave(columns, 0)
+    target = torch.arange(len(x), device=DEVICE) % columns
+    options: dict[str, Any] = {
+        "label_smoothing": eps, "reduction": "none", "backend": backend.argument,
+    }  # fmt: skip
+    found = []
+    for shards in (None, ClassShards(columns)):
+        leaf = x.clone().requires_grad_()
+        loss = class_balanced_loss(leaf, target, shards=shards, **options)
+        found.append((loss.detach(), *torch.autograd.grad(loss.sum(), leaf)))
+    for want, got in zip(*found, strict=True):
+        want, got = (torch.where(v > 1e30, torch.inf, v) for v in (want, got))  # GPUs' are bounded
+        torch.testing.assert_close(got, want, equal_nan=True)
 
 
 @pytest.mark.parametrize("K", (None, 2), ids="K{}".format)
