@@ -50,7 +50,7 @@ def softmax_losses(
     factor = torch.where(M_k == M, 1.0, (M_k - M).exp())
     R = (R_k * factor).sum(0)
     R = torch.where((M_k == inf).sum(0) > 1, nan, R)  # no limit, as of two infinite logits of one
-    at_top = (z_y == M) & (M != -inf)  # of -inf alone there is no limit
+    at_top = (z_y == M) & ~M.isneginf()  # of -inf alone there is no limit
     d, D = torch.where(at_top, 0.0, z_y - M), torch.zeros_like(M)
     if D_k:
         sizes = torch.tensor(shards.sizes, dtype=M.dtype, device=M.device).unsqueeze(1)
