@@ -75,7 +75,7 @@ def softmax_gradient(
     e, e_raw = (torch.where(v == M, 1.0, (v - M).exp()) for v in (z, raw))
     # The kernel writes scale / (R + e) e^{z - M}, here of R = 1; but 0 where the column's logit is
     # M: if both were infinite, R = 1 would be a second infinite logit.
-    R = torch.where(z == M, 0.0, torch.ones_like(M))
+    R = torch.where((z == M) & ~ignored, 0.0, torch.ones_like(M))
     saved = torch.stack((torch.where(ignored, -1.0, 1.0), M, R))
     vectors = None, inputs.logit_bias, inputs.margin, None
     scale = (k * factor * (R + e)).contiguous()

@@ -117,10 +117,12 @@ INFINITE = [
 
 @pytest.mark.parametrize("columns", (1, 2), ids="C{}".format)
 @pytest.mark.parametrize("eps", (0.0, 0.1), ids="s{}".format)
-def test_infinite_logits_of_one_rank(backend, eps, columns):
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=name_of)
+def test_infinite_logits_of_one_rank(backend, dtype, eps, columns):
     """As without shards: limits, and NaN where there is none."""
-    x = torch.tensor(INFINITE, device=DEVICE)[:, :columns].repeat_interleave(columns, 0)
+    x = torch.tensor(INFINITE, dtype=dtype, device=DEVICE)[:, :columns].repeat_interleave(columns, 0)
     target = torch.arange(len(x), device=DEVICE) % columns
+    target[-1] = -100
     options: dict[str, Any] = {
         "label_smoothing": eps, "reduction": "none", "backend": backend.argument,
     }  # fmt: skip
