@@ -13,6 +13,8 @@ def mend() -> None:
     """Once, before the first kernel."""
     interpreter._convert_float = _rounding(interpreter._convert_float)
     interpreter._patch_lang = _patch_once(interpreter._patch_lang)
+    builder = interpreter.InterpreterBuilder
+    builder.create_splat = _of_one_type(builder.create_splat)
 
 
 def _rounding(convert: Any) -> Any:
@@ -25,6 +27,17 @@ def _rounding(convert: Any) -> Any:
         return convert(data, source, result, rounding_mode)
 
     return rounded
+
+
+def _of_one_type(splat: Any) -> Any:
+    """Triton 3.9's makes integers of a truth value, which it then refuses as a mask."""
+
+    def same(builder: Any, result: Any, scalar: Any) -> Any:
+        found = splat(builder, result, scalar)
+        found.data = found.data.astype(scalar.data.dtype, copy=False)
+        return found
+
+    return same
 
 
 def _multiple_of(tensor: Any, values: Any) -> Any:
