@@ -20,7 +20,7 @@ from .inputs import Inputs, compute_dtype, is_soft
 from .options import MEAN, REDUCTIONS, LossSpec
 from .row_weights import denominator_of
 from .stats import class_stats
-from .values import check_all, check_soft_target, check_target, is_weight
+from .values import check_all, check_soft_target, check_target, is_weight, typed
 
 # How large a chunk is, by type of device, others being GPUs: bytes of its buffer, but at least so
 # many rows. Each chunk reads and writes the weight's gradient, which takes about as long as the
@@ -191,11 +191,11 @@ def _loss(
     """A chunk's loss; start: its first row, from which an error counts."""
     try:
         backend.loss(logits, *inputs, *spec[1:5], loss, grad, saved)
-    except Exception:
+    except Exception as error:
         if start and logits.is_cpu and is_soft(inputs.target):
             given = inputs.target, logits.dtype, spec.formula, spec.ignore_index
             check_soft_target(*given, start)
-        raise
+        raise typed(error) from None
 
 
 def _gradient(

@@ -76,10 +76,10 @@ def softmax_gradient(
     # The kernel writes scale / (R + e) e^{z - M}, here of R = 1; but 0 where the column's logit is
     # M: if both were infinite, R = 1 would be a second infinite logit.
     R = torch.where((z == M) & ~ignored, 0.0, torch.ones_like(M))
-    saved = torch.stack((torch.where(ignored, -1.0, 1.0), M, R))
+    saved = torch.stack((torch.where(ignored, -1.0, 1.0), torch.where(ignored, 0.0, M), R))
     vectors = None, inputs.logit_bias, inputs.margin, None
-    scale = (k * factor * (R + e)).contiguous()
-    uniform = f.logit_scale * factor * uniform
+    scale = torch.where(ignored, 0.0, k * factor * (R + e))
+    uniform = torch.where(ignored, 0.0, f.logit_scale * factor * uniform)
 
     def write(x: Tensor, out: Tensor, part: slice) -> None:
         """Of some rows, into out, which may be x."""

@@ -3,6 +3,7 @@ their own."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from math import inf
 from typing import Any
@@ -14,6 +15,7 @@ from . import hints
 from .inputs import Inputs, compute_dtype, known_labels
 from .options import Formula
 
+MUST = re.compile(r"(\w+)(\[[\d, ]*\])?( = \S+:)? must (be|have) ")  # how kernels' messages begin
 ANY_CLASS = torch.iinfo(torch.int64).max  # C where it is not known
 
 
@@ -51,6 +53,12 @@ def told_of(error: IndexError, target: Tensor, *limits: Any) -> IndexError:
     except IndexError as found:
         return found
     return error
+
+
+def typed(error: Exception) -> Exception:
+    """PyTorch 2.15 makes a RuntimeError of what C++ throws as ValueError."""
+    ours = type(error) is RuntimeError and MUST.match(str(error))
+    return ValueError(str(error)) if ours else error
 
 
 def check_values(

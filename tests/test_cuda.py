@@ -118,15 +118,18 @@ def test_under_sanitizers(emulated, pytestconfig):
     assert checked(library, "--share", share, **environment) == f"{cases} cases\n"
 
 
+REFUSED = (ValueError, RuntimeError)  # torch 2.15 makes the second of what C++ throws
+
+
 def test_the_operator_refuses_what_would_leave_its_buffers(emulated):
-    with pytest.raises(ValueError, match="within grad's storage"):
+    with pytest.raises(REFUSED, match="within grad's storage"):
         torch.ops.cbloss_fused._scale(torch.ones(8), torch.tensor(2.0), 9)
     x, y = torch.zeros(2, 3), torch.zeros(2, dtype=torch.int64)
     arguments = (x, *Inputs(y), Formula.of(Options()), None, None, 1)
     for loss, wanted in ((torch.zeros(3), 2), (torch.zeros((), dtype=torch.float64), 1)):
-        with pytest.raises(ValueError, match=f"loss must be {wanted} contiguous"):
+        with pytest.raises(REFUSED, match=f"loss must be {wanted} contiguous"):
             REGISTRY["cuda"].loss(*arguments, loss, None, None)
-    with pytest.raises(ValueError, match="grad must have the shape"):
+    with pytest.raises(REFUSED, match="grad must have the shape"):
         REGISTRY["cuda"].loss(*arguments, torch.zeros(()), torch.zeros(2, 2), None)
 
 

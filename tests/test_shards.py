@@ -111,7 +111,7 @@ def test_half_types_are_rounded_once(dtype, K, monkeypatch):
 
 INFINITE = [
     [torch.inf, 1.0], [-torch.inf, 1.0], [torch.inf, -torch.inf], [torch.inf, torch.inf],
-    [-torch.inf, -torch.inf], [torch.nan, 1.0], [1e3, 1.0],
+    [-torch.inf, -torch.inf], [torch.nan, 1.0], [torch.nan, torch.nan], [1e3, 1.0],
 ]  # fmt: skip
 
 
@@ -120,9 +120,10 @@ INFINITE = [
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=name_of)
 def test_infinite_logits_of_one_rank(backend, dtype, eps, columns):
     """As without shards: limits, and NaN where there is none."""
-    x = torch.tensor(INFINITE, dtype=dtype, device=DEVICE)[:, :columns].repeat_interleave(columns, 0)
+    x = torch.tensor(INFINITE, dtype=dtype, device=DEVICE)[:, :columns]
+    x = x.repeat_interleave(columns, 0)
     target = torch.arange(len(x), device=DEVICE) % columns
-    target[-1] = -100
+    target[-2 * columns :] = -100
     options: dict[str, Any] = {
         "label_smoothing": eps, "reduction": "none", "backend": backend.argument,
     }  # fmt: skip
