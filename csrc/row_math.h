@@ -4,8 +4,8 @@
 // file inside its own namespace, after it has defined CB_FN (how these functions are declared) and
 // the operations on T (vec.h on the CPU, math.cuh on a GPU):
 // - arithmetic, comparison and ?:, element by element;
-// - constant, largest_finite, neg_abs, log, exp, root_sigma = sqrt(sigma), power, divide, rcp; for
-//   double also log1p_neg, but not root_sigma;
+// - constant, largest_finite, neg_abs, log, exp, root_sigma = sqrt(sigma), power, divide, rcp,
+//   add_positive(sum, z) = sum + max(z, 0); for double also log1p_neg, but not root_sigma;
 // - min and max, which are NaN where their second argument is NaN, so that a NaN logit gives NaN.
 //
 // SHORT: the results are stored in a half type, so exp and log1m_over may use shorter polynomials.
@@ -168,7 +168,7 @@ template <bool SHORT, class T>
 struct SoftplusSum {
   T linear{}, Q{};    // sum max(z, 0); prod (1 + e^{-|z|}) - 1
   CB_FN T add(T z) {  // returns sigma(z)
-    linear += max(T{}, z);
+    linear = add_positive(linear, z);
     return multiply(z);
   }
   CB_FN T multiply(T z) {

@@ -72,6 +72,8 @@ CB_FN T max(T a, T b) {
 CB_FN Vec min(Vec a, Vec b) { return X86_SIMD(min_ps)(a, b); }
 CB_FN Vec max(Vec a, Vec b) { return X86_SIMD(max_ps)(a, b); }
 #endif
+CB_FN double add_positive(double sum, double z) { return sum + max(0.0, z); }
+CB_FN Vec add_positive(Vec sum, Vec z) { return sum + max(Vec{}, z); }
 CB_FN double neg_abs(double x) { return -std::fabs(x); }
 CB_FN Vec neg_abs(Vec x) { return (Vec)((UVec)x | 0x80000000u); }
 

@@ -110,6 +110,12 @@ CB_FN double rcp(double x) { return 1 / x; }
 CB_FN double divide(double a, double b) { return a / b; }
 CB_FN double power(double q, double gamma) { return ::pow(q, gamma); }
 
+// sum + max(z, 0): the comparison is another's, too, and the addition is left out by a predicate.
+template <class T>
+CB_FN T add_positive(T sum, T z) {
+  return z < T(0) ? sum : sum + z;
+}
+
 // The larger of the two; NaN only if both are NaN: a single NaN enters the sum of exponentials.
 CB_FN float larger(float a, float b) { return fmaxf(a, b); }
 CB_FN double larger(double a, double b) { return ::fmax(a, b); }
