@@ -81,13 +81,13 @@ def softmax_gradient(
     scale = torch.where(ignored, 0.0, k * factor * (R + e))
     uniform = torch.where(ignored, 0.0, f.logit_scale * factor * uniform)
 
-    def write(x: Tensor, out: Tensor, part: slice) -> None:
+    def write(x: Tensor, out: Tensor, some: slice) -> None:
         """Of some rows, into out, which may be x."""
-        target, state = column[part], saved[:, part].contiguous()
+        target, state = column[some], saved[:, some].contiguous()
         numbers = _plain(f).numbers()
-        backend.gradient(x, target, *vectors, state, scale[part], numbers, None, None, out)
+        backend.gradient(x, target, *vectors, state, scale[some], numbers, None, None, out)
         if f.label_smoothing:
-            out.sub_(uniform[part].view(out.shape[:1] + out.shape[2:]).unsqueeze(1))
+            out.sub_(uniform[some].view(out.shape[:1] + out.shape[2:]).unsqueeze(1))
 
     if f.label_smoothing and grad.dtype != M.dtype:  # rounded once: the difference may cancel
         K = grad.shape[2:].numel()

@@ -23,8 +23,9 @@ KERNEL_TESTS = "@bench/gpu_tests.txt"
 COLUMNS = ("Python", "torch", "triton", "NumPy", "tests on the CPU", "Triton interpreted")
 NOTE = """
 Of each run what passed, failed and was skipped. Warnings are errors, so nothing that these versions
-deprecate is used. Skipped is what another run has (kernels of an instruction set that the CPU
-lacks, Triton that is not interpreted) or what an environment lacks."""
+deprecate is used. Rows are renewed one by one (--only): they may be of different commits.
+Skipped is what another run has (kernels of an instruction set that the CPU lacks, Triton that is
+not interpreted) or what an environment lacks."""
 
 
 class Versions(NamedTuple):

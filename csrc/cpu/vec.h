@@ -153,9 +153,8 @@ CB_FN T divide(T a, T b) {
   return a / b;
 }
 
-// 1/x for finite x > 0, with relative error 2^-23. By AVX-512 an estimate of 14 bits
-// and one Newton step, in place of a division or square root, which take as long as ten
-// multiplications.
+// 1/x for finite x > 0, with relative error 2^-23. By AVX-512 an estimate of 14 bits and one Newton
+// step, in place of a division, which takes as long as ten multiplications.
 CB_FN Vec rcp(Vec x) {
 #if defined(__AVX512F__)
   const Vec y = _mm512_rcp14_ps(x);
@@ -166,7 +165,7 @@ CB_FN Vec rcp(Vec x) {
 }
 
 // sqrt(sigma(z)) = 2 / sqrt(4 + h^2), h = 2 e^{-z/2}, bounded so that h^2 is finite: relative error
-// 5e-7 (SHORT: 4e-6). By an estimate of 12 bits or more and one Newton step where there is one.
+// 4.1e-7 (SHORT: 4e-6). By an estimate of 12 bits or more and one Newton step where there is one.
 template <bool SHORT>
 CB_FN Vec root_sigma(Vec z) {
   const Vec h = exp_times<SHORT>(-0.5f, max(Vec{} - 87.f, z), 2), x = h * h + 4.f;
