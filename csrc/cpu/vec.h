@@ -173,13 +173,13 @@ CB_FN Vec root_sigma(Vec z) {
 #if defined(__AVX512F__)
   const Vec y = _mm512_rsqrt14_ps(x);
 #else
-  const Vec y = _mm256_rsqrt_ps(x);
+  const Vec y = z < -87.f ? Vec{} : (Vec)_mm256_rsqrt_ps(x);  // 0: no subnormal, slow products
 #endif
   return y * (3.f - x * y * y);
 #else
   Vec root;
   for (int l = 0; l < W; ++l) root[l] = __builtin_sqrtf(x[l]);
-  return 2.f / root;
+  return z < -87.f ? Vec{} : 2.f / root;
 #endif
 }
 
