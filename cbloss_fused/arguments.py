@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 
 from . import hints
 from .inputs import Inputs, compute_dtype, is_soft
-from .options import MEAN, REDUCTIONS, LossSpec
+from .options import MEAN, REDUCTIONS, LossSpec, is_bool
 from .values import check_all, is_weight
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -81,7 +81,7 @@ def check_inputs(
     if normalizer is not None:
         normalizer = _normalizer(normalizer, spec.reduction, device, dtype)
     if return_stats:
-        _check_stats(soft, spec)
+        _check_stats(return_stats, soft, spec)
     if spec.backend != "reference":
         vectors = logit_bias, margin, pos_weight
         refuse_transforms(input, target, weight, sample_weight, normalizer, *vectors)
@@ -263,8 +263,10 @@ def _normalizer(
     return torch.full((), normalizer, dtype=dtype, device=device)
 
 
-def _check_stats(soft: bool, spec: LossSpec) -> None:
-    """Raise for what return_stats=True cannot go with."""
+def _check_stats(return_stats: Any, soft: bool, spec: LossSpec) -> None:
+    """Raise for what is not True, or what return_stats=True cannot go with."""
+    if not is_bool(return_stats):
+        raise TypeError(f"return_stats must be True or False, got {return_stats!r}")
     if soft:
         raise ValueError("return_stats sorts rows by their class: soft targets have none")
     if not spec.reduction or spec.inplace or spec.backend == "reference":

@@ -19,7 +19,7 @@ from .backends import Backend, choose
 from .inputs import Inputs, class_by_class, is_soft
 from .options import REDUCTIONS, LossSpec
 from .stats import ClassStats
-from .values import check_values, told_of, tracing, typed
+from .values import check_values, in_own_shape, told_of, tracing, typed
 
 
 def dispatch(
@@ -50,7 +50,7 @@ def dispatch(
             loss = recomputed_gradient(input, inputs, spec, backend)
         else:
             return stored_gradient(input, inputs, spec, backend)
-    except (IndexError, RuntimeError) as error:
+    except (IndexError, RuntimeError, ValueError) as error:
         if not is_compiling() and torch._C._is_tracing():  # it cannot record the gradient
             raise NotImplementedError(
                 "torch.jit.trace needs a differentiable formula, or logits that require no grad: "
@@ -59,7 +59,7 @@ def dispatch(
         if isinstance(error, IndexError):
             limits = shape[min(1, len(shape) - 1)], spec.ignore_index, spec.background_index
             raise told_of(error, inputs.target, *limits) from None
-        raise typed(error) from None
+        raise in_own_shape(typed(error), {"target": (input.shape, shape)}) from None
     if soft and not spec.reduction:  # one loss per row; class indices have that shape already
         loss = loss.reshape(shape[:0] if len(shape) == 1 else shape[:1] + shape[2:])
     return loss

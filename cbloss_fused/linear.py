@@ -27,7 +27,7 @@ from .sharded import checked
 from .sharded_linear import ShardedLinearCall, ShardedLinearLoss
 from .shards import ClassShards, Part
 from .stats import ClassStats
-from .values import check_values
+from .values import check_values, in_own_shape
 
 
 @overload
@@ -153,16 +153,31 @@ def linear_class_balanced_loss(
     spec = spec_of("linear_class_balanced_loss", options)
     given = target, weight, sample_weight, normalizer, logit_bias, margin, pos_weight
     head = linear_weight, linear_bias
-    if shards is not None:
-        return _sharded(input, head, given, spec, return_stats, chunk_size, shards)
-    return linear_loss_of(input, head, given, spec, return_stats, chunk_size)
+    return linear_loss_of(input, head, given, spec, return_stats, chunk_size, shards=shards)
 
 
 def linear_loss_of(
     input: Tensor, head: tuple[Any, Any], given: Given, spec: LossSpec,
-    return_stats: bool, chunk_size: int | None, group: ProcessGroup | None = None,
+    return_stats: bool, chunk_size: int | None,
+    group: ProcessGroup | None = None, shards: ClassShards | None = None,
 ) -> Tensor | tuple[Tensor, ClassStats]:  # fmt: skip
     """Of checked options; group: ranks whose rows have one mean."""
+    call = input, head, given, spec, return_stats, chunk_size
+    try:
+        return _whole(*call, group) if shards is None else _sharded(*call, shards)
+    except (IndexError, ValueError) as error:
+        rows, target = input.shape[:-1], given[0]
+        shapes = {"sample_weight": ((rows.numel(),), rows)}
+        if isinstance(target, Tensor):
+            shapes["target"] = ((rows.numel(), *target.shape[len(rows) :]), target.shape)
+        raise in_own_shape(error, shapes) from None
+
+
+def _whole(
+    input: Tensor, head: tuple[Any, Any], given: Given, spec: LossSpec,
+    return_stats: bool, chunk_size: int | None, group: ProcessGroup | None,
+) -> Tensor | tuple[Tensor, ClassStats]:  # fmt: skip
+    """Where no class lies on another rank."""
     inputs: Any = None
 
     def check() -> Tensor:

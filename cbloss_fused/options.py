@@ -99,7 +99,7 @@ def _choice(*valid: str | None) -> Rule:
     return Rule(f"one of {', '.join(map(repr, valid))}", is_valid)
 
 
-def _is_bool(value: Any) -> bool:
+def is_bool(value: Any) -> bool:
     try:
         return bool(value in (True, False))
     except (ValueError, RuntimeError):  # an array or a tensor of several
@@ -133,8 +133,8 @@ RULES = {
     "ignore_index": _or_none(Rule("an int", _is_int, TypeError)),
     "background_index": _or_none(Rule("an int", _is_int, TypeError)),
     "reduction": _choice(*REDUCTIONS),
-    "inplace": Rule("True or False", _is_bool, TypeError),
-    "recompute": _or_none(Rule("True or False", _is_bool, TypeError)),
+    "inplace": Rule("True or False", is_bool, TypeError),
+    "recompute": _or_none(Rule("True or False", is_bool, TypeError)),
     "backend": _choice(None, "cpu", "triton", "cuda", "reference"),
 }
 

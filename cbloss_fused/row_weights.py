@@ -153,8 +153,10 @@ def reduced(
     if reduction == "sum":
         return L.sum()
     divisor = _denominator(torch.ones_like(L) if r is None else r, keep, reduction, normalizer)
-    mean = L.sum() / torch.where(divisor != 0, divisor, 1.0)
-    return torch.where(divisor != 0, mean, 0.0)  # nothing to average: 0
+    total = L.sum()
+    mean = total / torch.where(divisor != 0, divisor, 1.0)
+    nothing = weighted(torch.zeros_like(total), total)  # to average: 0, or NaN
+    return torch.where(divisor != 0, mean, nothing)
 
 
 def along_classes(vector: Tensor, z: Tensor) -> Tensor:

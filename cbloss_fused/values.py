@@ -4,7 +4,7 @@ their own."""
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from math import inf
 from typing import Any
 
@@ -16,6 +16,7 @@ from .inputs import Inputs, compute_dtype, known_labels
 from .options import Formula
 
 MUST = re.compile(r"(\w+)(\[[\d, ]*\])?( = \S+:)? must (be|have) ")  # how kernels' messages begin
+PLACE = re.compile(r"(\w+)\[([\d, ]*)\]")
 ANY_CLASS = torch.iinfo(torch.int64).max  # C where it is not known
 
 
@@ -59,6 +60,25 @@ def typed(error: Exception) -> Exception:
     """PyTorch 2.15 makes a RuntimeError of what C++ throws as ValueError."""
     ours = type(error) is RuntimeError and MUST.match(str(error))
     return ValueError(str(error)) if ours else error
+
+
+def in_own_shape(error: Exception, shapes: Mapping[str, tuple[Sequence[int], ...]]) -> Exception:
+    """The error of a value in a reshaped tensor, told at the index of the caller's.
+
+    shapes: by the argument's name, what it was reshaped to and its own.
+    """
+    text = str(error)
+    place = PLACE.match(text)
+    if place is None or place[1] not in shapes:
+        return error
+    reshaped, own = shapes[place[1]]
+    position, index = 0, list[int]()
+    for i, size in zip(place[2].split(","), reshaped, strict=True):
+        position = position * size + int(i)
+    for size in reversed(own):
+        position, i = divmod(position, size)
+        index.insert(0, i)
+    return type(error)(f"{place[1]}{index}{text[place.end() :]}")
 
 
 def check_values(

@@ -402,6 +402,24 @@ def test_nothing_to_average_is_0(backend, family, logits, target, weight, reduct
         assert (leaf.grad == 0).all()
 
 
+@pytest.mark.parametrize("change", ({"normalizer": 0}, {"weight": 0}), ids=("divisor", "weight"))
+@FAMILY
+def test_a_nan_of_no_weight_is_seen(backend, family, change):
+    """Nothing is taken for 0 that would hide it, in the reference either."""
+    logits, target = torch.ones(N, C), torch.tensor([0, 1, 0, 1])
+    logits[1, 2] = nan
+    weight = torch.zeros(C) if "weight" in change else None
+    normalizer = torch.tensor(0.0) if "normalizer" in change else None
+    options = {"activation": family, "normalizer": normalizer}
+    for route in (backend.argument, "reference"):
+        leaf = logits.clone().requires_grad_()
+        loss = class_balanced_loss(leaf, target, weight, **options, backend=route)
+        loss.backward()
+        assert loss.isnan()
+        assert leaf.grad[1, 2].isnan()
+        assert (leaf.grad[0] == 0).all()
+
+
 @FAMILY
 def test_one_class(backend, family):
     logits, target = torch.tensor([[3.0], [-80.0], [0.0]]), torch.zeros(3, dtype=torch.int64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -386,6 +387,29 @@ def test_errors_of_late_chunks(change, error, message):
     }
     with pytest.raises(error, match=message):
         linear_class_balanced_loss(**(given | change), chunk_size=4)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="values are looked at on the CPU")
+@pytest.mark.parametrize("backend", (None, "reference"))
+def test_errors_name_the_callers_index(backend):
+    """Not that of the rows that it is reshaped to."""
+    input, weight = torch.zeros(2, 3, 2, D), torch.zeros(C, D)
+    target, of_rows, soft = (
+        torch.zeros(2, 3, 2).long(),
+        torch.ones(2, 3, 2),
+        torch.zeros(2, 3, 2, C),
+    )
+    target[1, 0, 1], of_rows[0, 2, 1], soft[1, 2, 0, 5] = C, -1, -1
+    loss_of = partial(linear_class_balanced_loss, input, weight, backend=backend)
+    with pytest.raises(IndexError, match=r"^target\[1, 0, 1\] = 9 is out of range"):
+        loss_of(target)
+    with pytest.raises(ValueError, match=r"^sample_weight\[0, 2, 1\] = -1"):
+        loss_of(target % C, sample_weight=of_rows)
+    for chunk_size in (None, 2):
+        with pytest.raises(ValueError, match=r"^target\[1, 2, 0, 5\] = -1"):
+            loss_of(soft, chunk_size=chunk_size)
+    with pytest.raises(IndexError, match=r"^target\[\] = 9 is out of range"):
+        linear_class_balanced_loss(input[0, 0, 0], weight, target[1, 0, 1], backend=backend)
 
 
 def test_chunk_rows():

@@ -44,7 +44,7 @@ def calls(backend, family, logits, target):
 @pytest.mark.parametrize("shape, order", LAYOUTS.values(), ids=LAYOUTS.keys())
 @FAMILY
 def test_a_bad_value_is_named(backend, family, shape, order, target_dtype):
-    """The first by its index, in the operator's tensor; and nothing else happens."""
+    """The first, by its index in the target as given; and nothing else happens."""
     if backend.gpu:
         pytest.skip("uses values as given")
     generator = torch.Generator(DEVICE).manual_seed(0)
@@ -53,13 +53,11 @@ def test_a_bad_value_is_named(backend, family, shape, order, target_dtype):
     if order is not None:
         logits, target = logits.permute(order), target.permute(order)
     place = torch.arange(target.numel()).reshape(target.shape)
-    shape = (1, *target.shape) if target.dim() == 1 else target.shape
-    seen = shape if len(shape) == 2 else target.flatten(2).shape
     for value in BAD[family]:
         for first in (0, target.numel() // 3, target.numel() - 1):
             bad = target.clone()
             bad[place >= first] = value
-            index = [int(i) for i in torch.unravel_index(torch.tensor(first), seen)]
+            index = [int(i) for i in torch.unravel_index(torch.tensor(first), target.shape)]
             for call in calls(backend, family, logits, bad):
                 with pytest.raises(ValueError, match=refused(index, value, family)):
                     call()
@@ -76,7 +74,7 @@ def test_the_first_bad_value_on_any_number_of_threads(backend, family, shape):
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            index = (1, 1) if len(shape) == 2 else (1, 1, 0)
+            index = (1, 1, 0, 0)[: len(shape)]
             with pytest.raises(ValueError, match=refused(index, nan, family)):
                 class_balanced_loss(logits, target, activation=family, backend=backend.argument)
     finally:

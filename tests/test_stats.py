@@ -137,6 +137,13 @@ def test_stats_refuse(options):
         class_balanced_loss(**arguments, return_stats=True)
 
 
+def test_return_stats_is_a_bool():
+    arguments = {"input": torch.zeros(3, 4), "target": torch.tensor([0, 1, 2])}
+    for wrong in ("yes", 2, 0.5):
+        with pytest.raises(TypeError, match="return_stats must be True or False, got"):
+            class_balanced_loss(**arguments, return_stats=wrong)
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @FAMILY
 def test_compile(backend, family):
