@@ -20,7 +20,7 @@ from .inputs import Inputs, compute_dtype, is_soft
 from .options import MEAN, REDUCTIONS, LossSpec
 from .row_weights import denominator_of
 from .stats import class_stats
-from .values import check_all, check_soft_target, check_target, is_weight, typed
+from .values import check_all, check_soft_target, check_target, check_values, is_weight, typed
 
 # How large a chunk is, by type of device, others being GPUs: bytes of its buffer, but at least so
 # many rows. Each chunk reads and writes the weight's gradient, which takes about as long as the
@@ -167,6 +167,8 @@ def _check_rows(x: Tensor, head: Head, inputs: Inputs, spec: LossSpec) -> None:
         check_all("sample_weight", inputs.sample_weight, is_weight, "finite and >= 0")
         if not is_soft(inputs.target):
             check_target(inputs.target, len(head.weight), spec.ignore_index, spec.background_index)
+        if not len(x):  # then no kernel looks at the vectors
+            check_values(x, inputs, spec.formula, spec.ignore_index)
 
 
 def _with_denominator(

@@ -86,4 +86,7 @@ def _eager(input: Tensor, inputs: Inputs, spec: LossSpec) -> Tensor:
     inputs = inputs._replace(target=inputs.target.unsqueeze(0))
     if inputs.sample_weight is not None:
         inputs = inputs._replace(sample_weight=inputs.sample_weight.unsqueeze(0))
-    return reference.eager_loss(input.unsqueeze(0), inputs, *numbers).reshape(())
+    try:
+        return reference.eager_loss(input.unsqueeze(0), inputs, *numbers).reshape(())
+    except IndexError as error:
+        raise in_own_shape(error, {"target": ((1,), ())}) from None

@@ -11,7 +11,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from . import hints
-from .arguments import Given, check_inputs, refuse_transforms
+from .arguments import Given, check_inputs, check_vector, refuse_transforms
 from .arrays import integer_or_none
 from .backends import choose
 from .chunks import chunk_rows
@@ -244,7 +244,10 @@ def _checked(
     C, (target, weight, sample_weight, normalizer, bias, margin, pos_weight) = len(head[0]), given
     x = input.detach().reshape(-1, input.shape[-1])
     logits = x.new_empty((), dtype=_logits_dtype(input)).expand(len(x), C)
-    target, sample_weight = _flat(input.shape[:-1], C, target, sample_weight)
+    if sample_weight is not None:
+        check_vector("sample_weight", sample_weight, input.shape[:-1], input.device)
+        sample_weight = sample_weight.reshape(-1)
+    target = _flat(input.shape[:-1], C, target)
     return logits, (target, weight, sample_weight, normalizer, bias, margin, pos_weight)
 
 
@@ -316,17 +319,14 @@ def _logits_dtype(input: Tensor) -> torch.dtype:
     return input.dtype
 
 
-def _flat(rows: torch.Size, C: int, target: Any, sample_weight: Any) -> tuple[Any, Any]:
-    """Target and sample weights of (N, C) logits; what has another shape is left to its check."""
-    if isinstance(target, Tensor):
-        shape = (*rows, C) if is_soft(target) else tuple(rows)
-        if target.shape != shape:
-            raise ValueError(
-                f"target must have shape {shape} for {target.dtype} targets, {C} classes and rows "
-                f"{tuple(rows)} of input, got {tuple(target.shape)}"
-                f"{hints.of_head_target(target, C)}"
-            )
-        target = target.reshape(-1, C) if is_soft(target) else target.reshape(-1)
-    if isinstance(sample_weight, Tensor) and sample_weight.shape == rows:
-        sample_weight = sample_weight.reshape(-1)
-    return target, sample_weight
+def _flat(rows: torch.Size, C: int, target: Any) -> Any:
+    """The target of (N, C) logits; what is no tensor is left to its check."""
+    if not isinstance(target, Tensor):
+        return target
+    shape = (*rows, C) if is_soft(target) else tuple(rows)
+    if target.shape != shape:
+        raise ValueError(
+            f"target must have shape {shape} for {target.dtype} targets, {C} classes and rows "
+            f"{tuple(rows)} of input, got {tuple(target.shape)}{hints.of_head_target(target, C)}"
+        )
+    return target.reshape(-1, C) if is_soft(target) else target.reshape(-1)

@@ -357,6 +357,8 @@ def test_module():
     ({"target": torch.zeros(N, 1).long()}, ValueError, r"target must have shape \(11,\)"),
     ({"target": torch.zeros(N, C + 1)}, ValueError, r"target must have shape \(11, 9\)"),
     ({"sample_weight": torch.ones(N - 1)}, ValueError, "sample_weight must have shape"),
+    ({"input": torch.zeros(3, 2, D), "target": torch.zeros(3, 2).long(),
+      "sample_weight": torch.ones(6)}, ValueError, r"sample_weight must have shape \(3, 2\)"),
     ({"weight": torch.ones(C + 1)}, ValueError, "weight must have shape"),
     ({"gama": 1}, TypeError, "did you mean 'gamma'"),
 ])  # fmt: skip
@@ -410,6 +412,17 @@ def test_errors_name_the_callers_index(backend):
             loss_of(soft, chunk_size=chunk_size)
     with pytest.raises(IndexError, match=r"^target\[\] = 9 is out of range"):
         linear_class_balanced_loss(input[0, 0, 0], weight, target[1, 0, 1], backend=backend)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="values are looked at on the CPU")
+def test_errors_without_rows():
+    """No chunk has a kernel that looks at the vectors."""
+    input, weight, target = torch.zeros(0, D), torch.zeros(C, D), torch.zeros(0).long()
+    bad = torch.ones(C).index_fill_(0, torch.tensor(3), -torch.inf)
+    for name in ("weight", "logit_bias", "margin"):
+        given: dict[str, Any] = {name: bad}
+        with pytest.raises(ValueError, match=rf"{name}\[3\] = -inf"):
+            linear_class_balanced_loss(input, weight, target, **given)
 
 
 def test_chunk_rows():

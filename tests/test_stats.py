@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -138,10 +139,10 @@ def test_stats_refuse(options):
 
 
 def test_return_stats_is_a_bool():
-    arguments = {"input": torch.zeros(3, 4), "target": torch.tensor([0, 1, 2])}
+    wrong: Any
     for wrong in ("yes", 2, 0.5):
         with pytest.raises(TypeError, match="return_stats must be True or False, got"):
-            class_balanced_loss(**arguments, return_stats=wrong)
+            class_balanced_loss(torch.zeros(3, 4), torch.tensor([0, 1, 2]), return_stats=wrong)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
