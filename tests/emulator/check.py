@@ -69,17 +69,25 @@ def cases(dtypes: list[str], share: int) -> Iterator[Case]:
             yield Case(sigmoid, DTYPES[dtype], C, gamma, eps, *device, seed)
 
 
+def family_options(sigmoid: bool, draw: random.Random) -> dict[str, Any]:
+    """What one family alone has; native/cases.py draws it, too."""
+    if not sigmoid:
+        return {"z_loss": draw.choice((0.0, 0.0, 1e-3))}
+    if draw.random() >= 0.4:
+        return {}
+    return {
+        "gamma_neg": draw.choice((None, 0.0, 3.0)),
+        "alpha": draw.choice((None, 0.25, 1.0)),
+        "clip": draw.choice((0.0, 0.05)),
+    }
+
+
 def drawn_formula(case: Case, draw: random.Random, adjustable: bool) -> Formula:
     """The case's, with options of its family; adjustable: z may be rounded once more."""
     options: dict[str, Any] = {}
     if adjustable and draw.random() < 0.4:
         options["logit_scale"] = draw.choice((0.5, 1.25))
-    if not case.sigmoid:
-        options["z_loss"] = draw.choice((0.0, 0.0, 1e-3))
-    elif draw.random() < 0.4:
-        options["gamma_neg"] = draw.choice((None, 0.0, 3.0))
-        options["alpha"] = draw.choice((None, 0.25, 1.0))
-        options["clip"] = draw.choice((0.0, 0.05))
+    options |= family_options(case.sigmoid, draw)
     activation: Activation = "sigmoid" if case.sigmoid else "softmax"
     return Formula.of(Options(activation, case.gamma, label_smoothing=case.eps, **options))
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from emulator.check import DTYPES
+from emulator.check import DTYPES, family_options
 from torch import Tensor
 
 from cbloss_fused.inputs import Inputs, compute_dtype, is_soft
@@ -101,12 +101,7 @@ def drawn_formula(case: Case, draw: random.Random) -> Formula:
         options["gamma"] = draw.choice((0.0, draw.choice(GAMMAS)))
     if draw.random() < 0.3:
         options["logit_scale"] = draw.choice((0.5, 1.25))
-    if not case.sigmoid:
-        options["z_loss"] = draw.choice((0.0, 0.0, 1e-3))
-    elif draw.random() < 0.4:
-        options["gamma_neg"] = draw.choice((None, 0.0, 3.0))
-        options["alpha"] = draw.choice((None, 0.25, 1.0))
-        options["clip"] = draw.choice((0.0, 0.05))
+    options |= family_options(case.sigmoid, draw)
     if case.sigmoid and draw.random() < 0.3:
         options["class_weighting"] = "class"
     return Formula.of(Options(activation, **options))
