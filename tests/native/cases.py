@@ -134,6 +134,8 @@ def drawn_call(case: Case, draw: random.Random, most: int) -> Call:
     x = torch.randn(rows, C, generator=generator) * spread[:, None]
     if draw.random() < 0.3:
         x[-1] *= 30
+    if draw.random() < 0.3:
+        x[rows // 3, -1] += 200  # e^z is infinite unless this maximum is found
     target = drawn_target(case, draw, x, generator)
     numbers = drawn_formula(case, draw)
     ignore, background = IGNORED, None
