@@ -13,6 +13,7 @@ from support.backends import INTERPRETED
 from cbloss_fused.backends import REGISTRY, set_isa
 
 pytestmark = pytest.mark.slow
+DRAWS = "4"  # so that no fault is found by luck: a run ends at the first finding
 COMPILED = pytest.mark.skipif(
     INTERPRETED or REGISTRY["cpu"].missing is not None or shutil.which("g++") is None,
     reason="needs the kernels for CPUs, and g++",
@@ -34,7 +35,7 @@ def findings(tmp_path_factory):
 
     def find(fault, place):
         made = faults.plant(fault, place, isa, good)
-        found = faults.finding(made, "--dtypes", fault.dtype)
+        found = faults.finding(made, "--dtypes", fault.dtype, "--draws", DRAWS)
         shutil.rmtree(place)
         return found
 
@@ -47,7 +48,7 @@ def triton_findings(tmp_path_factory):
 
     def find(fault, place):
         made, arguments = triton_faults.plant(fault, place), triton_faults.arguments(fault)
-        return faults.finding(made, *arguments, TRITON_INTERPRET="1")
+        return faults.finding(made, *arguments, "--draws", DRAWS, TRITON_INTERPRET="1")
 
     planted = triton_faults.NONE + triton_faults.FAULTS
     return said(find, planted, tmp_path_factory.mktemp("triton"))

@@ -34,20 +34,22 @@ class Case(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """Of which values cases() makes all combinations, or one of `share` of them."""
+    """Of which values cases() makes all combinations, or one of `share` of them; how often each."""
 
     dtypes: list[str]
     classes: list[int]
     layouts: list[str]
     targets: list[str]
     share: int
+    draws: int
 
 
 def cases(chosen: Chosen) -> Iterator[Case]:
     kinds = [(sigmoid, kind) for sigmoid, several in KINDS.items() for kind in several]
     kinds = [(sigmoid, kind) for sigmoid, kind in kinds if kind in chosen.targets]
     combinations = itertools.product(chosen.classes, chosen.layouts, chosen.dtypes, kinds)
-    for seed, (C, layout, dtype, (sigmoid, kind)) in enumerate(combinations):
+    drawn = itertools.chain.from_iterable(itertools.repeat(list(combinations), chosen.draws))
+    for seed, (C, layout, dtype, (sigmoid, kind)) in enumerate(drawn):
         # Every so many would skip kinds. Of text, since numbers seed what is drawn for a case.
         if random.Random(str(seed)).randrange(chosen.share) == 0:
             yield Case(sigmoid, DTYPES[dtype], C, layout, kind, seed)

@@ -222,9 +222,11 @@ def main() -> None:
     parser.add_argument("--targets", nargs="*", choices=KINDS[True], default=list(KINDS[True]))
     parser.add_argument("--rows", type=int, default=5000, help="at most, but for images")
     parser.add_argument("--share", type=int, default=1, help="one of so many cases")
+    parser.add_argument("--draws", type=int, default=1, help="of each case's other parameters")
     arguments = parser.parse_args()
     given = arguments
-    chosen = Chosen(given.dtypes, given.classes, given.layouts, given.targets, given.share)
+    of_cases = given.classes, given.layouts, given.targets, given.share, given.draws
+    chosen = Chosen(given.dtypes, *of_cases)
     ops._warned = True
     torch.set_num_threads(THREADS)
     if arguments.backend == "triton":
