@@ -51,7 +51,7 @@ coverage: $(VENV)/ready  ## lines of the package that `make test` runs, in a tab
 oldest: $(VENV)/ready  ## compile the Triton kernels by the oldest Triton that is promised
 	$(BIN)/pip install --quiet --no-deps --upgrade --target build/oldest "triton==3.6.0"
 	PYTHONPATH=build/oldest $(BIN)/python -m pytest -q --long tests/test_codegen.py -k compile
-bench: $(VENV)/ready $(VENV)/bench  ## the tables of the README, into bench/results/
+bench: $(VENV)/ready $(VENV)/bench  ## the CPU's tables, into bench/results/
 	$(BIN)/python -m bench.cpu
 	$(BIN)/python -m bench.cpu stats
 	$(BIN)/python -m bench.cpu family
@@ -70,7 +70,7 @@ scaling: $(VENV)/ready  ## up to 10^8 classes and 1024 GPUs, computed, into benc
 	$(BIN)/python -m bench.scaling
 fonts: $(VENV)/ready  ## fonts with kanji for the experiment, from Debian's packages, without root
 	$(BIN)/python -m cbloss_fused.experiments.fonts build/fonts
-experiment: fonts  ## twenty losses on 2,349 classes, into bench/results/kanji; hours, can be cut off
+experiment: fonts  ## twenty losses on 2,349 classes, into bench/results/kanji; an hour and a half, can be cut off
 	$(BIN)/python -m cbloss_fused.experiments.kanji --output bench/results/kanji
 figures: $(VENV)/ready  ## the figures of the docs, from bench/results/
 	$(BIN)/python -m bench.figures

@@ -124,11 +124,11 @@ def class_balanced_loss(
         logit_scale: positive, at most 1e30: an inverse temperature. A learnable one multiplies the
             logits instead, class_balanced_loss(scale * x, ...). With any of these three z is
             rounded to the compute type: in float32 p is off by 1e-7 |z|.
-        sample_weight: shape of target, finite and >= 0.
+        sample_weight: one number per row, (), (N,) or (N, d1, ..., dk), finite and >= 0.
         class_weighting: "sample": weight[target] multiplies the row, as in the paper; "class":
             weight[j] multiplies class j's term, "sigmoid" only and not with "weighted_mean".
-            This and soft targets have fused kernels on the CPU and in Triton; backend="cuda" uses
-            Triton's for them.
+            This, soft targets and pos_weight with label_smoothing have fused kernels on the CPU and
+            in Triton; backend="cuda" uses Triton's for them.
         pos_weight: (C,) of any floating type, finite and >= 0, "sigmoid" only: multiplies the term
             of class j where the target is class j, as in F.binary_cross_entropy_with_logits: t_j of
             multi-hot and smoothed targets. It is a part of no r and of no denominator.
@@ -169,7 +169,7 @@ def class_balanced_loss(
     partial sum, or sharded as the rows are for "none". Or its classes are sharded, as by shards.
 
     Returns:
-        A scalar, or the shape of target for "none"; float64 for float64 logits, else float32. 0
+        A scalar, or one loss per row for "none"; float64 for float64 logits, else float32. 0
         with zero gradients where there is nothing to average. NaN in, NaN out; finite for every
         logit with |z| * C * max r <= 1e37 (with z_loss: |z| <= 1e19) and every γ.
 

@@ -47,8 +47,8 @@ class ClassBalancedLoss(SavedLoss):
             mapping class -> count. Copied.
         beta: in [0, 1]; 0 weighs all classes alike, 1 by inverse frequency.
         empty: what a class without samples gets, see `class_balanced_weights`.
-        group: a torch.distributed.ProcessGroup, of an initialised torch.distributed the whole
-            `torch.distributed.group.WORLD`: in training mode the denominator of "mean" and
+        group: a torch.distributed.ProcessGroup, such as `torch.distributed.group.WORLD` once
+            torch.distributed is initialised: in training mode the denominator of "mean" and
             "weighted_mean" is that of all ranks' rows over the number of ranks, as of
             `global_normalizer`, so that the gradient that DistributedDataParallel and FSDP average
             is that of a single process. Every rank of the group must then call the loss, with its
@@ -56,7 +56,8 @@ class ClassBalancedLoss(SavedLoss):
         options: all others as in `class_balanced_loss`; logit_bias, margin and pos_weight, here of
             any form that counts may have, are copied into buffers.
 
-    Shape: input (C,), (N, C) or (N, C, d1, ..., dk); target (), (N,) or (N, d1, ..., dk).
+    Shape: input (C,), (N, C) or (N, C, d1, ..., dk); target (), (N,) or (N, d1, ..., dk), or for
+        soft and multi-hot labels input's.
     Attributes: weight, a (C,) float32 buffer, which moves with .to(). It stays float32 through
         .half() and .bfloat16(), as logit_bias, margin and pos_weight do; .double() makes it
         float64. counts, beta and schedule (what is deferred), float64 on the CPU, which `set_beta`,
@@ -166,7 +167,7 @@ class ClassBalancedLoss(SavedLoss):
 
         With a group the loss's mean over ranks is that of all rows, and the statistics are those of
         a rank's own rows. No rank communicates in evaluation mode, nor with a normalizer given.
-        With shards, which in training leave a group no mean of its own: pass a normalizer.
+        A loss with a group cannot be called with shards in training, unless with a normalizer.
         """
         buffers = self._buffers  # Module.__getattr__ would take half a microsecond for each
         weight, bias = buffers["weight"], buffers["logit_bias"]
@@ -246,7 +247,7 @@ class ClassBalancedLoss(SavedLoss):
 
     @property
     def group(self) -> ProcessGroup | None:
-        """The ranks whose rows have one mean in training; assigning another raises TypeError."""
+        """The ranks whose rows have one mean in training, or None; may be assigned."""
         return None if self._group is None else self._group.group
 
     @group.setter

@@ -1,6 +1,7 @@
 """What the package and its extras require, with licences, as docs/dependencies.md.
 
-`python tools/licences.py` in an environment that has them all, without what these require.
+`python tools/licences.py` in an environment that has them all, without what these require:
+`pip install --no-deps --target DIRECTORY` of each will do.
 """
 
 from __future__ import annotations
@@ -13,9 +14,10 @@ ROOT = Path(__file__).resolve().parent.parent
 TITLE = """# Dependencies
 
 The core needs PyTorch, and Triton on GPUs, which PyTorch brings. All else is for an extra.
-Nothing is fetched when the package is imported or runs; `tests/test_supply_chain.py` checks that,
-and that nothing is unpickled, evaluated or given to a shell. `tools/licences.py` makes this table
-from the packages' own metadata.
+Nothing is fetched when the package is imported or runs, but by `experiments.fonts`, which asks
+Debian's apt-get for fonts; nothing is unpickled but CIFAR's own files, by an unpickler that calls
+nothing; nothing is evaluated or given to a shell. `tests/test_supply_chain.py` checks that.
+`tools/licences.py` makes this table from the packages' own metadata.
 
 | package | licence | for |
 | --- | --- | --- |
