@@ -2,7 +2,8 @@
 
 bounds.cpp includes the kernels' headers unchanged and is compiled as they are, once for each
 instruction set of this machine. Functions of one variable are swept over every float32 number of
-the domain that the kernels use, or over one of `step`, and compared with double; functions of more
+the domain that the kernels use, or over one of `step`, and compared with double; those that are
+nearly linear around 0 over fewer numbers there, which are most of them. Functions of more variables
 are compared with mpmath in bounds_samples.py.
 """
 
@@ -14,7 +15,7 @@ import shlex
 import struct
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -28,6 +29,7 @@ SOURCES = (FOLDER / "bounds.cpp", ROOT / "csrc" / "row_math.h", ROOT / "csrc" / 
 SAMPLES = 4000  # of each formula
 LARGEST, SMALLEST = 3.4028235e38, 1.1754944e-38  # of the normal numbers
 LOWEST, HIGHEST = -87.3, 88.0  # beyond these exp is 0, or not used
+LINEAR, SPARSE = 2.0**-12, 61  # below LINEAR in magnitude one of SPARSE numbers
 
 
 class Function(NamedTuple):
@@ -38,7 +40,7 @@ class Function(NamedTuple):
     low: float
     high: float
     bound: float
-    sparse: int = 1  # an exhaustive sweep takes one of so many numbers
+    linear: bool = False  # around 0
 
     @property
     def label(self) -> str:
@@ -59,13 +61,13 @@ def _functions() -> tuple[Function, ...]:
             Function("exp", short, LOWEST, HIGHEST, e),
             Function("root_sigma", short, -87.0, 174.6, e),
             Function("log1m_over", short, 0.0, 0.5, u),
-            Function("sigma", short, -128.0, 128.0, e, 17),
-            Function("softplus", short, -128.0, 128.0, 4e-6 if short else 6e-7, 17),
+            Function("sigma", short, -128.0, 128.0, e, True),
+            Function("softplus", short, -128.0, 128.0, 4e-6 if short else 6e-7, True),
         ]
         for gamma, bounds in OF_GAMMA.items():
             for part in "Lg":
                 name = f"{part}, gamma {gamma}"
-                found.append(Function(name, short, -128.0, 128.0, bounds[short], 61))
+                found.append(Function(name, short, -128.0, 128.0, bounds[short], True))
     return (
         *found,
         Function("log", False, SMALLEST, 0.5, 1.3e-7),
@@ -109,16 +111,23 @@ def bits(x: float) -> int:
     return int(found)
 
 
+def ranges(function: Function, step: int) -> Iterator[tuple[int, int, int]]:
+    """Bits of the first and the last number, of one sign, and which share of those between."""
+    of_signs = (1 << 31, 0.0, -function.low), (0, max(function.low, 0.0), function.high)
+    for sign, low, high in of_signs:
+        if low >= high:
+            continue
+        middle = LINEAR if function.linear else low
+        if low < middle:
+            yield sign | bits(low), sign | bits(middle) - 1, step * SPARSE
+        yield sign | bits(middle), sign | bits(high), step
+
+
 def worst(isa: str, function: Function, step: int) -> tuple[float, float]:
     """The largest error, and where."""
     loaded = library(isa)
-    step *= function.sparse
-    ranges = []  # of bits: numbers of one sign
-    if function.low < 0:
-        ranges.append((0x80000000, bits(function.low)))
-    ranges.append((bits(max(function.low, 0.0)), bits(function.high)))
 
-    def of(first: int, last: int) -> tuple[float, float]:
+    def of(first: int, last: int, step: int) -> tuple[float, float]:
         at = ctypes.c_float()
         name = function.name.encode()
         error = loaded.worst_of(name, function.short, first, last, step, ctypes.byref(at))
@@ -126,9 +135,9 @@ def worst(isa: str, function: Function, step: int) -> tuple[float, float]:
 
     size = 1 << 24
     parts = [
-        (first, min(last, first + size - 1))
-        for low, last in ranges
-        for first in range(low + (-low % step), last + 1, size - size % step)
+        (first, min(last, first + size - 1), every)
+        for low, last, every in ranges(function, step)
+        for first in range(low + (-low % every), last + 1, size - size % every)
     ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return max(pool.map(lambda part: of(*part), parts))
@@ -169,7 +178,7 @@ def main() -> None:
     begin = time.monotonic()
     for f in FUNCTIONS:
         found = {isa: worst(isa, f, 1) for isa in sets}
-        share = "all" if f.sparse == 1 else f"1 of {f.sparse}"
+        share = f"all from ±{LINEAR:.3g} on" if f.linear else "all"
         cells = [f"{error:.3g} at {at:.9g}" for error, at in found.values()]
         rows.append([f.label, f"{f.low:.4g} to {f.high:.4g}", share, f"{f.bound:.2g}", *cells])
         beyond += [f"{f.label} ({isa})" for isa in sets if not found[isa][0] <= f.bound]
@@ -185,6 +194,9 @@ def main() -> None:
         print(f"- {name}: {value}")
     print(f"- seconds: {time.monotonic() - begin:.0f}\n")
     print(table(("function", "from, to", "numbers", "promised", *sets), rows))
+    print(
+        f"\nBelow ±{LINEAR:.3g}, where these functions are nearly linear, one of {SPARSE} numbers."
+    )
     if beyond:
         raise SystemExit(f"beyond what is promised: {', '.join(beyond)}")
 
