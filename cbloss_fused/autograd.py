@@ -107,7 +107,9 @@ class StoredGradientAndStats(torch.autograd.Function):
         return loss, stats
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:  # the loss was not used
+            return (None,) * 4
         (grad,) = ctx.saved_tensors
         return scaled(grad, grad_loss, ctx.owned, ctx.scale_gradient), None, None, None
 
@@ -148,8 +150,8 @@ class RecomputedGradientAndStats(torch.autograd.Function):
         return loss, stats
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        return _recomputed(ctx, grad_loss), None, None, None
+    def backward(ctx: Any, grad_loss: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        return None if grad_loss is None else _recomputed(ctx, grad_loss), None, None, None
 
 
 # Function.apply without its Python wrapper, 3 us that look for functorch: check_inputs has looked.
@@ -243,6 +245,13 @@ def refuse_second_derivatives() -> None:
             "the fused kernels have no second derivative (create_graph=True); "
             "backend='reference' has"
         )
+
+
+def differentiable(*tensors: Tensor | None) -> tuple[Any, ...]:
+    """Detached where grad mode is off: needs_input_grad of a Function does not depend on it."""
+    if torch.is_grad_enabled():
+        return tensors
+    return tuple(None if t is None else t.detach() for t in tensors)
 
 
 # Whether a backward may follow (retain_graph=True).

@@ -7,19 +7,23 @@ communication is that of a mean's denominator, one number; where classes are, th
 from __future__ import annotations
 
 import sys
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from .arguments import Given, check_inputs
 from .dispatch import dispatch
+from .groups import agreed
 from .inputs import Inputs, compute_dtype
 from .options import MEAN, REDUCTIONS, LossSpec
 from .row_weights import denominator_of
 from .sharded import sharded_loss
 from .shards import ClassShards
 from .stats import ClassStats
+from .values import check_values, tracing
 
 
 def is_dtensor(tensor: Any) -> bool:
@@ -57,10 +61,12 @@ def loss_of_dtensor(
         for name, tensor in zip(Inputs._fields, given, strict=True)
     ))  # fmt: skip
     logits = input.to_local()
-    inputs = check_inputs(logits, *own, spec, return_stats)
-    if of_rows and spec.reduction and REDUCTIONS[spec.reduction] != "sum":
-        if inputs.normalizer is None:
-            inputs = inputs._replace(normalizer=_denominator(logits, inputs, spec, mesh, of_rows))
+    is_mean = of_rows and spec.reduction and REDUCTIONS[spec.reduction] != "sum"
+    if is_mean and own.normalizer is None:
+        inputs = _with_denominator(logits, own, spec, return_stats, mesh, of_rows)
+    else:
+        inputs = check_inputs(logits, *own, spec, return_stats)
+    if is_mean:
         spec = spec._replace(reduction=MEAN)
     result = dispatch(logits, inputs, spec, return_stats)
     loss, stats = result if isinstance(result, tuple) else (result, None)
@@ -121,13 +127,31 @@ def _own(name: str, tensor: Any, placements: tuple[Any, ...]) -> Any:
     return tensor.to_local()
 
 
-def _denominator(
-    logits: Tensor, inputs: Inputs, spec: LossSpec, mesh: Any, of_rows: list[int]
-) -> Tensor:
-    """The mean's, of all ranks' rows."""
-    total = denominator_of(inputs, logits.shape[1], spec, compute_dtype(logits.dtype))
-    _add_up(total, mesh, of_rows)
-    return total
+def _with_denominator(
+    logits: Tensor, own: Inputs, spec: LossSpec, return_stats: bool, mesh: Any, of_rows: list[int]
+) -> Inputs:
+    """Checked, with the mean's denominator, of all ranks' rows.
+
+    On the CPU all ranks raise what one finds wrong.
+    """
+    inputs: Any = None
+
+    def denominator() -> Tensor:
+        nonlocal inputs
+        inputs = check_inputs(logits, *own, spec, return_stats)
+        if logits.is_cpu and not tracing():
+            check_values(logits, inputs, spec.formula, spec.ignore_index)
+        return denominator_of(inputs, logits.shape[1], spec, compute_dtype(logits.dtype))
+
+    if logits.is_cpu and not tracing():  # a graph has no errors to agree on
+        make: Callable[[], Tensor] = denominator
+        for dim in of_rows:
+            make = partial(agreed, make, 1, mesh.get_group(dim), logits.device)
+        total = make().to(compute_dtype(logits.dtype)).view(())
+    else:
+        total = denominator()
+        _add_up(total, mesh, of_rows)
+    return cast(Inputs, inputs)._replace(normalizer=total)
 
 
 def _summed(stats: ClassStats, mesh: Any, of_rows: list[int]) -> ClassStats:

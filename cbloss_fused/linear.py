@@ -13,6 +13,7 @@ from typing_extensions import Unpack
 from . import hints
 from .arguments import Given, check_inputs, check_vector, refuse_transforms
 from .arrays import integer_or_none
+from .autograd import differentiable
 from .backends import choose
 from .chunks import chunk_rows
 from .dispatch import dispatch
@@ -208,7 +209,8 @@ def _whole(
     backend = choose(input.device.type, spec.backend, class_by_class(spec.formula, inputs))
     if is_soft(inputs.target) and not spec.formula.sigmoid:  # it ignores no row
         spec = spec._replace(ignore_index=None)
-    dtype, size = _logits_dtype(input), _rows_of_chunk(chunk_size, input, C)
+    dtype = _logits_dtype(input)
+    size = _rows_of_chunk(chunk_size, input, C, product_dtype(dtype, input.device.type))
     call = LinearCall(spec, backend, dtype, size, return_stats)
     loss, stats = linear_loss(x, linear_weight, linear_bias, inputs, call)
     if not spec.reduction:
@@ -225,11 +227,13 @@ def _sharded(
     _, inputs, r = checked(make, input, spec, return_stats, shards)
     linear_weight, linear_bias = head
     backend = choose(input.device.type, spec.backend, class_by_class(spec.formula, inputs))
-    size = _rows_of_chunk(chunk_size, input, max(shards.sizes))
     part, dtype = Part.of(inputs, spec, shards), _logits_dtype(input)
+    # The same on every rank, whose CPUs may have other instructions for a half type's products.
+    size = _rows_of_chunk(chunk_size, input, max(shards.sizes), compute_dtype(dtype))
     call = ShardedLinearCall(part, r, backend, dtype, size, return_stats)
     apply: Any = ShardedLinearLoss.apply
-    loss, stats = apply(input.reshape(-1, input.shape[-1]), linear_weight, linear_bias, call)
+    x = input.reshape(-1, input.shape[-1])
+    loss, stats = apply(*differentiable(x, linear_weight, linear_bias), call)
     if not spec.reduction:
         loss = loss.reshape(input.shape[:-1])
     return loss if stats is None else (loss, ClassStats.of(stats))
@@ -251,11 +255,9 @@ def _checked(
     return logits, (target, weight, sample_weight, normalizer, bias, margin, pos_weight)
 
 
-def _rows_of_chunk(chunk_size: int | None, input: Tensor, C: int) -> int:
-    device_type = input.device.type
-    buffer = product_dtype(_logits_dtype(input), device_type)
+def _rows_of_chunk(chunk_size: int | None, input: Tensor, C: int, buffer: torch.dtype) -> int:
     rows = input.shape[:-1].numel()
-    return check_chunk_size(chunk_size) or chunk_rows(rows, C, buffer, device_type)
+    return check_chunk_size(chunk_size) or chunk_rows(rows, C, buffer, input.device.type)
 
 
 def _check_head(
@@ -271,7 +273,7 @@ def _check_head(
             raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}{hint}")
         if is_dtensor(tensor):
             raise NotImplementedError(f"{name} must be a plain tensor, got a DTensor")
-        if tensor.dtype != input.dtype and not torch.is_autocast_enabled(input.device.type):
+        if tensor.dtype != input.dtype and not _autocasts(input.device.type):
             hint = hints.of_head_dtype(name, tensor)
             raise TypeError(
                 f"{name} must have input's dtype {input.dtype}, got {tensor.dtype}{hint}"
@@ -314,9 +316,15 @@ def check_chunk_size(given: Any) -> int | None:
 def _logits_dtype(input: Tensor) -> torch.dtype:
     """As F.linear's, whose inputs autocast casts, but for float64."""
     device_type = input.device.type
-    if torch.is_autocast_enabled(device_type) and input.dtype != torch.float64:
+    if _autocasts(device_type) and input.dtype != torch.float64:
         return torch.get_autocast_dtype(device_type)
     return input.dtype
+
+
+def _autocasts(device_type: str) -> bool:
+    """Some devices, as meta, cannot be asked whether it is enabled."""
+    available = torch.amp.is_autocast_available(device_type)
+    return available and torch.is_autocast_enabled(device_type)
 
 
 def _flat(rows: torch.Size, C: int, target: Any) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import chunks
-from .autograd import refuse_batches, refuse_second_derivatives, scaled
+from .autograd import differentiable, refuse_batches, refuse_second_derivatives, scaled
 from .backends import REGISTRY, Backend
 from .chunks import Head, HeadGradients, Result
 from .inputs import Inputs, compute_dtype, weights_classes
@@ -50,7 +50,7 @@ def linear_loss(
 ) -> tuple[Tensor, Tensor | None]:
     """(loss, statistics (4, C) or None) of an input (N, D) and a head."""
     apply: Any = LinearLoss.apply
-    return apply(input, weight, bias, inputs, call)
+    return apply(*differentiable(input, weight, bias), inputs, call)
 
 
 class LinearLoss(torch.autograd.Function):
@@ -84,7 +84,9 @@ class LinearLoss(torch.autograd.Function):
         return loss, stats
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:  # the loss was not used
+            return (None,) * 5
         refuse_second_derivatives()
         if not ctx.later:
             return *all_scaled(ctx.saved_tensors, grad_loss, ctx.call.backend), None, None

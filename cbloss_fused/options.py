@@ -107,12 +107,11 @@ def is_bool(value: Any) -> bool:
 
 
 def _is_int(value: Any) -> bool:
-    """Of any type: np.int64 and a 0-d integer tensor too."""
+    """Of any type: np.int64 and a 0-d integer tensor too; of 64 bits, as targets are."""
     try:
-        operator.index(value)
+        return -(2**63) <= operator.index(value) < 2**63
     except TypeError:
         return False
-    return True
 
 
 def _or_none(rule: Rule) -> Rule:
@@ -130,8 +129,8 @@ RULES = {
     "z_loss": Rule("finite and >= 0", lambda v: 0 <= v < inf),
     "logit_scale": Rule("positive and <= 1e30", lambda v: 0 < v <= 1e30),
     "class_weighting": _choice("sample", "class"),
-    "ignore_index": _or_none(Rule("an int", _is_int, TypeError)),
-    "background_index": _or_none(Rule("an int", _is_int, TypeError)),
+    "ignore_index": _or_none(Rule("an int of 64 bits", _is_int, TypeError)),
+    "background_index": _or_none(Rule("an int of 64 bits", _is_int, TypeError)),
     "reduction": _choice(*REDUCTIONS),
     "inplace": Rule("True or False", is_bool, TypeError),
     "recompute": _or_none(Rule("True or False", is_bool, TypeError)),

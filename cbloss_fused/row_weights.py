@@ -123,7 +123,9 @@ def _denominator(
         return normalizer.to(r.dtype)
     if reduction == "weighted_mean":
         return (r if keep is None else torch.where(keep, r, 0.0)).sum()
-    return r.new_tensor(r.numel()) if keep is None else keep.sum().to(r.dtype)
+    if keep is not None:
+        return keep.sum().to(r.dtype)
+    return torch.full((), r.numel(), dtype=r.dtype, device=r.device)  # no copy, which would wait
 
 
 def denominator_of(inputs: Inputs, C: int, spec: LossSpec, dtype: torch.dtype) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -73,33 +74,50 @@ class SavedLoss(torch.nn.Module):
         """What fits, of older states and of nn.CrossEntropyLoss too; nothing if a value does not.
 
         A model's checkpoint may come in parts, each loaded with strict=False, of which this method
-        is not told.
+        is not told. What a subclass has besides is loaded as that of any module.
         """
-        state = {
-            name: state_dict[prefix + name]
-            for name in (*VECTORS, *OWN_STATE, "_extra_state")
-            if prefix + name in state_dict
-        }
+        hooks, self._load_state_dict_pre_hooks = self._load_state_dict_pre_hooks, OrderedDict()
+        try:
+            arguments = local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+            for hook in hooks.values():  # which may rename entries, so they come first
+                hook(state_dict, prefix, *arguments)
+            self._load_entries(state_dict, prefix, *arguments)
+        finally:
+            self._load_state_dict_pre_hooks = hooks
+
+    def _load_entries(
+        self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        given = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+        state = {name: given[name] for name in (*VECTORS, *OWN_STATE) if name in given}
         C = len(self.counts)
-        state |= unpacked(state.pop("_extra_state", {}), C, self.beta)
+        state |= unpacked(given.get("_extra_state", {}), C, self.beta)
         problems = misfits(state, prefix, C)
-        expected = [name for name in VECTORS if self._buffers[name] is not None]
-        missing = [prefix + name for name in expected if name not in state]
-        known = {prefix + name for name in (*expected, *OWN_STATE, "_extra_state")}
-        unexpected = [key for key in state_dict if key.startswith(prefix) and key not in known]
+        tensors = {**self._parameters, **self._buffers}
+        own = {
+            name for name, tensor in tensors.items()
+            if tensor is not None and name not in self._non_persistent_buffers_set
+        }  # fmt: skip
+        missing = [prefix + name for name in tensors if name in own and name not in given]
+
+        def expected(name: str) -> bool:
+            module, dot, _ = name.partition(".")
+            return module in self._modules if dot else name in {*own, *OWN_STATE, "_extra_state"}
+
+        unexpected = [prefix + name for name in given if not expected(name)]
         error_msgs += problems
         if strict:
             missing_keys += missing
             unexpected_keys += unexpected
         if problems or (self._whole and (missing or unexpected)):
             return
-        vectors = {
-            prefix + name: state[name] if state[name].dtype in KEPT else state[name].float()
-            for name in expected
-            if name in state
-        }
+        loaded = {prefix + name: given[name] for name in own if name in given}
+        for name in VECTORS:
+            if prefix + name in loaded and state[name].dtype not in KEPT:
+                loaded[prefix + name] = state[name].float()
         errors: list[str] = []
-        super()._load_from_state_dict(vectors, prefix, local_metadata, False, [], [], errors)
+        super()._load_from_state_dict(loaded, prefix, local_metadata, False, [], [], errors)
         error_msgs += errors
         if not errors:
             self._set_own_state(state)
@@ -127,7 +145,8 @@ def unpacked(extra: Any, C: int, beta: Tensor) -> dict[str, Any]:
         return extra
     if type(extra).__name__ == "_EXTRA_STATE":  # torch.distributed.checkpoint's, where it has none
         return {}
-    if not isinstance(extra, Tensor) or tuple(extra.shape) not in extra_shapes(C):
+    tensor = isinstance(extra, Tensor) and not extra.is_meta
+    if not tensor or tuple(extra.shape) not in extra_shapes(C):
         return {"_extra_state": extra}
     schedule, betas, counts = copied(extra).split([2, len(extra) - 2 - C, C])
     one = len(betas) == 1 and (C > 1 or beta.dim() == 0)
@@ -146,7 +165,9 @@ def misfits(state: dict[str, Any], prefix: str, C: int) -> list[str]:
     for name, value in state.items():
         allowed = shapes.get(name, [(C,)])
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        if shape not in allowed:
+        if isinstance(value, Tensor) and value.is_meta:
+            found.append(f"{prefix}{name} is on the meta device, without values")
+        elif shape not in allowed:
             found.append(
                 f"size mismatch for {prefix}{name}: the checkpoint has {shape}, expected "
                 f"{' or '.join(map(str, allowed))}"

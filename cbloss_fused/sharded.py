@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .arguments import Given, check_inplace, check_inputs, check_vector
-from .autograd import refuse_batches, refuse_second_derivatives, scaled
+from .autograd import differentiable, refuse_batches, refuse_second_derivatives, scaled
 from .backends import Backend, choose
 from .groups import add_up, agreed
 from .inputs import Inputs, class_by_class, compute_dtype, is_soft
@@ -38,6 +38,7 @@ def sharded_loss(
     """
     _, inputs, r = checked(lambda: (input, given), input, spec, return_stats, shards)
     backend = choose(input.device.type, spec.backend, class_by_class(spec.formula, inputs))
+    (input,) = differentiable(input)
     logits = input.unsqueeze(0) if input.dim() == 1 else input
     if logits.dim() > 2:
         logits = logits.flatten(2)
@@ -59,7 +60,7 @@ def checked(
     """(logits, the other tensors, r (rows,) over the denominator, negative where ignored).
 
     make: gives logits, or what stands for them, and the rest, or raises.
-    input: whose device decides whether values are looked at.
+    input: whose device decides whether values are looked at, and whether ranks agree.
     """
     if not isinstance(shards, ClassShards):
         raise TypeError(f"shards must be a ClassShards or None, got {type(shards).__name__}")
@@ -70,20 +71,25 @@ def checked(
         nonlocal logits, inputs
         logits, given = make()
         inputs = _inputs(logits, given, spec, return_stats, shards)
-        rows = inputs.target.numel()
-        return torch.tensor([rows, -rows], dtype=torch.float64)
+        rows, weights = inputs.target.numel(), int(inputs.weight is not None)
+        numbers = [rows, -rows, weights, -weights, shards.is_own(inputs.weight)]
+        return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
     if isinstance(input, Tensor) and input.device.type != "cpu":
-        check()
+        check()  # where one rank has all classes, a weight of those is whole
+        own_weight = shards.is_own(inputs.weight) or shards.num_classes in shards.sizes
     else:
         cpu = torch.device("cpu")
-        most, least = agreed(check, 2, shards.group, cpu, largest=True).tolist()
+        numbers = agreed(check, 5, shards.group, cpu, largest=True).tolist()
+        most, least, on_some, on_all, own_weight = numbers
         if most != -least:
             raise ValueError(
                 f"every rank must have the same rows, got {-least:.0f} on one and {most:.0f} on "
                 "another"
             )
-    return logits, inputs, _row_scales(logits, inputs, spec, shards)
+        if on_some != -on_all:
+            raise ValueError("weight must be given on every rank or on none, got it on some")
+    return logits, inputs, _row_scales(logits, inputs, spec, shards, bool(own_weight))
 
 
 def _inputs(
@@ -117,10 +123,16 @@ def _inputs(
     return inputs
 
 
-def _row_scales(input: Tensor, inputs: Inputs, spec: LossSpec, shards: ClassShards) -> Tensor:
-    """r (rows,) over the denominator; the rank that has a target gives its own weight of it."""
+def _row_scales(
+    input: Tensor, inputs: Inputs, spec: LossSpec, shards: ClassShards, own_weight: bool
+) -> Tensor:
+    """r (rows,) over the denominator.
+
+    own_weight: a rank has the weights of its own classes alone: the rank that has a row's target
+        gives the weight of it.
+    """
     dtype, f = compute_dtype(input.dtype), spec.formula
-    if shards.is_own(inputs.weight) and not f.per_class:
+    if own_weight and inputs.weight is not None and not f.per_class:
         part = Part.of(inputs, spec, shards)
         weight = shards.own(inputs.weight)
         assert weight is not None
@@ -171,7 +183,9 @@ class ShardedLoss(torch.autograd.Function):
         return loss, stats
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, grad_loss: Tensor | None, _: Any) -> tuple[Tensor | None, None]:
+        if grad_loss is None:  # the loss was not used
+            return None, None
         part, _, backend, _ = ctx.call
         logits, *kept = ctx.saved_tensors
         if not kept:  # the gradient alone, of sigmoid

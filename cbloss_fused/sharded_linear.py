@@ -80,7 +80,9 @@ class ShardedLinearLoss(torch.autograd.Function):
         return loss, stats
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:  # the loss was not used
+            return (None,) * 4
         refuse_second_derivatives()
         if not ctx.later:
             return *all_scaled(ctx.saved_tensors, grad_loss, ctx.call.backend), None

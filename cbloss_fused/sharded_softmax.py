@@ -10,6 +10,7 @@ of this rank's columns stands in for it, and what they do with that column is ma
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import inf, nan
 from typing import NamedTuple
 
@@ -53,7 +54,7 @@ def softmax_losses(
     at_top = (z_y == M) & ~M.isneginf()  # of -inf alone there is no limit
     d, D = torch.where(at_top, 0.0, z_y - M), torch.zeros_like(M)
     if D_k:
-        sizes = torch.tensor(shards.sizes, dtype=M.dtype, device=M.device).unsqueeze(1)
+        sizes = _filled(shards.sizes, M)
         moved = torch.where((sizes == 0) | (M_k == M), 0.0, sizes * (M_k - M))
         D = (D_k[0] + moved).sum(0)
     ignored = r < 0
@@ -76,7 +77,8 @@ def softmax_gradient(
     # The kernel writes scale / (R + e) e^{z - M}, here of R = 1; but 0 where the column's logit is
     # M: if both were infinite, R = 1 would be a second infinite logit.
     R = torch.where((z == M) & ~ignored, 0.0, torch.ones_like(M))
-    saved = torch.stack((torch.where(ignored, -1.0, 1.0), torch.where(ignored, 0.0, M), R))
+    one = torch.ones_like(M)
+    saved = torch.stack((torch.where(ignored, -1.0, one), torch.where(ignored, 0.0, M), R))
     vectors = None, inputs.logit_bias, inputs.margin, None
     scale = torch.where(ignored, 0.0, k * factor * (R + e))
     uniform = torch.where(ignored, 0.0, f.logit_scale * factor * uniform)
@@ -130,6 +132,15 @@ def _of_part(logits: Tensor, part: Part, backend: Backend) -> Tensor:
         below = 0.0 if part.columns() == 1 else -inf  # of the limit, where top is infinite
         found.append(torch.where(top == inf, below, total).to(M.dtype))
     return torch.stack(found)
+
+
+def _filled(sizes: Sequence[int], like: Tensor) -> Tensor:
+    """(ranks, 1), by kernels that fill: a copy to a GPU would wait for it."""
+    found = torch.full((len(sizes), 1), sizes[0], dtype=like.dtype, device=like.device)
+    for rank, size in enumerate(sizes):
+        if size != sizes[0]:
+            found[rank].fill_(size)
+    return found
 
 
 def _stand_in(part: Part) -> Tensor:

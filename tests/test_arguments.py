@@ -447,8 +447,9 @@ def test_a_number_that_changes_is_looked_at_again():
     assert class_balanced_loss(logits, target, gamma=gamma) > before
     class_balanced_loss(logits, target, ignore_index=-100)
     equal: Any = -100.0  # to what was right
-    with pytest.raises(TypeError, match="ignore_index must be None or an int"):
-        class_balanced_loss(logits, target, ignore_index=equal)
+    for wrong in (equal, 2**63, -(2**63) - 1):
+        with pytest.raises(TypeError, match="ignore_index must be None or an int of 64 bits"):
+            class_balanced_loss(logits, target, ignore_index=wrong)
 
 
 def test_another_device_gets_the_reference_or_says_why(backend):

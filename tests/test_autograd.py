@@ -13,7 +13,7 @@ from support.tolerances import assert_grad, same_bits
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad, gradcheck
 
-from cbloss_fused import class_balanced_loss
+from cbloss_fused import ClassShards, class_balanced_loss, linear_class_balanced_loss
 
 FAMILY = pytest.mark.parametrize("family", FAMILIES)
 MODES = pytest.mark.parametrize("recompute", (False, True), ids=("stored", "recomputed"))
@@ -378,3 +378,53 @@ def test_torch_jit_trace_says_what_to_do(backend):
         torch.jit.trace(step, (leaf, target))
     traced = torch.jit.trace(lambda x, y: step(x, y, "reference"), (leaf, target))
     torch.testing.assert_close(traced(leaf, target), step(leaf, target))
+
+
+class Unused(torch.autograd.Function):
+    """Leaves what it is given without a gradient, as DDP does with an output that is not used."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: torch.Tensor) -> torch.Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> None:
+        return None
+
+
+@pytest.mark.parametrize("how", ("function", "shards", "head", "sharded head"))
+@pytest.mark.parametrize("return_stats", (False, True), ids=("", "stats"))
+@MODES
+@FAMILY
+def test_a_loss_that_is_not_used_has_no_gradient(family, recompute, return_stats, how):
+    logits, target, *_ = sample(10, torch.float16 if recompute else torch.float32)
+    leaf = logits.clone().requires_grad_()
+    given: dict[str, Any] = {"activation": family, "return_stats": return_stats}
+    if how in ("shards", "sharded head"):
+        given["shards"] = ClassShards(10)
+    if how in ("head", "sharded head"):
+        head = torch.eye(10, dtype=leaf.dtype, device=DEVICE)
+        loss: Any = linear_class_balanced_loss(leaf, head, target, **given)
+    else:
+        loss = class_balanced_loss(leaf, target, **given)
+    loss = loss[0] if return_stats else loss
+    (Unused.apply(loss) + 3 * leaf.sum()).backward()
+    assert leaf.grad is not None
+    assert torch.equal(leaf.grad, torch.full_like(leaf, 3))
+
+
+@pytest.mark.parametrize("C", (10, 131), ids="C{}".format)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
+@FAMILY
+def test_every_nan_that_comes_in_goes_out(backend, family, dtype, C):
+    """That of GPUs has all bits set, which rounding to a half type must not carry over into 0."""
+    logits, target, *_ = sample(C, dtype)
+    leaf = logits.clone().requires_grad_()
+    options: dict[str, Any] = {"activation": family, "backend": backend.argument}
+    loss = class_balanced_loss(leaf, target, reduction="none", **options)
+    bits = {4: (torch.int32, 2**31 - 1), 8: (torch.int64, 2**63 - 1)}[loss.element_size()]
+    nan = torch.tensor(bits[1], dtype=bits[0], device=DEVICE).view(loss.dtype)
+    (grad,) = torch.autograd.grad(loss, leaf, nan.expand(loss.shape))
+    kept = target != -100
+    assert grad[kept].isnan().all()
+    assert (grad[~kept] == 0).all()

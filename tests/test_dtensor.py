@@ -33,6 +33,7 @@ def on_a_rank(rank: int, store: str) -> None:
     classes_over_ranks()
     statistics_of_all_rows()
     refused()
+    errors_of_one_rank()
     torch.distributed.destroy_process_group()
 
 
@@ -165,3 +166,23 @@ def refused() -> None:
         class_balanced_loss(rows, distribute_tensor(y, on, [Shard(0)]), w, inplace=True)
     with pytest.raises(ValueError, match="target must have shape"):
         class_balanced_loss(rows, y, w)  # all rows, not this rank's
+
+
+def errors_of_one_rank() -> None:
+    """All raise, none waits: of rows over one dimension of the mesh, or two."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    x, y, w, s = data()
+    flat = mesh()
+    square = torch.distributed.device_mesh.init_device_mesh("cpu", (1, RANKS))
+    for on, placements in ((flat, [Shard(0)]), (square, [Shard(0), Shard(0)])):
+        logits, target, sample = (distribute_tensor(t, on, placements) for t in (x, y, s))
+        first = torch.distributed.get_rank() == 0
+        wrong, bad = target.to_local().clone(), sample.to_local().clone()
+        wrong[0], bad[0] = (C, -1) if first else (wrong[0], bad[0])
+        with pytest.raises(IndexError, match="out of range" if first else "another rank"):
+            class_balanced_loss(logits, wrong, w)
+        with pytest.raises(ValueError, match="sample_weight" if first else "another rank"):
+            class_balanced_loss(logits, target, w, sample_weight=bad, reduction="weighted_mean")
+        loss: Any = class_balanced_loss(logits, target, w)
+        torch.testing.assert_close(loss.full_tensor(), class_balanced_loss(x, y, w))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from support.backends import (
@@ -294,6 +296,27 @@ def test_threads_change_no_bit(backend, family, shape, reduction):
         for threads in (1, 2, 2):
             torch.set_num_threads(threads)
             results.append(loss_and_grad(backend, logits, target, weight, **options))
+    finally:
+        torch.set_num_threads(before)
+    for loss, grad in results[1:]:
+        assert backend.same(loss, results[0][0])
+        assert backend.same(grad, results[0][1])
+
+
+@pytest.mark.parametrize("rows", (100, 120), ids="N{}".format)
+def test_threads_change_no_bit_of_vectors_of_rows(backend, rows):
+    """Rows that share a vector may share a formula: as multi-hot ones with pos_weight."""
+    if backend.gpu:
+        pytest.skip("has none of torch's threads")
+    logits = random(1500, rows).t()
+    target = (random(rows, 1500) > 2.5).float()
+    options: dict[str, Any] = {"activation": "sigmoid", "reduction": "none"}
+    options["pos_weight"] = torch.rand(1500)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(loss_and_grad(backend, logits, target, **options))
     finally:
         torch.set_num_threads(before)
     for loss, grad in results[1:]:

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cbloss_fused import (
     ClassBalancedLoss,
+    ClassShards,
     LinearClassBalancedLoss,
     class_balanced_loss,
     linear_autograd,
@@ -175,6 +176,27 @@ def test_memory_and_products(needed, monkeypatch):
             loss.backward()
     assert seen.elements <= chunk * classes
     assert seen.products == rows // chunk * (1 + sum(needed))
+
+
+def test_evaluation_computes_no_gradient(monkeypatch):
+    """Parameters require grad under no_grad, too."""
+    inside = linear_autograd._Operators(linear_autograd._loss, linear_autograd._gradient)
+    monkeypatch.setattr(linear_autograd, "_operators", inside)
+    input, weight, bias = head(torch.float32)
+    target = torch.arange(N, device=DEVICE) % C
+    for shards in (None, ClassShards(C)):
+        with LargestTensor() as seen, torch.no_grad():
+            linear_class_balanced_loss(
+                input, weight, target, linear_bias=bias, shards=shards, chunk_size=N
+            )
+        assert seen.products == 1
+
+
+def test_meta_tensors():
+    input, weight = torch.empty(4, D, device="meta"), torch.empty(C, D, device="meta")
+    target = torch.empty(4, dtype=torch.int64, device="meta")
+    loss = linear_class_balanced_loss(input, weight, target, reduction="none")
+    assert (loss.device.type, loss.shape, loss.dtype) == ("meta", (4,), torch.float32)
 
 
 def test_tied_weights_and_two_backwards(backend):

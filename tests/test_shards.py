@@ -106,6 +106,37 @@ def test_half_types_are_rounded_once(dtype, K, monkeypatch):
                                rtol=torch.finfo(dtype).eps, atol=1e-6)  # fmt: skip
 
 
+@pytest.mark.parametrize("activation", ("softmax", "sigmoid"))
+def test_in_place_without_grad_writes_nothing(activation):
+    x, y, w = data(4)
+    before = x.clone()
+    for leaf in (x.requires_grad_(), x * 1):
+        with torch.no_grad():
+            class_balanced_loss(
+                leaf, y, w, activation=activation, inplace=True, shards=ClassShards(4)
+            )
+        assert torch.equal(leaf, before)
+
+
+@pytest.mark.parametrize("kind", FORMULAS)
+def test_another_default_dtype(kind):
+    """What is computed in depends on the logits alone."""
+    options = options_of(kind, 4)
+    x, y, w = data(4, options.get("background_index"))
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            leaf = x.float().requires_grad_()
+            loss = class_balanced_loss(leaf, y, w, shards=ClassShards(4), **options)
+            results.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for one, other in zip(*results, strict=True):
+        assert one.dtype == other.dtype == torch.float32
+        assert torch.equal(one, other)
+
+
 # Two parts in one process: every backend ---------------------------------------------------------
 
 
@@ -241,6 +272,7 @@ def on_a_rank(rank: int, store: str, ranks: int) -> None:
     changed_in_place(shards)
     errors_of_one_rank(shards)
     copies(shards)
+    weights_of_one_rank(shards)
     heads(shards)
     heads_of_rows()
     torch.distributed.destroy_process_group()
@@ -414,10 +446,25 @@ def errors_of_one_rank(shards: ClassShards) -> None:
     with pytest.raises(ValueError, match=r"same rows|raised ValueError"):
         fewer = slice(0, N - 1) if there else slice(0, N)
         class_balanced_loss(local[fewer], y[fewer], w, shards=shards)
+    with pytest.raises(ValueError, match="weight must be given on every rank or on none"):
+        class_balanced_loss(local, y, w if there else None, shards=shards)
     with pytest.raises(TypeError):
         ClassShards(1.5 if there else 1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="0 on every rank"):
         ClassShards(0)
+
+
+def weights_of_one_rank(of_all: ClassShards) -> None:
+    """Which are those of all classes; or some ranks have these, others their own."""
+    rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    for shards in (ClassShards(4 if rank == ranks - 1 else 0), of_all):
+        x, y, w = data(shards.num_classes)
+        own = mine(shards, w) if shards is not of_all or rank == 0 else w
+        for activation in ("softmax", "sigmoid"):
+            options: dict[str, Any] = {"activation": activation, "reduction": "weighted_mean"}
+            want, _ = expected(x, y, w, **options)
+            loss = class_balanced_loss(mine(shards, x.T).T, y, own, shards=shards, **options)
+            near(loss, want, torch.float64)
 
 
 def copies(shards: ClassShards) -> None:

@@ -250,3 +250,70 @@ def test_an_extra_state_that_does_not_fit_changes_nothing(extra: Any) -> None:
     assert_unchanged(loss_fn, before)
     loss_fn.set_extra_state(torch.tensor(EXTRA))
     assert loss_fn.counts.tolist() == EXTRA[3:]
+
+
+class Learned(ClassBalancedLoss):
+    """A loss with a parameter, a buffer and a module of its own."""
+
+    def __init__(self, value: float) -> None:
+        super().__init__(COUNTS, 0.9)
+        self.scale = nn.Parameter(torch.tensor(value))
+        self.register_buffer("seen", torch.tensor(value))
+        self.register_buffer("scratch", torch.tensor(value), persistent=False)
+        self.head = nn.Linear(1, 1)
+
+
+@pytest.mark.parametrize("strict", (True, False))
+@pytest.mark.parametrize("inside", (True, False), ids=("part", "whole"))
+def test_what_a_subclass_has_is_loaded(strict: bool, inside: bool) -> None:
+    def model(value: float) -> nn.Module:
+        return nn.Sequential(Learned(value)) if inside else Learned(value)
+
+    saved, other = model(2.0), model(3.0)
+    state = saved.state_dict()
+    assert len(state) == 6
+    result = other.load_state_dict(state, strict=strict)
+    assert not result.missing_keys
+    assert not result.unexpected_keys
+    for name, value in other.state_dict().items():
+        assert torch.equal(value, state[name]), name
+
+
+def test_entries_of_a_subclass_that_are_missing_or_unknown() -> None:
+    loss_fn = Learned(3.0)
+    state = Learned(2.0).state_dict()
+    del state["scale"]
+    state |= {"head.other": torch.ones(1), "other.weight": torch.ones(1), "scratch": torch.ones(1)}
+    with pytest.raises(RuntimeError, match=r"Missing key.*scale"):
+        loss_fn.load_state_dict(state)
+    assert loss_fn.seen == 3
+    result = loss_fn.load_state_dict(state, strict=False)
+    assert result.missing_keys == ["scale"]
+    assert sorted(result.unexpected_keys) == ["head.other", "other.weight", "scratch"]
+    assert loss_fn.seen == 2
+
+
+def test_hooks_before_loading_see_the_whole_state_once() -> None:
+    """As one that renames an entry of an older version."""
+    calls = []
+
+    def rename(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+        calls.append(prefix)
+        state[prefix + "weight"] = state.pop(prefix + "old_weight")
+
+    loss_fn = ClassBalancedLoss(COUNTS, 0.9)
+    loss_fn.register_load_state_dict_pre_hook(rename)
+    state = loss_fn.state_dict()
+    state["old_weight"] = 2 * state.pop("weight")
+    loss_fn.load_state_dict(state)
+    assert torch.equal(loss_fn.weight, state["old_weight"])
+    assert calls == [""]
+
+
+def test_a_state_without_values_changes_nothing() -> None:
+    loss_fn = ClassBalancedLoss(COUNTS, 0.9)
+    before = snapshot(loss_fn)
+    state = {name: value.to("meta") for name, value in loss_fn.state_dict().items()}
+    with pytest.raises(RuntimeError, match="on the meta device"):
+        loss_fn.load_state_dict(state)
+    assert_unchanged(loss_fn, before)

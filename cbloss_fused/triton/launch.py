@@ -235,8 +235,8 @@ def _launch(launch: Launch, arguments: tuple[Any, ...], stream: int) -> None:
 def _compile(launch: Launch, pointers: tuple[Tensor | None, ...], device: int) -> tuple[Any, Any]:
     """A compiled kernel and its launcher, kept by all that Triton specialises on.
 
-    rows.kernel lets it look at no value and no alignment. Its own look at every argument of every
-    launch costs 7 us.
+    numerics.kernel lets it look at no value and no alignment. Its own look at every argument of
+    every launch costs 7 us.
     """
     types = tuple([p if p is None else p.dtype for p in pointers])
     constants = tuple([(type(c), c) for c in launch.constants])  # 1 == True

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from .call import Call
 
 SHARE = 1024  # rows that a prologue's program reads at a time
-MEAN, WEIGHTED_MEAN = 1, 2  # of call.REDUCTIONS
+MEAN, WEIGHTED_MEAN = 1, 2  # of options.REDUCTIONS
 
 
 class RowScales(NamedTuple):

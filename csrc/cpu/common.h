@@ -22,6 +22,12 @@ inline int64_t class_of(const Call& a, int64_t i) {
   return a.has_background && y == a.background ? a.C : y;
 }
 
+// A GPU's NaN has all bits set, and would become 0 where rounding to bfloat16 adds to them.
+template <class V>
+CB_FN V quiet(V x) {
+  return x == x ? x : V{} + NAN;
+}
+
 // The row scale, r_i / denominator, times the incoming gradient where the call has one. Negative:
 // the row is ignored.
 template <class T>
@@ -35,7 +41,7 @@ struct RowScale {
         per_row(a.grad_loss_per_row) {}
   bool ignored(int64_t i) const { return scale[i] < 0; }
   T operator()(int64_t i) const {
-    return grad_loss ? scale[i] * grad_loss[per_row ? i : 0] : scale[i];
+    return grad_loss ? scale[i] * quiet(grad_loss[per_row ? i : 0]) : scale[i];
   }
 };
 

@@ -118,9 +118,12 @@ struct alignas(64) Share {
 void run_rows(RowKernel kernel, const Call& a, int64_t rows) {
   // Elements of a chunk: some 10 and 100 us of work.
   constexpr int64_t FEWEST = 1 << 14, MOST = 1 << 17, LANES = 16;
-  const auto rows_of = [&](int64_t elements) {  // whole vectors, unless a row is long
+  // Whole vectors of rows, unless a row is long and its classes are side by side: what rows share a
+  // vector may change a bit, and must not depend on the number of threads.
+  const bool by_class = a.C >= 1024 && a.logits_stride.c == 1 && (!a.grad || a.grad_stride.c == 1);
+  const auto rows_of = [&](int64_t elements) {
     const int64_t n = elements / a.C;
-    return n < LANES ? (a.C >= 1024 ? std::max<int64_t>(n, 2) : LANES) : n / LANES * LANES;
+    return n < LANES ? (by_class ? std::max<int64_t>(n, 2) : LANES) : n / LANES * LANES;
   };
   const int64_t fewest = rows_of(FEWEST);
   if (rows <= fewest) return kernel(a, 0, rows);

@@ -88,7 +88,8 @@ struct Tile : Place<T> {
     } else {
       r = get(scale.scale);
       ignored = r < V{};
-      if (scale.grad_loss) r *= scale.per_row ? get(scale.grad_loss) : V{} + scale.grad_loss[0];
+      if (scale.grad_loss)
+        r *= quiet(scale.per_row ? get(scale.grad_loss) : V{} + scale.grad_loss[0]);
       if (a.target) y = classes();
     }
   }

@@ -42,11 +42,11 @@ struct Current {
     const int index = t.device_index();
     void* stream = nullptr;
     CHECK_TORCH(aoti_torch_get_current_cuda_stream, index, &stream);
-    CHECK_TORCH(aoti_torch_create_device_guard, index, &guard);
     device = {attribute<cudaDevAttrMultiProcessorCount>(index),
               attribute<cudaDevAttrMaxSharedMemoryPerMultiprocessor>(index),
               attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(index),
               static_cast<cudaStream_t>(stream)};
+    CHECK_TORCH(aoti_torch_create_device_guard, index, &guard);  // last: nothing raises after it
   }
   ~Current() { aoti_torch_delete_device_guard(guard); }
   Current(const Current&) = delete;
@@ -97,7 +97,7 @@ cbloss::Call call_of(const Tensor& logits, const Inputs& in, const Shape& shape,
           "the CUDA kernels do not support class_weighting='class', Triton's do");
   require(!in.pos_weight || formula.eps == 0,
           "the CUDA kernels do not support pos_weight with label_smoothing, Triton's do");
-  constexpr int64_t MOST = INT32_MAX - 4096;  // so that an index past the end does not overflow
+  constexpr int64_t MOST = INT32_MAX - 65536;  // so that an index past the end does not overflow
   require(shape.rows <= MOST && shape.C <= MOST, "the CUDA kernels take at most ", MOST,
           " rows and classes, got ", shape.rows, " and ", shape.C);
   check_device(target, logits, "target");

@@ -8,8 +8,7 @@ namespace cbloss {
 
 constexpr int PART = 5;  // elements of a Part in memory, and the target's logit
 
-// M, clamped to finite numbers, and z - M for such an M: 0 where both are +inf, as in the limit.
-// NaN stays NaN.
+// M, at most finite, and z - M for such an M: 0 where both are +inf, as in the limit; NaN if z is.
 template <class T>
 CB_FN T clamped(T M) {
   return ::min(M, largest_finite<T>());
@@ -18,6 +17,15 @@ template <class T>
 CB_FN T below(T z, T clamped_M) {
   return min(T(0), z - clamped_M);
 }
+
+// A count among a part's numbers; in float by its bits, since not every int above 2^24 is a float.
+template <class T>
+CB_FN T stored(int n) {
+  if constexpr (sizeof(T) == sizeof(int)) return __uint_as_float(uint32_t(n));
+  else return T(n);
+}
+CB_FN int number_of(float stored) { return int(__float_as_uint(stored)); }
+CB_FN int number_of(double stored) { return int(stored); }
 
 // A part of a row: its largest logit M (at least the lowest finite number), R = sum e^{z - M} and,
 // for smoothing (GENERAL), D = sum (z - M) of the n logits that are not -inf. The target and what
@@ -76,11 +84,12 @@ struct Part {
       for (int w = 0; w < WARPS; ++w) add_part(of_warp[w]);
     }
   }
-  CB_FN void put(T* p) const { p[0] = M, p[1] = R, p[2] = D, p[3] = T(n); }
+  CB_FN void put(T* p) const { p[0] = M, p[1] = R, p[2] = D, p[3] = stored<T>(n); }
   CB_FN void add_part(const T* p) {  // whose maximum is at most M
     const T step = clamped(p[0]) - clamped(M);
     R += p[1] * exp_exact(step);
-    if (GENERAL && p[3] > 0) D += p[2] + p[3] * step, n += int(p[3]);
+    const int more = GENERAL ? number_of(p[3]) : 0;
+    if (more > 0) D += p[2] + T(more) * step, n += more;
   }
 };
 
