@@ -15,7 +15,7 @@ from torch.compiler import is_compiling
 
 from .backends import Backend
 from .buffers import fills_its_storage, new_loss, new_saved, span_of
-from .inputs import Inputs, weights_classes
+from .inputs import Inputs, sum_dtype, weights_classes
 from .options import LossSpec
 from .stats import class_stats
 
@@ -176,7 +176,7 @@ def _run_with_stats(
     losses = new_loss(logits, inputs.target, 0)
     saved = new_saved(logits, spec.formula.sigmoid)
     _run(backend, logits, inputs, spec, losses, grad, saved)
-    loss = losses.sum(dtype=torch.float64).to(losses.dtype)
+    loss = losses.sum(dtype=sum_dtype(losses.device)).to(losses.dtype)
     return loss, class_stats(logits, inputs, spec, losses, saved), saved
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .backends import Backend
 from .buffers import new_saved
-from .inputs import Inputs, compute_dtype, is_soft
+from .inputs import Inputs, compute_dtype, is_soft, sum_dtype
 from .options import MEAN, REDUCTIONS, LossSpec
 from .row_weights import denominator_of
 from .stats import class_stats
@@ -104,7 +104,7 @@ def forward(
         if needed:
             grads.add(logits, x[part], head.weight, part)
     if not loss.dim():
-        loss.copy_(losses.sum(dtype=torch.float64))
+        loss.copy_(losses.sum(dtype=sum_dtype(loss.device)))
     if stats is not None:
         stats[3] /= stats[0]  # sums of p over rows
     if not len(x):
@@ -178,7 +178,7 @@ def _with_denominator(
     if REDUCTIONS[spec.reduction] in ("none", "sum") or inputs.normalizer is not None:
         return inputs, spec
     C, dtype = len(head.weight), compute_dtype(x.dtype)
-    total = torch.zeros((), dtype=torch.float64, device=x.device)
+    total = torch.zeros((), dtype=sum_dtype(x.device), device=x.device)
     step = rows if is_soft(inputs.target) else max(len(x), 1)  # of soft targets it makes copies
     for start in range(0, len(x), step):
         part = slice(start, start + step)
@@ -217,7 +217,7 @@ def _loss_and_stats(
     """A chunk's loss; adds its statistics, of p the sum."""
     losses = loss.new_empty(len(logits))
     backend.loss(logits, *inputs, *spec[1:5], losses, None, saved)
-    loss.copy_(losses.sum(dtype=torch.float64))
+    loss.copy_(losses.sum(dtype=sum_dtype(loss.device)))
     found = class_stats(logits, inputs, spec, losses, saved)
     rows, probability = found[0], found[3]
     found[3] = torch.where(rows > 0, rows * probability, 0.0)

@@ -17,7 +17,7 @@ from .arguments import INTEGERS, Given, check_inputs, check_vector
 from .dispatch import dispatch
 from .dtensor import is_dtensor
 from .groups import ProcessGroup, add_up, agreed, check_group, number_of_ranks
-from .inputs import Inputs, compute_dtype, is_soft
+from .inputs import Inputs, compute_dtype, is_soft, sum_dtype
 from .options import MEAN, REDUCTIONS, LossSpec, spec_of
 from .row_weights import denominator_of
 from .stats import ClassStats
@@ -63,8 +63,8 @@ def global_normalizer(
             torch.distributed is not initialised.
 
     Returns:
-        0-d float64 on target's device. Never 0: 1 where no rank has anything to average, so that
-        the loss is 0. On a GPU nothing synchronises.
+        0-d float64 (float32 on Apple's GPUs) on target's device. Never 0: 1 where no rank has
+        anything to average, so that the loss is 0. On a GPU nothing synchronises.
 
     Raises:
         IndexError: a target that is negative, or with weight >= C, and not marked; on the CPU only.
@@ -88,7 +88,7 @@ def global_normalizer(
         if target.device.type == "cpu" and not tracing():
             check_all("weight", inputs.weight, is_weight, "finite and >= 0")
             check_all("sample_weight", inputs.sample_weight, is_weight, "finite and >= 0")
-        return denominator_of(inputs, C, spec, _sum_dtype(target.device))
+        return denominator_of(inputs, C, spec, sum_dtype(target.device))
 
     return over_ranks(own, target, group)
 
@@ -117,7 +117,7 @@ def loss_over_ranks(
         C = input.shape[min(1, input.dim() - 1)]
         if input.device.type == "cpu" and not tracing():
             check_values(input, inputs, spec.formula, spec.ignore_index)
-        return denominator_of(inputs, C, spec, _sum_dtype(input.device))
+        return denominator_of(inputs, C, spec, sum_dtype(input.device))
 
     shared = over_ranks(own, input, group).to(compute_dtype(input.dtype))
     assert inputs is not None  # own() has made them
@@ -142,11 +142,6 @@ def over_ranks(own: Callable[[], Tensor], given: Any, group: ProcessGroup | None
 def _device(given: Any) -> torch.device:
     """Where the number lies that is communicated, even where own() will raise."""
     return given.device if isinstance(given, Tensor) else torch.device("cpu")
-
-
-def _sum_dtype(device: torch.device) -> torch.dtype:
-    """Above 2**24 rows float32 does not count."""
-    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def _checked(

@@ -177,8 +177,8 @@ def class_balanced_loss(
         IndexError: a target outside [0, C) on the CPU. On other devices nothing synchronises: the
             row's loss and gradient are NaN there; call `check_target` to raise instead.
         ValueError: a shape, device, range or choice that does not fit; a weight or soft target out
-            of its range (values are checked on the CPU; elsewhere they are used as given); options
-            that have no meaning together, as clip with "softmax"; a tensor other than input
+            of its range (on the CPU; elsewhere no value is looked at, and the result is undefined);
+            options that have no meaning together, as clip with "softmax"; a tensor other than input
             requires grad.
         TypeError: a dtype or type that does not fit.
         NotImplementedError: torch.func transforms, forward-mode derivatives or torch.jit.trace of a

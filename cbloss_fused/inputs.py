@@ -11,6 +11,8 @@ from torch import Tensor
 
 from .options import Formula
 
+WITHOUT_FLOAT64 = ("mps",)  # types of devices
+
 
 class Inputs(NamedTuple):
     """The tensors beside the logits, in the order in which the operators take them."""
@@ -59,6 +61,11 @@ def class_by_class(formula: Formula, inputs: Inputs) -> bool:
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """What a loss of logits of a dtype is computed in: float64 for float64, else float32."""
     return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def sum_dtype(device: torch.device) -> torch.dtype:
+    """What sums over rows are kept in: above 2**24 rows float32 does not count."""
+    return torch.float32 if device.type in WITHOUT_FLOAT64 else torch.float64
 
 
 def known_labels(target: Tensor, ignore_index: int | None) -> Tensor | None:

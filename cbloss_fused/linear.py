@@ -20,7 +20,7 @@ from .dispatch import dispatch
 from .distributed import over_ranks
 from .dtensor import is_dtensor
 from .groups import ProcessGroup
-from .inputs import class_by_class, compute_dtype, is_soft
+from .inputs import class_by_class, compute_dtype, is_soft, sum_dtype
 from .linear_autograd import LinearCall, linear_loss, product_dtype
 from .options import MEAN, LossOptions, LossSpec, lists_options, spec_of
 from .row_weights import denominator_of
@@ -191,7 +191,7 @@ def _whole(
         logits = check()
         if logits.is_cpu:
             check_values(logits, inputs, spec.formula, spec.ignore_index)
-        return denominator_of(inputs, logits.shape[1], spec, torch.float64)
+        return denominator_of(inputs, logits.shape[1], spec, sum_dtype(logits.device))
 
     if group is None:
         check()

@@ -17,7 +17,7 @@ from . import chunks
 from .autograd import differentiable, refuse_batches, refuse_second_derivatives, scaled
 from .backends import REGISTRY, Backend
 from .chunks import Head, HeadGradients, Result
-from .inputs import Inputs, compute_dtype, weights_classes
+from .inputs import Inputs, compute_dtype, sum_dtype, weights_classes
 from .ops import NAMESPACE, library, operators
 from .options import Formula, LossSpec
 
@@ -69,7 +69,8 @@ class LinearLoss(torch.autograd.Function):
         N, C = len(x), len(weight)
         loss = x.new_empty((N,) if not spec.reduction else (), dtype=compute_dtype(x.dtype))
         saved = loss.new_empty(chunks.saved_numbers(spec) * N) if later else None
-        stats = loss.new_empty(4, C, dtype=torch.float64) if call.return_stats else None
+        wide = sum_dtype(x.device)
+        stats = loss.new_empty(4, C, dtype=wide) if call.return_stats else None
         _operators.loss(*_given(x, head, inputs, call), loss, *grads, saved, stats)
         if later:
             if not weights_classes(spec.formula, inputs.target):

@@ -12,7 +12,7 @@ from .arguments import Given, check_inplace, check_inputs, check_vector
 from .autograd import differentiable, refuse_batches, refuse_second_derivatives, scaled
 from .backends import Backend, choose
 from .groups import add_up, agreed
-from .inputs import Inputs, class_by_class, compute_dtype, is_soft
+from .inputs import Inputs, class_by_class, compute_dtype, is_soft, sum_dtype
 from .options import REDUCTIONS, LossSpec
 from .row_weights import row_scales
 from .sharded_sigmoid import saved_scale, sigmoid_gradient, sigmoid_losses, target_statistics
@@ -171,7 +171,7 @@ class ShardedLoss(torch.autograd.Function):
             ctx.save_for_backward(logits, *part.kept(), *rows)
         loss = losses
         if spec.reduction:
-            total = losses.sum(dtype=torch.float64)
+            total = losses.sum(dtype=sum_dtype(losses.device))
             if spec.formula.sigmoid and not return_stats:
                 add_up(total, group)
             loss = total.to(losses.dtype)
@@ -222,10 +222,11 @@ def _sigmoid_forward(ctx: Any, logits: Tensor, call: ShardedCall) -> Tensor:
 
 def statistics(losses: Tensor, at_target: Sequence[Tensor], part: Part) -> Tensor:
     """(4, columns) of the rows whose targets are here, see stats.py."""
-    found = losses.new_zeros(4, part.columns(), dtype=torch.float64)
+    wide = sum_dtype(losses.device)
+    found = losses.new_zeros(4, part.columns(), dtype=wide)
     if part.columns():
         values = torch.ones_like(losses), losses, *at_target
         for row, value in zip(found, values, strict=True):
-            row.index_add_(0, part.column(), torch.where(part.here, value, 0.0).double())
+            row.index_add_(0, part.column(), torch.where(part.here, value, 0.0).to(wide))
         found[3] /= found[0]
     return found

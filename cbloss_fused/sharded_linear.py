@@ -16,6 +16,7 @@ from .autograd import refuse_batches, refuse_second_derivatives
 from .backends import Backend
 from .chunks import HeadGradients, by_chunk
 from .groups import add_up
+from .inputs import sum_dtype
 from .linear_autograd import all_scaled, cast, cast_back, new_grads
 from .sharded import statistics
 from .sharded_sigmoid import saved_scale, sigmoid_gradient, sigmoid_losses, target_statistics
@@ -70,7 +71,7 @@ class ShardedLinearLoss(torch.autograd.Function):
         ctx.call, ctx.later = call, later
         loss = losses
         if spec.reduction:
-            loss = losses.sum(dtype=torch.float64).to(losses.dtype)
+            loss = losses.sum(dtype=sum_dtype(losses.device)).to(losses.dtype)
         stats = None
         if call.return_stats:
             at_target = [torch.cat(v) for v in zip(*(c.at_target for c in found), strict=True)]

@@ -20,6 +20,7 @@ from torch import Tensor
 from .backends import Backend
 from .buffers import new_saved
 from .groups import gathered
+from .inputs import sum_dtype
 from .options import REDUCTIONS, Formula
 from .reference import softmax_row
 from .shards import Part, put, target_logit
@@ -124,10 +125,11 @@ def _of_part(logits: Tensor, part: Part, backend: Backend) -> Tensor:
     R = torch.where(part.here, R, R + e_raw)
     found = [top, R, torch.where(part.here, z, -inf)]
     if f.label_smoothing:
-        total = logits.sum(1, dtype=torch.float64).flatten()
+        wide = sum_dtype(logits.device)
+        total = logits.sum(1, dtype=wide).flatten()
         if inputs.logit_bias is not None:
-            total = total + inputs.logit_bias.sum(dtype=torch.float64)
-        total = f.logit_scale * total - part.columns() * top.double()
+            total = total + inputs.logit_bias.sum(dtype=wide)
+        total = f.logit_scale * total - part.columns() * top.to(wide)
         total = total + torch.where(part.here & raw.isfinite(), z - raw, 0.0)
         below = 0.0 if part.columns() == 1 else -inf  # of the limit, where top is infinite
         found.append(torch.where(top == inf, below, total).to(M.dtype))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .inputs import Inputs
+from .inputs import Inputs, sum_dtype
 from .options import LossSpec
 from .reference import sigmoid_element, softmax_row
 
@@ -20,7 +20,8 @@ class ClassStats(NamedTuple):
 
     Attributes:
         rows: int64, how many rows, without ignored ones.
-        loss: float64, as all others; the sum of what these rows add to the loss.
+        loss: float64 (float32 on Apple's GPUs), as all others; the sum of what these rows add to
+            the loss.
         gradient: the sum of |d loss / d logit| at these rows' own targets.
         probability: the mean p of the target, softmax or sigmoid; NaN where there is no row.
 
@@ -50,7 +51,7 @@ torch.serialization.add_safe_globals([ClassStats])
 def class_stats(
     logits: Tensor, inputs: Inputs, spec: LossSpec, losses: Tensor, saved: Tensor
 ) -> Tensor:
-    """(4, C) float64: rows, sums of losses and of |gradient at the target|, mean p, by class.
+    """(4, C) of sum_dtype: rows, sums of losses and of |gradient at the target|, mean p, by class.
 
     losses, saved: what a forward leaves, of rows by their class indices.
     """
@@ -60,8 +61,9 @@ def class_stats(
     for vector, sign in ((inputs.logit_bias, 1), (inputs.margin, -1)):
         if vector is not None:
             z_y = z_y + sign * vector[y]
-    z_y = (f.logit_scale * z_y).double()
-    r, *rest = (v.reshape(y.shape).double() for v in saved.unbind())
+    wide = sum_dtype(logits.device)
+    z_y = (f.logit_scale * z_y).to(wide)
+    r, *rest = (v.reshape(y.shape).to(wide) for v in saved.unbind())
     if f.sigmoid:
         t = (1 - f.label_smoothing) + f.label_smoothing / C
         (_, g_0), (_, g_1) = (
@@ -83,7 +85,8 @@ def class_stats(
         if index is not None:
             keep &= inputs.target != index
     sums = []
-    for value in (keep.double(), losses.reshape(y.shape).double(), (f.logit_scale * g_y).abs(), p):
+    losses = losses.reshape(y.shape).to(wide)
+    for value in (keep.to(wide), losses, (f.logit_scale * g_y).abs(), p):
         kept = torch.where(keep, value, 0.0)
         sums.append(kept.new_zeros(C).index_add_(0, into, kept.flatten()))
     rows, loss, gradient, probability = sums
