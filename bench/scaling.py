@@ -72,8 +72,9 @@ autocast, parameters in float32, Adam. Four ways:
 - (c) as (a), by `linear_class_balanced_loss`: of the logits a buffer of some rows is in memory.
 - (d) as (b), by `linear_class_balanced_loss` with shards: chunk by chunk, each with its gather.
 
-How to read it: of a step's parts that do not fit into a GPU the tables name the head, if it is too
-large alone, else the largest of the others; in brackets stands what takes longest where all fits.
+How to read it: where a step does not fit into a GPU, the tables name the part that is too large:
+the head, if it is that alone, else the largest of the others. Where all fits they name, in
+brackets, what takes longest.
 Times are added up as if nothing overlapped, and as if each rate were reached: a step takes about
 so long at best. Activations below the head, buckets of DistributedDataParallel and temporaries are
 not counted.
@@ -196,8 +197,8 @@ def page(setting: Setting) -> str:
     parts = [
         intro + setting_table(setting),
         "## What breaks first",
-        "The limit of a step of the head with its softmax loss: of so many GPUs what does not fit "
-        "or, in\nbrackets, takes longest.",
+        "The limit of a step of the head with its softmax loss, by the number of GPUs: what does "
+        "not fit or,\nin brackets, takes longest.",
         summary(setting),
         "- (a) fails by the head: its parameters, gradient, Adam's moments and copy take 18 bytes "
         "a\n  parameter on every GPU, however many there are.\n"

@@ -34,8 +34,8 @@ def class_counts(
 
     Args:
         labels_or_dataset: class indices of any integer type and any shape, a map-style dataset, or
-            a DataLoader (counted as it samples, a last batch dropped too). The counts of one-hot
-            and multi-hot labels (N, C) are `labels.sum(0)`.
+            a DataLoader (counted as it samples, without a last batch that it drops). The counts of
+            one-hot and multi-hot labels (N, C) are `labels.sum(0)`.
         num_classes: C; the largest label + 1 if None.
         ignore_index, background_index: labels with these values are not counted, as in
             segmentation masks with 255; None: there are none.
@@ -46,8 +46,8 @@ def class_counts(
     Raises:
         ValueError: a label outside [0, C) that is not ignored; no labels, or one beyond 1e8, when
             num_classes is None; labels (N, C) that are one-hot or, by all that shows, multi-hot.
-        TypeError: labels, num_classes or an index that are not integers, or no labels found: of
-            three entries of an item, for example, each may be the label.
+        TypeError: labels, num_classes or an index that are not integers, or items in which no
+            label can be told, as of three entries.
     With a group all ranks raise what one finds wrong.
 
     >>> class_counts([0, 2, 2, 1, 2], num_classes=4)
