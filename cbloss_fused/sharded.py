@@ -76,8 +76,9 @@ def checked(
         return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
     if isinstance(input, Tensor) and input.device.type != "cpu":
-        check()  # where one rank has all classes, a weight of those is whole
-        own_weight = shards.is_own(inputs.weight) or shards.num_classes in shards.sizes
+        check()  # where one of several ranks has all classes, its own weight looks whole
+        all_on_one = len(shards.sizes) > 1 and shards.num_classes in shards.sizes
+        own_weight = all_on_one or shards.is_own(inputs.weight)
     else:
         cpu = torch.device("cpu")
         numbers = agreed(check, 5, shards.group, cpu, largest=True).tolist()
