@@ -3,8 +3,8 @@
 bounds.cpp includes the kernels' headers unchanged and is compiled as they are, once for each
 instruction set of this machine. Functions of one variable are swept over every float32 number of
 the domain that the kernels use, or over one of `step`, and compared with double; those that are
-nearly linear around 0 over fewer numbers there, which are most of them. Functions of more variables
-are compared with mpmath in bounds_samples.py.
+nearly linear around 0 over one of SPARSE numbers below LINEAR, where most float32 numbers lie.
+Functions of more variables are compared with mpmath in bounds_samples.py.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def bits(x: float) -> int:
 
 
 def ranges(function: Function, step: int) -> Iterator[tuple[int, int, int]]:
-    """Bits of the first and the last number, of one sign, and which share of those between."""
+    """Bits of the first and the last number, of one sign, and of how many between one is taken."""
     of_signs = (1 << 31, 0.0, -function.low), (0, max(function.low, 0.0), function.high)
     for sign, low, high in of_signs:
         if low >= high:

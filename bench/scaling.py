@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 
 from cbloss_fused.chunks import LEAST_ROWS
+from cbloss_fused.sharded import AGREED
 
 from .report import markdown_table
 from .step import (
@@ -214,8 +215,8 @@ def page(setting: Setting) -> str:
         "## Wire, MB",
         "What each rank passes in, and what it sends (and receives as much) in a ring. On CPUs one "
         "more\nall-reduce finds errors of single ranks: "
-        f"{agreement(2).nbytes} bytes for (b); for the denominator {agreement(1).nbytes} bytes, "
-        "of which\nthe denominator is 8.",
+        f"{agreement(AGREED).nbytes} bytes for (b); for the denominator {agreement(1).nbytes} "
+        "bytes, of which\nthe denominator is 8.",
         wire_table(setting),
         f"The gather of softmax moves {number(gathered / 1e6)} MB on {most} GPUs. Two all-reduces, "
         f"of M and then of what\nis relative to it, would move {number(reduced / 1e6)} MB, and "

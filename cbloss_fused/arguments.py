@@ -80,7 +80,7 @@ def check_inputs(
         pos_weight = _vector("pos_weight", pos_weight, (C,), device, dtype)
     if normalizer is not None:
         normalizer = _normalizer(normalizer, spec.reduction, device, dtype)
-    if return_stats:
+    if return_stats is not False:
         _check_stats(return_stats, soft, spec)
     if spec.backend != "reference":
         vectors = logit_bias, margin, pos_weight
@@ -264,9 +264,11 @@ def _normalizer(
 
 
 def _check_stats(return_stats: Any, soft: bool, spec: LossSpec) -> None:
-    """Raise for what is not True, or what return_stats=True cannot go with."""
+    """Raise for what is no bool, and for what return_stats=True cannot go with."""
     if not is_bool(return_stats):
         raise TypeError(f"return_stats must be True or False, got {return_stats!r}")
+    if not return_stats:
+        return
     if soft:
         raise ValueError("return_stats sorts rows by their class: soft targets have none")
     if not spec.reduction or spec.inplace or spec.backend == "reference":

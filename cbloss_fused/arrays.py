@@ -25,8 +25,8 @@ def require(ok: Tensor, values: Tensor, name: str, expected: str, start: int = 0
     bad = (~ok).nonzero()
     if len(bad):
         first = tuple(bad[0].tolist())
-        index = "".join(f"[{start + i}]" for i in first)
-        many = f" ({len(bad)} of {start + len(values)} are wrong)" if first else ""
+        index = str([start + i for i in first]) if first else ""
+        many = f" ({len(bad)} of {start + values.numel()} are wrong)" if first else ""
         raise ValueError(f"{name}{index} = {values[first].item()}: expected {expected}{many}")
 
 
@@ -106,10 +106,13 @@ def device(values: Any) -> torch.device:
 
 
 def integer_or_none(name: str, value: Any) -> int | None:
-    """An argument of any integer type, as Python's."""
+    """An argument of any integer type, as Python's; of 64 bits, as class indices are."""
     if value is None:
         return None
     try:
-        return operator.index(value)
+        number = operator.index(value)
     except TypeError:
         raise TypeError(f"{name} must be an int or None, got {value!r}") from None
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"{name} must be an int of 64 bits or None, got {number}")
+    return number

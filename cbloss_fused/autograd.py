@@ -78,10 +78,13 @@ class StoredGradient(torch.autograd.Function):
             torch.autograd.graph.increment_version(logits)
         ctx.save_for_backward(grad)
         ctx.owned, ctx.scale_gradient = not inplace, backend.scale_gradient
+        ctx.set_materialize_grads(False)  # zeros times NaN would be NaN
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:  # the loss was not used
+            return (None,) * 4
         (grad,) = ctx.saved_tensors
         return scaled(grad, grad_loss, ctx.owned, ctx.scale_gradient), None, None, None
 
@@ -129,11 +132,12 @@ class RecomputedGradient(torch.autograd.Function):
         loss = new_loss(logits, inputs.target, spec.reduction)
         _run(backend, logits, inputs, spec, loss, None, saved)
         _save(ctx, logits, inputs, spec, backend, saved)
+        ctx.set_materialize_grads(False)  # as above
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        return _recomputed(ctx, grad_loss), None, None, None
+    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
+        return None if grad_loss is None else _recomputed(ctx, grad_loss), None, None, None
 
 
 class RecomputedGradientAndStats(torch.autograd.Function):

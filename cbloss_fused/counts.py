@@ -46,8 +46,8 @@ def class_counts(
     Raises:
         ValueError: a label outside [0, C) that is not ignored; no labels, or one beyond 1e8, when
             num_classes is None; labels (N, C) that are one-hot or, by all that shows, multi-hot.
-        TypeError: labels, num_classes or an index that are not integers, or items in which no
-            label can be told, as of three entries.
+        TypeError: labels, num_classes or an index that are not integers, or items whose label
+            cannot be told, such as tuples of three.
     With a group all ranks raise what one finds wrong.
 
     >>> class_counts([0, 2, 2, 1, 2], num_classes=4)
@@ -111,7 +111,8 @@ def _counted(
         for mark in no_class:
             good |= labels == mark
             found = found[found != mark]
-        require(good, labels, "labels", expected, start=seen)
+        whole = chunk.shape if seen == 0 else labels.shape  # of later chunks the shape is not known
+        require(good.view(whole), labels.view(whole), "labels", expected, start=seen)
         old, counts = counts, torch.bincount(found, minlength=len(counts))
         counts[: len(old)] += old
         seen += len(labels)

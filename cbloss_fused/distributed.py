@@ -18,12 +18,10 @@ from .dispatch import dispatch
 from .dtensor import is_dtensor
 from .groups import ProcessGroup, add_up, agreed, check_group, number_of_ranks
 from .inputs import Inputs, compute_dtype, is_soft, sum_dtype
-from .options import MEAN, REDUCTIONS, LossSpec, spec_of
+from .options import MEAN, LossSpec, spec_of
 from .row_weights import denominator_of
 from .stats import ClassStats
 from .values import ANY_CLASS, check_all, check_values, is_weight, tracing
-
-MEANS = (MEAN, REDUCTIONS.index("weighted_mean"))
 
 
 def global_normalizer(

@@ -1,7 +1,8 @@
 """DTensor logits: replicated, or with their rows or their classes sharded.
 
 A replicated DTensor is computed by every rank as a plain tensor is. Where rows are sharded the only
-communication is that of a mean's denominator, one number; where classes are, that of sharded.py.
+communication is that of a mean's denominator and, on CPUs, of errors, so that all ranks raise them;
+where classes are, that of sharded.py.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from torch import Tensor
 from .arguments import Given, check_inputs
 from .dispatch import dispatch
 from .groups import agreed
-from .inputs import Inputs, compute_dtype
-from .options import MEAN, REDUCTIONS, LossSpec
+from .inputs import Inputs, compute_dtype, is_soft, sum_dtype
+from .options import MEAN, MEANS, LossSpec
 from .row_weights import denominator_of
 from .sharded import sharded_loss
 from .shards import ClassShards
 from .stats import ClassStats
-from .values import check_values, tracing
+from .values import check_target, check_values, tracing
 
 
 def is_dtensor(tensor: Any) -> bool:
@@ -61,12 +62,8 @@ def loss_of_dtensor(
         for name, tensor in zip(Inputs._fields, given, strict=True)
     ))  # fmt: skip
     logits = input.to_local()
-    is_mean = of_rows and spec.reduction and REDUCTIONS[spec.reduction] != "sum"
-    if is_mean and own.normalizer is None:
-        inputs = _with_denominator(logits, own, spec, return_stats, mesh, of_rows)
-    else:
-        inputs = check_inputs(logits, *own, spec, return_stats)
-    if is_mean:
+    inputs = _checked(logits, own, spec, return_stats, mesh, of_rows)
+    if of_rows and spec.reduction in MEANS:
         spec = spec._replace(reduction=MEAN)
     result = dispatch(logits, inputs, spec, return_stats)
     loss, stats = result if isinstance(result, tuple) else (result, None)
@@ -127,31 +124,37 @@ def _own(name: str, tensor: Any, placements: tuple[Any, ...]) -> Any:
     return tensor.to_local()
 
 
-def _with_denominator(
+def _checked(
     logits: Tensor, own: Inputs, spec: LossSpec, return_stats: bool, mesh: Any, of_rows: list[int]
 ) -> Inputs:
-    """Checked, with the mean's denominator, of all ranks' rows.
+    """What the operators take, with a mean's denominator of all ranks' rows.
 
-    On the CPU all ranks raise what one finds wrong.
+    On the CPU all ranks raise what one finds wrong with its rows.
     """
     inputs: Any = None
+    needed = bool(of_rows) and spec.reduction in MEANS and own.normalizer is None
+    agree = bool(of_rows) and logits.is_cpu and not tracing()  # a graph has no errors to agree on
 
-    def denominator() -> Tensor:
+    def check() -> Tensor:
         nonlocal inputs
-        inputs = check_inputs(logits, *own, spec, return_stats)
-        if logits.is_cpu and not tracing():
+        inputs, C = check_inputs(logits, *own, spec, return_stats), logits.shape[1]
+        if agree:
             check_values(logits, inputs, spec.formula, spec.ignore_index)
-        return denominator_of(inputs, logits.shape[1], spec, compute_dtype(logits.dtype))
+            if not is_soft(inputs.target):
+                check_target(inputs.target, C, spec.ignore_index, spec.background_index)
+        if needed:
+            return denominator_of(inputs, C, spec, sum_dtype(logits.device))
+        return torch.zeros((), device=logits.device)
 
-    if logits.is_cpu and not tracing():  # a graph has no errors to agree on
-        make: Callable[[], Tensor] = denominator
-        for dim in of_rows:
-            make = partial(agreed, make, 1, mesh.get_group(dim), logits.device)
-        total = make().to(compute_dtype(logits.dtype)).view(())
-    else:
-        total = denominator()
+    make: Callable[[], Tensor] = check
+    for dim in of_rows if agree else ():
+        make = partial(agreed, make, 1, mesh.get_group(dim), logits.device)
+    total = make()
+    if not needed:
+        return cast(Inputs, inputs)
+    if not agree:
         _add_up(total, mesh, of_rows)
-    return cast(Inputs, inputs)._replace(normalizer=total)
+    return cast(Inputs, inputs)._replace(normalizer=total.to(compute_dtype(logits.dtype)).view(()))
 
 
 def _summed(stats: ClassStats, mesh: Any, of_rows: list[int]) -> ClassStats:

@@ -10,6 +10,7 @@ from typing_extensions import Unpack
 
 from . import values
 from .arguments import INTEGERS, check_inputs
+from .arrays import integer_or_none
 from .dispatch import dispatch
 from .dtensor import is_dtensor, loss_of_dtensor
 from .options import LossOptions, lists_options, spec_of
@@ -225,8 +226,8 @@ def check_target(
 
     Raises:
         IndexError: names the first offending value, its index and how many there are.
-        TypeError: target is no tensor of integers, or num_classes no integer.
-        ValueError: num_classes is below 1.
+        TypeError: target is no tensor of integers, or another argument no integer.
+        ValueError: num_classes is below 1, or an index has more than 64 bits.
 
     >>> import torch
     >>> from cbloss_fused import check_target
@@ -245,4 +246,6 @@ def check_target(
         raise TypeError(f"num_classes must be an int, got {num_classes!r}") from None
     if C < 1:
         raise ValueError(f"num_classes must be at least 1, got {C}")
+    ignore_index = integer_or_none("ignore_index", ignore_index)
+    background_index = integer_or_none("background_index", background_index)
     values.check_target(target, C, ignore_index, background_index)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any, Literal, cast, overload
 
 import torch
@@ -167,10 +166,12 @@ def linear_loss_of(
     try:
         return _whole(*call, group) if shards is None else _sharded(*call, shards)
     except (IndexError, ValueError) as error:
-        rows, target = input.shape[:-1], given[0]
-        shapes = {"sample_weight": ((rows.numel(),), rows)}
-        if isinstance(target, Tensor):
-            shapes["target"] = ((rows.numel(), *target.shape[len(rows) :]), target.shape)
+        target = given[0]
+        if not isinstance(input, Tensor) or not isinstance(target, Tensor):
+            raise
+        rows = input.shape[:-1]
+        flat = (rows.numel(), *target.shape[len(rows) :])
+        shapes = {"target": (flat, target.shape), "sample_weight": ((rows.numel(),), rows)}
         raise in_own_shape(error, shapes) from None
 
 
@@ -223,13 +224,20 @@ def _sharded(
     return_stats: bool, chunk_size: int | None, shards: ClassShards,
 ) -> Tensor | tuple[Tensor, ClassStats]:  # fmt: skip
     """head: of this rank's classes."""
-    make = partial(_checked, input, head, given, spec, shards)
+
+    def make() -> tuple[Tensor, Given]:
+        found = _checked(input, head, given, spec, shards)
+        check_chunk_size(chunk_size)
+        refuse_transforms(input, *head)
+        return found
+
     _, inputs, r = checked(make, input, spec, return_stats, shards)
     linear_weight, linear_bias = head
     backend = choose(input.device.type, spec.backend, class_by_class(spec.formula, inputs))
     part, dtype = Part.of(inputs, spec, shards), _logits_dtype(input)
-    # The same on every rank, whose CPUs may have other instructions for a half type's products.
-    size = _rows_of_chunk(chunk_size, input, max(shards.sizes), compute_dtype(dtype))
+    # The same on every rank: CPUs may differ in their instructions for a half type's products.
+    buffer = compute_dtype(dtype) if input.is_cpu else dtype
+    size = _rows_of_chunk(chunk_size, input, max(shards.sizes), buffer)
     call = ShardedLinearCall(part, r, backend, dtype, size, return_stats)
     apply: Any = ShardedLinearLoss.apply
     x = input.reshape(-1, input.shape[-1])
@@ -322,9 +330,7 @@ def _logits_dtype(input: Tensor) -> torch.dtype:
 
 
 def _autocasts(device_type: str) -> bool:
-    """Some devices, as meta, cannot be asked whether it is enabled."""
-    available = torch.amp.is_autocast_available(device_type)
-    return available and torch.is_autocast_enabled(device_type)
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)  # meta cannot be asked
 
 
 def _flat(rows: torch.Size, C: int, target: Any) -> Any:

@@ -15,7 +15,7 @@ from .arguments import check_background, check_class_vector, check_inputs, check
 from .arrays import Array, Vector, copied, reals
 from .counts import class_counts
 from .dispatch import dispatch
-from .distributed import MEANS, loss_over_ranks
+from .distributed import loss_over_ranks
 from .dtensor import is_dtensor, loss_of_dtensor
 from .groups import Kept, ProcessGroup, agreed, check_group, device_of, number_of_ranks
 from .module_state import (
@@ -26,7 +26,15 @@ from .module_state import (
     no_classes,
     weights_on_the_way,
 )
-from .options import LossOptions, LossSpec, Options, check_options, lists_options, options_of
+from .options import (
+    MEANS,
+    LossOptions,
+    LossSpec,
+    Options,
+    check_options,
+    lists_options,
+    options_of,
+)
 from .saved import GIVEN, KEPT, VECTORS, SavedLoss
 from .sharded import sharded_loss
 from .shards import ClassShards
@@ -167,7 +175,7 @@ class ClassBalancedLoss(SavedLoss):
 
         With a group the loss's mean over ranks is that of all rows, and the statistics are those of
         a rank's own rows. No rank communicates in evaluation mode, nor with a normalizer given.
-        A loss with a group cannot be called with shards in training, unless with a normalizer.
+        A mean over a group's ranks cannot go with shards in training: pass a normalizer.
         """
         buffers = self._buffers  # Module.__getattr__ would take half a microsecond for each
         weight, bias = buffers["weight"], buffers["logit_bias"]

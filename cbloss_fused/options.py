@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from . import hints
+from .arrays import integer_or_none
 from .keywords import KNOWN, check_keywords
 
 Activation: TypeAlias = Literal["softmax", "sigmoid"]
@@ -28,6 +29,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 REDUCTIONS = ("none", "mean", "weighted_mean", "sum")  # the operators take the index
 MEAN = REDUCTIONS.index("mean")
+MEANS = (MEAN, REDUCTIONS.index("weighted_mean"))
 
 
 class LossOptions(TypedDict, total=False):
@@ -107,11 +109,12 @@ def is_bool(value: Any) -> bool:
 
 
 def _is_int(value: Any) -> bool:
-    """Of any type: np.int64 and a 0-d integer tensor too; of 64 bits, as targets are."""
+    """Of any type: np.int64 and a 0-d integer tensor too."""
     try:
-        return -(2**63) <= operator.index(value) < 2**63
+        operator.index(value)
     except TypeError:
         return False
+    return True
 
 
 def _or_none(rule: Rule) -> Rule:
@@ -129,8 +132,8 @@ RULES = {
     "z_loss": Rule("finite and >= 0", lambda v: 0 <= v < inf),
     "logit_scale": Rule("positive and <= 1e30", lambda v: 0 < v <= 1e30),
     "class_weighting": _choice("sample", "class"),
-    "ignore_index": _or_none(Rule("an int of 64 bits", _is_int, TypeError)),
-    "background_index": _or_none(Rule("an int of 64 bits", _is_int, TypeError)),
+    "ignore_index": _or_none(Rule("an int", _is_int, TypeError)),
+    "background_index": _or_none(Rule("an int", _is_int, TypeError)),
     "reduction": _choice(*REDUCTIONS),
     "inplace": Rule("True or False", is_bool, TypeError),
     "recompute": _or_none(Rule("True or False", is_bool, TypeError)),
@@ -159,7 +162,9 @@ def _check_each(options: Options) -> None:
 
 
 def _check_together(options: Options) -> None:
-    """Raise for options that have no meaning together."""
+    """Raise for options that have no meaning together, and for indices of no target's type."""
+    for name in ("ignore_index", "background_index"):
+        integer_or_none(name, getattr(options, name))
     if options.inplace and options.backend == "reference":
         raise ValueError("inplace=True needs a kernel: backend='reference' never writes its input")
     if options.activation == "sigmoid":

@@ -60,7 +60,8 @@ class SavedLoss(torch.nn.Module):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """As of any module; strict, a state that lacks an entry or has another changes nothing."""
+        """As of any module; strict, a state that lacks an entry or has another changes nothing but
+        the modules that a subclass has."""
         self._whole = strict
         try:
             return super().load_state_dict(state_dict, strict, assign)
@@ -74,16 +75,12 @@ class SavedLoss(torch.nn.Module):
         """What fits, of older states and of nn.CrossEntropyLoss too; nothing if a value does not.
 
         A model's checkpoint may come in parts, each loaded with strict=False, of which this method
-        is not told. What a subclass has besides is loaded as that of any module.
+        is not told. Parameters, buffers and modules of a subclass are loaded as any module's.
         """
-        hooks, self._load_state_dict_pre_hooks = self._load_state_dict_pre_hooks, OrderedDict()
-        try:
-            arguments = local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-            for hook in hooks.values():  # which may rename entries, so they come first
-                hook(state_dict, prefix, *arguments)
-            self._load_entries(state_dict, prefix, *arguments)
-        finally:
-            self._load_state_dict_pre_hooks = hooks
+        arguments = local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        for hook in self._load_state_dict_pre_hooks.values():  # they may rename entries
+            hook(state_dict, prefix, *arguments)
+        self._load_entries(state_dict, prefix, *arguments)
 
     def _load_entries(
         self, state_dict: Mapping[str, Any], prefix: str, local_metadata: Any, strict: bool,
@@ -112,15 +109,30 @@ class SavedLoss(torch.nn.Module):
             unexpected_keys += unexpected
         if problems or (self._whole and (missing or unexpected)):
             return
-        loaded = {prefix + name: given[name] for name in own if name in given}
-        for name in VECTORS:
-            if prefix + name in loaded and state[name].dtype not in KEPT:
-                loaded[prefix + name] = state[name].float()
+        wide = {
+            name: given[name] if given[name].dtype in KEPT else given[name].float()
+            for name in VECTORS
+            if name in own and name in given
+        }
+        others = {name: given[name] for name in own if name in given and name not in wide}
         errors: list[str] = []
-        super()._load_from_state_dict(loaded, prefix, local_metadata, False, [], [], errors)
+        for part in (others, wide):  # what a subclass has may not fit: then nothing else is loaded
+            if not errors:
+                self._load_tensors(part, prefix, local_metadata, errors)
         error_msgs += errors
         if not errors:
             self._set_own_state(state)
+
+    def _load_tensors(
+        self, tensors: Mapping[str, Tensor], prefix: str, local_metadata: Any, errors: list[str]
+    ) -> None:
+        """As any module loads its own, but for the hooks before it, which have run."""
+        entries = {prefix + name: tensor for name, tensor in tensors.items()}
+        hooks, self._load_state_dict_pre_hooks = self._load_state_dict_pre_hooks, OrderedDict()
+        try:
+            super()._load_from_state_dict(entries, prefix, local_metadata, False, [], [], errors)
+        finally:
+            self._load_state_dict_pre_hooks = hooks
 
 
 def packed(counts: Tensor, beta: Tensor, epoch: int, share: float) -> Tensor:
@@ -165,7 +177,7 @@ def misfits(state: dict[str, Any], prefix: str, C: int) -> list[str]:
     for name, value in state.items():
         allowed = shapes.get(name, [(C,)])
         shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-        if isinstance(value, Tensor) and value.is_meta:
+        if isinstance(value, Tensor) and value.is_meta and name not in VECTORS:
             found.append(f"{prefix}{name} is on the meta device, without values")
         elif shape not in allowed:
             found.append(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import Given, check_inplace, check_inputs, check_vector
+from .arguments import Given, check_inplace, check_inputs, check_vector, refuse_transforms
 from .autograd import differentiable, refuse_batches, refuse_second_derivatives, scaled
 from .backends import Backend, choose
 from .groups import add_up, agreed
@@ -20,6 +20,11 @@ from .sharded_softmax import SoftmaxRows, softmax_gradient, softmax_losses
 from .shards import ClassShards, Part
 from .stats import ClassStats
 from .values import check_target, check_values, tracing
+
+ROWS = "rows"
+# Of a call, on all ranks: what is communicated depends on it.
+SAME = (ROWS, "kind of weight, or none", "reduction", "return_stats", "label_smoothing, or none")
+AGREED = 1 + 2 * len(SAME)  # numbers: whether weights are a rank's own, each of these, and less it
 
 
 class ShardedCall(NamedTuple):
@@ -60,36 +65,37 @@ def checked(
     """(logits, the other tensors, r (rows,) over the denominator, negative where ignored).
 
     make: gives logits, or what stands for them, and the rest, or raises.
-    input: whose device decides whether values are looked at, and whether ranks agree.
+    input: whose device decides whether values are looked at, and ranks compare what they have.
     """
     if not isinstance(shards, ClassShards):
         raise TypeError(f"shards must be a ClassShards or None, got {type(shards).__name__}")
     logits: Any = None
     inputs: Any = None
 
-    def check() -> Tensor:
+    def check() -> None:
         nonlocal logits, inputs
         logits, given = make()
         inputs = _inputs(logits, given, spec, return_stats, shards)
-        rows, weights = inputs.target.numel(), int(inputs.weight is not None)
-        numbers = [rows, -rows, weights, -weights, shards.is_own(inputs.weight)]
+
+    def own() -> Tensor:
+        check()
+        given, smooth = inputs.weight is not None, spec.formula.label_smoothing > 0
+        same = [inputs.target.numel(), given, spec.reduction, bool(return_stats), smooth]
+        numbers = [shards.is_own(inputs.weight), *same, *(-number for number in same)]
         return torch.tensor(numbers, dtype=torch.float64, device="cpu")
 
     if isinstance(input, Tensor) and input.device.type != "cpu":
-        check()  # where one of several ranks has all classes, its own weight looks whole
+        check()
+        # Where one of several ranks has all classes, its own weight looks whole.
         all_on_one = len(shards.sizes) > 1 and shards.num_classes in shards.sizes
         own_weight = all_on_one or shards.is_own(inputs.weight)
     else:
-        cpu = torch.device("cpu")
-        numbers = agreed(check, 5, shards.group, cpu, largest=True).tolist()
-        most, least, on_some, on_all, own_weight = numbers
-        if most != -least:
-            raise ValueError(
-                f"every rank must have the same rows, got {-least:.0f} on one and {most:.0f} on "
-                "another"
-            )
-        if on_some != -on_all:
-            raise ValueError("weight must be given on every rank or on none, got it on some")
+        n, cpu = len(SAME), torch.device("cpu")
+        own_weight, *numbers = agreed(own, AGREED, shards.group, cpu, largest=True).tolist()
+        for what, most, least in zip(SAME, numbers[:n], numbers[n:], strict=True):
+            if most != -least:
+                got = f", got {-least:.0f} on one and {most:.0f} on another" if what == ROWS else ""
+                raise ValueError(f"every rank must have the same {what}{got}")
     return logits, inputs, _row_scales(logits, inputs, spec, shards, bool(own_weight))
 
 
@@ -116,6 +122,7 @@ def _inputs(
     logits = input.detach().new_empty(()).expand(*input.shape[:dim], C, *input.shape[dim + 1 :])
     rest: dict[str, Any] = whole._asdict() | dict.fromkeys(parts)
     inputs = check_inputs(logits, **rest, spec=spec, return_stats=return_stats)._replace(**parts)
+    refuse_transforms(input)
     if spec.inplace and input.numel():
         check_inplace(input, whole.target)
     if input.device.type == "cpu" and not tracing():

@@ -14,7 +14,7 @@ from support.marks import FAMILIES, IGNORED, name_of
 from support.oracle import oracle, sample
 from support.tolerances import assert_grad, assert_loss, same_bits
 
-from cbloss_fused import check_target, class_balanced_loss
+from cbloss_fused import check_target, class_balanced_loss, class_counts
 from cbloss_fused.values import typed
 
 N, C = 4, 3
@@ -447,9 +447,16 @@ def test_a_number_that_changes_is_looked_at_again():
     assert class_balanced_loss(logits, target, gamma=gamma) > before
     class_balanced_loss(logits, target, ignore_index=-100)
     equal: Any = -100.0  # to what was right
-    for wrong in (equal, 2**63, -(2**63) - 1):
-        with pytest.raises(TypeError, match="ignore_index must be None or an int of 64 bits"):
-            class_balanced_loss(logits, target, ignore_index=wrong)
+    with pytest.raises(TypeError, match="ignore_index must be None or an int"):
+        class_balanced_loss(logits, target, ignore_index=equal)
+    for wrong in (2**63, -(2**63) - 1):
+        for call in (
+            lambda **index: class_balanced_loss(logits, target, **index),
+            lambda **index: check_target(target, 10, **index),
+            lambda **index: class_counts(target, **index),
+        ):
+            with pytest.raises(ValueError, match="ignore_index must be an int of 64 bits or None"):
+                call(ignore_index=wrong)
 
 
 def test_another_device_gets_the_reference_or_says_why(backend):

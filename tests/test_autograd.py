@@ -399,6 +399,7 @@ class Unused(torch.autograd.Function):
 def test_a_loss_that_is_not_used_has_no_gradient(family, recompute, return_stats, how):
     logits, target, *_ = sample(10, torch.float16 if recompute else torch.float32)
     leaf = logits.clone().requires_grad_()
+    leaf.data[1] = torch.nan  # which is not the sum of these
     given: dict[str, Any] = {"activation": family, "return_stats": return_stats}
     if how in ("shards", "sharded head"):
         given["shards"] = ClassShards(10)
@@ -408,7 +409,7 @@ def test_a_loss_that_is_not_used_has_no_gradient(family, recompute, return_stats
     else:
         loss = class_balanced_loss(leaf, target, **given)
     loss = loss[0] if return_stats else loss
-    (Unused.apply(loss) + 3 * leaf.sum()).backward()
+    (Unused.apply(loss) + 3 * leaf.nansum() + 3 * leaf[1].sum()).backward()
     assert leaf.grad is not None
     assert torch.equal(leaf.grad, torch.full_like(leaf, 3))
 

@@ -285,6 +285,8 @@ ERRORS: list[Any] = [
     (class_counts, ([0, 5, 7], 5), ValueError, r"labels\[1\] = 5: .* label < 5 \(2 of 3 "),
     (class_counts, ([1, -1],), ValueError, r"labels\[1\] = -1: expected a label >= 0"),
     (class_counts, (DataLoader(Items([(0, 0), (0, 3)])), 3), ValueError, r"labels\[1\] = 3"),
+    (class_counts, ([[0, 1], [2, -1]], 3), ValueError, r"labels\[1, 1\] = -1: .* \(1 of 4 "),
+    (class_counts, (torch.tensor([[0, 1], [3, 1]]), 3), ValueError, r"labels\[1, 0\] = 3"),
     (class_counts, ([],), ValueError, r"there are no labels"),
     (class_counts, ([0], 0), ValueError, r"num_classes = 0: expected at least 1"),
     (class_counts, ([0], 2.5), TypeError, r"num_classes must be an int or None, got 2.5"),

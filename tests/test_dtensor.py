@@ -24,6 +24,22 @@ def test_two_ranks(tmp_path: Path) -> None:
     spawn(on_a_rank, (str(tmp_path / "store"),), RANKS)
 
 
+@pytest.mark.skipif(DEVICE != "cpu" or INTERPRETED, reason="processes of the CPU")
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="needs torch.distributed")
+def test_errors_of_one_of_four_ranks(tmp_path: Path) -> None:
+    """Rows over a mesh of 2 x 2: those in another row and column raise, too."""
+    spawn(one_of_four, (str(tmp_path / "store"),), 4)
+
+
+def one_of_four(rank: int, store: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=4
+    )
+    errors_of_one_rank()
+    torch.distributed.destroy_process_group()
+
+
 def on_a_rank(rank: int, store: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
@@ -33,7 +49,6 @@ def on_a_rank(rank: int, store: str) -> None:
     classes_over_ranks()
     statistics_of_all_rows()
     refused()
-    errors_of_one_rank()
     torch.distributed.destroy_process_group()
 
 
@@ -46,7 +61,8 @@ def data() -> tuple[Any, ...]:
 
 
 def mesh() -> Any:
-    return torch.distributed.device_mesh.init_device_mesh("cpu", (RANKS,))
+    ranks = torch.distributed.get_world_size()
+    return torch.distributed.device_mesh.init_device_mesh("cpu", (ranks,))
 
 
 def placed_losses() -> None:
@@ -173,8 +189,8 @@ def errors_of_one_rank() -> None:
     from torch.distributed.tensor import Shard, distribute_tensor
 
     x, y, w, s = data()
-    flat = mesh()
-    square = torch.distributed.device_mesh.init_device_mesh("cpu", (1, RANKS))
+    flat, shape = mesh(), (2, torch.distributed.get_world_size() // 2)
+    square = torch.distributed.device_mesh.init_device_mesh("cpu", shape)
     for on, placements in ((flat, [Shard(0)]), (square, [Shard(0), Shard(0)])):
         logits, target, sample = (distribute_tensor(t, on, placements) for t in (x, y, s))
         first = torch.distributed.get_rank() == 0
@@ -184,5 +200,9 @@ def errors_of_one_rank() -> None:
             class_balanced_loss(logits, wrong, w)
         with pytest.raises(ValueError, match="sample_weight" if first else "another rank"):
             class_balanced_loss(logits, target, w, sample_weight=bad, reduction="weighted_mean")
+        for without_denominator in ({"reduction": "sum", "return_stats": True}, {"normalizer": 8}):
+            options: dict[str, Any] = without_denominator
+            with pytest.raises(IndexError, match="out of range" if first else "another rank"):
+                class_balanced_loss(logits, wrong, w, **options)
         loss: Any = class_balanced_loss(logits, target, w)
         torch.testing.assert_close(loss.full_tensor(), class_balanced_loss(x, y, w))

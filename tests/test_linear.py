@@ -383,6 +383,7 @@ def test_module():
       "sample_weight": torch.ones(6)}, ValueError, r"sample_weight must have shape \(3, 2\)"),
     ({"weight": torch.ones(C + 1)}, ValueError, "weight must have shape"),
     ({"gama": 1}, TypeError, "did you mean 'gamma'"),
+    ({"input": [1.0], "inplace": True}, ValueError, "inplace and recompute are about logits"),
 ])  # fmt: skip
 def test_errors(change, error, message):
     given: dict[str, Any] = {

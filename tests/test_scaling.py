@@ -24,6 +24,7 @@ from cbloss_fused import (
     distributed,
     global_normalizer,
 )
+from cbloss_fused.sharded import AGREED
 
 N, D = 6, 3  # rows, features
 OTHERS = ("broadcast", "reduce", "all_gather_into_tensor", "reduce_scatter_tensor", "all_to_all")
@@ -134,9 +135,9 @@ def classes_over_ranks(shards: ClassShards, dtype: torch.dtype, itemsize: int) -
             with counted() as found:
                 result: Any = class_balanced_loss(x, y, shards=shards, **options)
                 loss = result[0] if options.get("return_stats") else result
-                assert found == [step.agreement(2), *expected]
+                assert found == [step.agreement(AGREED), *expected]
                 loss.sum().backward()
-                assert found == [step.agreement(2), *expected]  # nothing in the backward
+                assert found == [step.agreement(AGREED), *expected]  # nothing in the backward
 
 
 def rows_over_ranks() -> None:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from support.backends import DEVICE, INTERPRETED
 from support.marks import REDUCTIONS, name_of
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.multiprocessing.spawn import spawn
 
 from cbloss_fused import (
@@ -135,6 +136,19 @@ def test_another_default_dtype(kind):
     for one, other in zip(*results, strict=True):
         assert one.dtype == other.dtype == torch.float32
         assert torch.equal(one, other)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # torch's own
+def test_no_tangent_is_lost():
+    x, y, _ = data(4)
+    head = torch.ones(4, 4, dtype=x.dtype, device=DEVICE)
+    for grad_mode in (torch.enable_grad, torch.no_grad):
+        with forward_ad.dual_level(), grad_mode():
+            dual = forward_ad.make_dual(x, torch.ones_like(x))
+            with pytest.raises(NotImplementedError, match="forward-mode"):
+                class_balanced_loss(dual, y, shards=ClassShards(4))
+            with pytest.raises(NotImplementedError, match="forward-mode"):
+                linear_class_balanced_loss(dual, head, y, shards=ClassShards(4))
 
 
 # Two parts in one process: every backend ---------------------------------------------------------
@@ -446,8 +460,16 @@ def errors_of_one_rank(shards: ClassShards) -> None:
     with pytest.raises(ValueError, match=r"same rows|raised ValueError"):
         fewer = slice(0, N - 1) if there else slice(0, N)
         class_balanced_loss(local[fewer], y[fewer], w, shards=shards)
-    with pytest.raises(ValueError, match="weight must be given on every rank or on none"):
-        class_balanced_loss(local, y, w if there else None, shards=shards)
+    for name, value, other in (
+        ("weight", w, None), ("reduction", "sum", "mean"), ("label_smoothing", 0.1, 0.0),
+        ("return_stats", True, False),
+    ):  # fmt: skip
+        unlike: dict[str, Any] = {name: value if there else other}
+        with pytest.raises(ValueError, match=f"every rank must have the same .*{name}"):
+            class_balanced_loss(local, y, shards=shards, **unlike)
+    head, x_head = torch.ones(shards.num_local_classes, 2), torch.ones(N, 2)
+    with pytest.raises(ValueError, match=r"chunk_size must be at least 1|raised ValueError"):
+        linear_class_balanced_loss(x_head, head, y, shards=shards, chunk_size=0 if there else 4)
     with pytest.raises(TypeError):
         ClassShards(1.5 if there else 1)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="0 on every rank"):

@@ -317,3 +317,23 @@ def test_a_state_without_values_changes_nothing() -> None:
     with pytest.raises(RuntimeError, match="on the meta device"):
         loss_fn.load_state_dict(state)
     assert_unchanged(loss_fn, before)
+
+
+def test_a_subclass_entry_that_does_not_fit_changes_nothing_of_the_loss() -> None:
+    loss_fn = Learned(3.0)
+    before = snapshot(loss_fn)
+    state = Learned(3.0).state_dict() | {"weight": torch.ones(4), "scale": torch.ones(2)}
+    for strict in (True, False):
+        with pytest.raises(RuntimeError, match="scale"):
+            loss_fn.load_state_dict(state, strict=strict)
+        assert torch.equal(loss_fn.weight, before["weight"])
+
+
+def test_modules_without_values_load_each_other() -> None:
+    with torch.device("meta"):
+        one, other = (nn.Sequential(nn.Linear(2, 4), ClassBalancedLoss(COUNTS)) for _ in "ab")
+    for assign in (False, True):
+        one.load_state_dict(other.state_dict(), assign=assign)
+    loss_fn = ClassBalancedLoss(COUNTS).to("meta")
+    loss_fn.load_state_dict(ClassBalancedLoss([1, 2, 3, 4]).to("meta").state_dict())
+    assert loss_fn.counts.tolist() == [1, 2, 3, 4]

@@ -140,7 +140,7 @@ def test_stats_refuse(options):
 
 def test_return_stats_is_a_bool():
     wrong: Any
-    for wrong in ("yes", 2, 0.5):
+    for wrong in ("yes", "", None, [], 2, 0.5, torch.ones(3)):
         with pytest.raises(TypeError, match="return_stats must be True or False, got"):
             class_balanced_loss(torch.zeros(3, 4), torch.tensor([0, 1, 2]), return_stats=wrong)
 
