@@ -8,7 +8,8 @@ namespace cbloss {
 
 constexpr int PART = 5;  // elements of a Part in memory, and the target's logit
 
-// M, at most the largest finite number, and z - M for such an M: 0 where both are +inf, as in the limit; NaN if z is.
+// M, at most the largest finite number, and z - M for such an M: 0 where both are +inf, as in the
+// limit; NaN if z is.
 template <class T>
 CB_FN T clamped(T M) {
   return ::min(M, largest_finite<T>());
