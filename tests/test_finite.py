@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import pytest
 import torch
-from support.backends import long_if_interpreted, loss_and_grad
+from support.backends import DEVICE, long_if_interpreted, loss_and_grad
 from support.marks import DTYPES, FAMILIES, GAMMAS, name_of
 from support.oracle import oracle
 from support.tolerances import EXACT, assert_grad, assert_loss
@@ -332,3 +333,17 @@ def test_rows_of_nothing_else(backend, family, dtype, gamma, C, value, eps):
     _, loss, grad = special_row(backend, C, dtype, changes, ignored=True, **options)
     assert loss == 0
     assert (grad == 0).all()
+
+
+def test_a_rounded_z_to_a_large_power(backend):
+    """z of scale and bias is rounded: p is off by 1e-7 |z|, (1 - p)^gamma (-log p) by 1 + gamma as
+    much."""
+    x = torch.tensor([[13.6875, -2.96875, -18.5, 4.3125, -6.40625, 3.234375, 1.765625, 12.5]])
+    bias = torch.tensor([0.5731, 0.9973, 1.0495, 0.5277, 0.6405, 0.9076, 0.9631, 0.9149])
+    logits, target = x.bfloat16().to(DEVICE), torch.tensor([0], device=DEVICE)
+    options: dict[str, Any] = {"gamma": 5.0, "logit_scale": 3.0, "logit_bias": bias.to(DEVICE)}
+    loss, grad = loss_and_grad(backend, logits, target, **options)
+    want, want_grad = oracle(logits, target, **options)
+    relative = 6 * 1.2e-7 * 3 * 20
+    assert_loss(loss, want, torch.bfloat16, slack=relative * want.abs())
+    assert_grad(grad, want_grad, torch.bfloat16, slack=relative * want_grad.abs().max())

@@ -15,7 +15,12 @@ FLUSHED = 1.2e-38  # a class
 
 
 def assert_loss(
-    got: Tensor, want: Tensor, dtype: torch.dtype, C: int = 1, slack: float = 0, **context: object
+    got: Tensor,
+    want: Tensor,
+    dtype: torch.dtype,
+    C: int = 1,
+    slack: float | Tensor = 0,
+    **context: object,
 ) -> None:
     """The loss, or every row's, against float64; C: where flushed terms count."""
     assert got.dtype == compute_dtype(dtype)
@@ -27,7 +32,7 @@ def assert_loss(
 
 
 def assert_grad(
-    got: Tensor, want: Tensor, dtype: torch.dtype, slack: float = 0, **context: object
+    got: Tensor, want: Tensor, dtype: torch.dtype, slack: float | Tensor = 0, **context: object
 ) -> None:
     """The gradient (N, C, ...): relative to the row's largest, half types rounded once."""
     assert got.dtype == dtype
