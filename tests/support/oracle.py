@@ -79,7 +79,8 @@ def option_sets(draw: st.DrawFn) -> dict[str, Any]:
         options["class_weighting"] = draw(st.sampled_from(("sample", "class")))
     return options | {
         "gamma_neg": draw(st.none() | any_gamma),
-        "alpha": draw(st.none() | st.floats(0, 1)),
+        # A float32: of a smaller one nothing is left.
+        "alpha": draw(st.none() | st.floats(0, 1, width=32, allow_subnormal=False)),
         "clip": draw(st.sampled_from((0.0, 0.05, 0.3))),
     }
 
