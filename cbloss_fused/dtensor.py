@@ -140,10 +140,10 @@ def _checked(
         inputs, C = check_inputs(logits, *own, spec, return_stats), logits.shape[1]
         if agree:
             check_values(logits, inputs, spec.formula, spec.ignore_index)
-            if not is_soft(inputs.target):
-                check_target(inputs.target, C, spec.ignore_index, spec.background_index)
-        if needed:
+        if needed:  # it looks at class indices
             return denominator_of(inputs, C, spec, sum_dtype(logits.device))
+        if agree and not is_soft(inputs.target):
+            check_target(inputs.target, C, spec.ignore_index, spec.background_index)
         return torch.zeros((), device=logits.device)
 
     make: Callable[[], Tensor] = check

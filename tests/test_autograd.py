@@ -376,6 +376,13 @@ def test_torch_jit_trace_says_what_to_do(backend):
 
     with pytest.raises(NotImplementedError, match="backend='reference'"):
         torch.jit.trace(step, (leaf, target))
+    if DEVICE == "cpu" and not backend.gpu:  # what is wrong with a value is said as ever
+        weight = torch.full((10,), -1.0)
+        with pytest.raises(ValueError, match="weight"):
+            torch.jit.trace(
+                lambda x, y: class_balanced_loss(x, y, weight, backend=backend.argument),
+                (leaf, target),
+            )
     traced = torch.jit.trace(lambda x, y: step(x, y, "reference"), (leaf, target))
     torch.testing.assert_close(traced(leaf, target), step(leaf, target))
 
