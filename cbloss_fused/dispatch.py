@@ -50,9 +50,8 @@ def dispatch(
             loss = recomputed_gradient(input, inputs, spec, backend)
         else:
             return stored_gradient(input, inputs, spec, backend)
-    except (IndexError, RuntimeError, ValueError) as raised:
-        error = typed(raised)
-        of_values = isinstance(error, ValueError)
+    except (IndexError, RuntimeError, ValueError) as error:
+        of_values = isinstance(typed(error), ValueError)
         if not of_values and not is_compiling() and torch._C._is_tracing():
             raise NotImplementedError(  # it cannot record the gradient
                 "torch.jit.trace needs a differentiable formula, or logits that require no grad: "
@@ -61,7 +60,7 @@ def dispatch(
         if isinstance(error, IndexError):
             limits = shape[min(1, len(shape) - 1)], spec.ignore_index, spec.background_index
             raise told_of(error, inputs.target, *limits) from None
-        raise in_own_shape(error, {"target": (input.shape, shape)}) from None
+        raise in_own_shape(typed(error), {"target": (input.shape, shape)}) from None
     if soft and not spec.reduction:  # one loss per row; class indices have that shape already
         loss = loss.reshape(shape[:0] if len(shape) == 1 else shape[:1] + shape[2:])
     return loss

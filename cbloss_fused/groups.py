@@ -93,16 +93,14 @@ def _agreed(
     largest: bool,
 ) -> Tensor:
     numbers = torch.zeros(size + len(KINDS), dtype=torch.float64, device=device)
-    error: Exception | None = None
     try:
         numbers[:size] = make()
-    except Exception as found:
-        error = found
-        which = (i for i, kind in enumerate(KINDS) if isinstance(found, kind))
+    except Exception as error:
+        which = (i for i, kind in enumerate(KINDS) if isinstance(error, kind))
         numbers[size + next(which, len(KINDS) - 1)] = 1
+        add_up(numbers, group, largest)
+        raise
     add_up(numbers, group, largest)
-    if error is not None:
-        raise error
     failed = numbers[size:].tolist()
     for kind, of_ranks in zip(KINDS, failed, strict=True):
         if of_ranks:

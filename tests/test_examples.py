@@ -7,6 +7,7 @@ import os
 import runpy
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,21 @@ def test_example(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
         "OMP_NUM_THREADS": "1", "PYTHONPATH": str(EXAMPLES.parent), "CUDA_VISIBLE_DEVICES": "",
     }  # fmt: skip
     command = [sys.executable, *torchrun, *given, str(two)]
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    start = partial(
+        subprocess.Popen, command, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    process = start()
     with monkeypatch.context() as patch, torch.random.fork_rng():
         patch.setattr(sys, "argv", [*given, str(one)])
         runpy.run_path(given[0], run_name="__main__")
-    printed, _ = process.communicate(timeout=120)
-    assert process.returncode == 0
+    printed, told = process.communicate(timeout=120)
+    if "terminate called without an active exception" in told:
+        # Threads of gloo outlive DDP's groups, and one that frees a tensor while Python ends aborts
+        # (github.com/pytorch/pytorch/issues/190489): rarely, on a busy machine.
+        process = start()
+        printed, told = process.communicate(timeout=120)
+    assert process.returncode == 0, told
     assert printed == capsys.readouterr().out
     assert printed.count("\n") == 3
     losses = json.loads(one.read_text())

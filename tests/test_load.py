@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import subprocess
 import sys
 import threading
+import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,7 +17,12 @@ import torch
 from support.backends import DEVICE, INTERPRETED
 from torch.utils.data import DataLoader, Dataset
 
-from cbloss_fused import ClassBalancedLoss, class_balanced_loss
+from cbloss_fused import (
+    ClassBalancedLoss,
+    ClassShards,
+    class_balanced_loss,
+    linear_class_balanced_loss,
+)
 
 ROOT = Path(__file__).parent.parent
 pytestmark = [
@@ -158,6 +167,38 @@ print(interrupted)
 
 def test_a_call_that_is_interrupted_leaves_the_process_usable():
     assert int(run(INTERRUPTED)) == 3
+
+
+OUT_OF_RANGE, NEGATIVE = torch.tensor([0, 7]), torch.full((2, 3), -1.0)
+RAISES: dict[str, Callable[[torch.Tensor], object]] = {
+    "plain": lambda x: class_balanced_loss(x, OUT_OF_RANGE),
+    "soft": lambda x: class_balanced_loss(x, NEGATIVE, activation="sigmoid"),
+    "weight": lambda x: class_balanced_loss(x, OUT_OF_RANGE.clamp(max=2), -torch.ones(3)),
+    "recompute": lambda x: class_balanced_loss(x, OUT_OF_RANGE, recompute=True),
+    "stats": lambda x: class_balanced_loss(x, OUT_OF_RANGE, return_stats=True),
+    "reference": lambda x: class_balanced_loss(x, OUT_OF_RANGE, backend="reference"),
+    "shards": lambda x: class_balanced_loss(x, OUT_OF_RANGE, shards=ClassShards(3)),
+    "head": lambda x: linear_class_balanced_loss(x, torch.ones(3, 3), OUT_OF_RANGE),
+    "module": lambda x: ClassBalancedLoss([3, 2, 1])(x, OUT_OF_RANGE),
+}
+
+
+@pytest.mark.parametrize("call", RAISES.values(), ids=RAISES)
+def test_an_error_keeps_no_logits(call):
+    """An exception in a variable of its own traceback keeps them until the collector runs."""
+
+    def raised() -> weakref.ref[torch.Tensor]:
+        x = torch.randn(2, 3, requires_grad=True)
+        with contextlib.suppress(IndexError, ValueError):
+            call(x)
+            pytest.fail("raised nothing")
+        return weakref.ref(x)
+
+    gc.disable()
+    try:
+        assert raised()() is None
+    finally:
+        gc.enable()
 
 
 NO_MEMORY = """
