@@ -131,7 +131,8 @@ def _cuda() -> Backend:
     if torch.version.cuda is None:
         return _without_cuda("built, but this PyTorch has no CUDA")
     try:
-        return _cuda_record(ctypes.CDLL(str(library)), "cuda")
+        loaded = ctypes.CDLL(str(library))
+        return _cuda_record(loaded, "cuda")._replace(missing=too_old_driver(loaded))
     except (OSError, AttributeError) as error:  # of another version
         return _without_cuda(f"the library cannot be loaded ({error}); {REINSTALL}")
 
@@ -146,21 +147,39 @@ def _cuda_record(library: ctypes.CDLL, device_type: str) -> Backend:
     if not library.cbloss_register(*names):
         return _without_cuda(f"PyTorch does not take the library's kernels; {REINSTALL}")
     library.cbloss_architectures.restype = ctypes.c_char_p
-    needed, driver = library.cbloss_built_with() // 1000, library.cbloss_driver()
-    missing = None
-    if driver // 1000 < needed:  # any minor version of it is enough
-        found = f"{driver // 1000}.{driver % 1000 // 10}"
-        missing = f"built with CUDA {needed}, but the driver supports only CUDA {found}"
 
     def about() -> str:
         return f"fused CUDA C++ kernels, built for {library.cbloss_architectures().decode()}"
 
     loss, gradient = ops.overloads("cuda")
     return Backend(
-        "cuda", (device_type,), missing, about, loss, gradient, soft=False, new_grad=co_aligned,
+        "cuda", (device_type,), None, about, loss, gradient, soft=False, new_grad=co_aligned,
         scale_gradient=ops.operators._scale.default,
         register_default=lambda device: library.cbloss_register_default(*names),
     )  # fmt: skip
+
+
+def too_old_driver(library: ctypes.CDLL) -> str | None:
+    """Why NVIDIA's driver cannot run what the library holds."""
+    needed, driver = library.cbloss_built_with() // 1000, _driver()
+    if driver // 1000 >= needed:  # any minor version of it is enough
+        return None
+    found = f"{driver // 1000}.{driver % 1000 // 10}"
+    return f"built with CUDA {needed}, but the driver supports only CUDA {found}"
+
+
+def _driver() -> int:
+    """The newest CUDA that NVIDIA's driver supports, 1000 * major + 10 * minor; 0: no driver.
+
+    Asked of the driver's library itself: the runtime's cudaDriverGetVersion initialises the driver,
+    after which a forked process cannot use it, and CUDA_VISIBLE_DEVICES comes too late.
+    """
+    version = ctypes.c_int()
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        return 0
+    return version.value
 
 
 def load_cuda(library: Path, device_type: str) -> None:

@@ -281,7 +281,8 @@ def _check_head(
             raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}{hint}")
         if is_dtensor(tensor):
             raise NotImplementedError(f"{name} must be a plain tensor, got a DTensor")
-        if tensor.dtype != input.dtype and not _autocasts(input.device.type):
+        kept = torch.float64 in (tensor.dtype, input.dtype)  # autocast leaves it as it is
+        if tensor.dtype != input.dtype and (kept or not _autocasts(input.device.type)):
             hint = hints.of_head_dtype(name, tensor)
             raise TypeError(
                 f"{name} must have input's dtype {input.dtype}, got {tensor.dtype}{hint}"

@@ -323,6 +323,15 @@ def test_autocast(low, reduction):
         near(got, grad, low)
 
 
+def test_autocast_leaves_float64_as_it_is():
+    """As F.linear, which refuses such a mixture too."""
+    input, weight, _ = head(torch.float32)
+    refused = pytest.raises(TypeError, match="must have input's dtype")
+    for x, w in ((input.double(), weight), (input, weight.double())):
+        with torch.autocast(DEVICE, torch.bfloat16), refused:
+            linear_class_balanced_loss(x, w, targets("softmax"))
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.skipif(INTERPRETED, reason="compiles for the machine")
 @pytest.mark.parametrize("reduction", ("mean", "none"))

@@ -46,26 +46,47 @@ def named(kernels, *words):
 
 
 LOADING = """
-import pathlib, sys, torch
-from cbloss_fused.backends import REGISTRY, load_cuda
-load_cuda(pathlib.Path(sys.argv[1]), "cuda")
+import ctypes, pathlib, sys, torch
+from cbloss_fused.backends import REGISTRY, load_cuda, too_old_driver
+library = pathlib.Path(sys.argv[1])
+load_cuda(library, "cuda")
 REGISTRY["cuda"].register_default("cuda")
 for name in ("loss.cuda", "gradient.cuda", "_scale", "loss", "gradient"):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"cbloss_fused::{name}", "CUDA"), name
-print(REGISTRY["cuda"].about(), "|", REGISTRY["cuda"].missing)
+print(REGISTRY["cuda"].about(), "|", too_old_driver(ctypes.CDLL(str(library))))
 """
 
 
-def test_the_library_registers_its_operators(library, tmp_path):
-    """Beside a stand-in for libtorch_cuda; without a driver it says that it cannot run."""
-    shutil.copy(library.parent / "libtorch_cuda.so", tmp_path)  # not libtorch_cpu's, which is real
+def loaded(library, folder):
+    """What LOADING prints beside a stand-in for libtorch_cuda, and the libraries of the folder."""
+    shutil.copy(library.parent / "libtorch_cuda.so", folder)  # not libtorch_cpu's, which is real
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", LOADING, str(library)],
         capture_output=True, text=True, cwd=ROOT,
-        env=os.environ | {"LD_LIBRARY_PATH": str(tmp_path)},
+        env=os.environ | {"LD_LIBRARY_PATH": str(folder)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert re.match(r".*built for sm_90 \| built with CUDA \d+, .*driver", done.stdout)
+    return done.stdout
+
+
+def test_the_library_registers_its_operators(library, tmp_path):
+    """Without a driver it says that it cannot run."""
+    about = loaded(library, tmp_path)
+    assert re.match(r".*built for sm_90 \| built with CUDA \d+, .*driver", about)
+
+
+DRIVER = """
+#include <stdlib.h>
+int cuInit(unsigned flags) { abort(); }
+int cuDriverGetVersion(int* version) { *version = 99000; return 0; }
+"""
+
+
+def test_the_library_leaves_the_driver_alone(library, tmp_path):
+    """After cuInit a forked process cannot use the GPU, and CUDA_VISIBLE_DEVICES comes too late."""
+    command = ["gcc", "-shared", "-x", "c", "-", "-o", str(tmp_path / "libcuda.so.1")]
+    subprocess.run(command, input=DRIVER, text=True, check=True)
+    assert loaded(library, tmp_path).endswith("built for sm_90 | None\n")
 
 
 HALF_AND_FLOAT = ("__nv_bfloat16", "__half", "float")

@@ -14,7 +14,10 @@ from support.backends import DEVICE, INTERPRETED
 
 from cbloss_fused import class_balanced_loss
 from cbloss_fused.backends import REGISTRY
+from cbloss_fused.options import Formula, Options
 from cbloss_fused.triton import heuristics
+from cbloss_fused.triton.call import Call
+from cbloss_fused.triton.plan import plan
 
 H100 = heuristics.Device(132, 32)
 
@@ -34,6 +37,15 @@ def test_configurations_cover_every_row(sigmoid, itemsize):
                 assert found.warps in (1, 2, 4, 8, 16, 32)
                 assert not found.single or found.V >= C // VEC
                 assert found.splits == 1 or rows * found.splits <= 8 * 132
+
+
+@pytest.mark.parametrize("activation", ("softmax", "sigmoid"))
+def test_columns_beyond_32_bits_are_left_to_pytorch(activation):
+    """Those to the end of a row's last tile are counted, too."""
+    formula = Formula.of(Options(activation))
+    for C, fits in ((2**31 - 2**17, True), (2**31 - 8, False), (2**31, False)):
+        call = Call((1, C), torch.bfloat16, (C, 1), (C, 1), False, formula, H100, None)
+        assert (plan(call) is not None) == fits
 
 
 # Where ------------------------------------------------------------------------------------------

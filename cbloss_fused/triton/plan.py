@@ -63,8 +63,9 @@ def plan(call: Call) -> Plan | None:
     """The launches of a call; None where an index that kernels keep in 32 bits could overflow."""
     N, C, K = sizes_of(call)
     strides = (strides_of(call, s)[1] for s in (call.x_strides, call.g_strides))
-    # 8, as three numbers per row are saved, and grids end some rows beyond the last.
-    if max(8 * N * K, C, *(() if by_class(call) else strides)) >= 2**31:
+    # 8, as three numbers per row are saved, and grids end some rows beyond the last; columns are
+    # counted to the end of a tile.
+    if max(8 * N * K, C + (1 << 16), *(() if by_class(call) else strides)) >= 2**31:
         return None
     if call.backward:
         return Plan((_gradient(call),))

@@ -40,6 +40,10 @@ struct Device {
   int multiprocessors;
   int shared, shared_of_block;  // bytes of shared memory: per multiprocessor; per block, at most
   cudaStream_t stream;
+
+  // Bytes of shared memory per block that are CUDA's own, or declared by a kernel: at most.
+  static constexpr int RESERVED = 1024;
+  int dynamic_limit() const { return shared_of_block - RESERVED; }
 };
 
 // allocate(n) returns memory for n elements of T, which lives until the call returns.

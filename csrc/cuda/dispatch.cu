@@ -112,22 +112,23 @@ cudaError_t held(const TypedCall<S>& a, const Device& device) {
 template <bool GENERAL, int THREADS>
 cudaError_t shared_rows(const TypedCall<S>& a, int bytes, const Device& device) {
   const auto kernel = softmax_long<S, GENERAL, THREADS, true>;
-  const cudaError_t error =
-      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  // The limit is the kernel's in every thread of the process: a call's own bytes could undercut
+  // what another thread launches.
+  const cudaError_t error = cudaFuncSetAttribute(
+      kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.dynamic_limit());
   if (error) return error;
   return launch_with(bytes, kernel, dim3(unsigned(a.rows)), THREADS, device, a);
 }
 template <bool GENERAL>
 cudaError_t longer(const TypedCall<S>& a, const Device& device) {
-  constexpr int RESERVED = 1024;  // bytes of shared memory that CUDA takes per block
   constexpr int FULL = GENERAL || IS_HALF<S> ? 512 : 1024;
-  const int64_t bytes = int64_t(a.C) / N * 16, together = device.shared / (bytes + RESERVED);
+  const int64_t bytes = int64_t(a.C) / N * 16,
+                together = device.shared / (bytes + Device::RESERVED);
+  const int most = device.dynamic_limit();
   if (!a.grad) return launch_rows<256>(softmax_long<S, GENERAL, 256, false>, a, 1, device);
   if constexpr (!GENERAL)
-    if (bytes <= device.shared_of_block && together >= 3)
-      return shared_rows<GENERAL, 384>(a, int(bytes), device);
-  if (bytes <= device.shared_of_block && together >= 2)
-    return shared_rows<GENERAL, 512>(a, int(bytes), device);
+    if (bytes <= most && together >= 3) return shared_rows<GENERAL, 384>(a, int(bytes), device);
+  if (bytes <= most && together >= 2) return shared_rows<GENERAL, 512>(a, int(bytes), device);
   return launch_rows<FULL>(softmax_long<S, GENERAL, FULL, false>, a, 1, device);
 }
 

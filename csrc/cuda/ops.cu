@@ -212,11 +212,5 @@ CB_EXPORT int cbloss_register_default(const char* library, const char* dispatch_
 
 CB_EXPORT const char* cbloss_architectures() { return CBLOSS_ARCHITECTURES; }
 
-// The version of CUDA that this was built with, and the driver's, 1000 * major + 10 * minor; 0: no
-// driver. Queries no device.
+// The version of CUDA that this was built with, 1000 * major + 10 * minor.
 CB_EXPORT int cbloss_built_with() { return CUDART_VERSION; }
-CB_EXPORT int cbloss_driver() {
-  int version = 0;
-  cudaDriverGetVersion(&version);
-  return version;
-}

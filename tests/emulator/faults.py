@@ -92,6 +92,8 @@ FAULTS = (
     Fault("a span is split unevenly", "softmax.cuh",
           "const int end = ::min(first + a.span, at.whole);\n  Part",
           "const int end = ::min(first + a.span - 1, at.whole);\n  Part"),
+    Fault("a call's own limit of shared memory", "dispatch.cu",
+          "device.dynamic_limit());\n  if (error)", "bytes);\n  if (error)"),
     Fault("sigma's tail is dropped", "../row_math.h",
           "return z < T{} ? e * s : s;", "return z < T{} ? one - s : s;"),
 )  # fmt: skip

@@ -15,7 +15,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
+#include <mutex>
 #include <numeric>
 #include <random>
 #include <type_traits>
@@ -286,8 +288,14 @@ enum cudaDeviceAttr {
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 template <class... P>
-cudaError_t cudaFuncSetAttribute(void (*)(P...), cudaFuncAttribute, int bytes) {
+cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute, int bytes) {
   if (bytes > emulated_shared - 1024) emulator::fail("more shared memory than a block may have");
+  static std::mutex mutex;
+  static std::map<std::pair<void (*)(P...), int>, int> limits;  // of the devices emulated so far
+  const std::lock_guard lock(mutex);
+  int& limit = limits[{kernel, emulated_shared}];
+  if (bytes < limit) emulator::fail("a limit that falls, below what another thread may launch");
+  limit = bytes;
   return cudaSuccess;
 }
 struct cudaLaunchConfig_t {
@@ -298,10 +306,6 @@ struct cudaLaunchConfig_t {
   unsigned numAttrs = 0;
 };
 #define CUDART_VERSION 13000
-inline cudaError_t cudaDriverGetVersion(int* version) {
-  *version = CUDART_VERSION;
-  return cudaSuccess;
-}
 inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrMultiProcessorCount                ? emulated_multiprocessors
