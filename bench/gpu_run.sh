@@ -5,16 +5,17 @@
 #
 # smoke: whether the kernels work; bench: the first GPU_FIRST cases of the benchmark; tests; rest:
 # the other cases, in the remaining time. If the smoke test fails, only it runs again, with blocking
-# launches and under compute-sanitizer. The folder GPU_RESULTS gets run.log and the results, one line
-# each as soon as it is known; GPU_TESTS are pytest's arguments. Libraries that were built from these
-# sources on another machine are kept; .gpu/triton.tgz fills Triton's cache.
+# launches and under compute-sanitizer. The folder GPU_RESULTS (or OUT) gets run.log and the results,
+# one line each as soon as it is known. GPU_TESTS are pytest's arguments; with --long there are five
+# times as many tests, and Triton's kernels alone compile for minutes. Libraries that were built from
+# these sources on another machine are kept; .gpu/triton.tgz fills Triton's cache.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
-GPU_SECONDS=${GPU_SECONDS:-470}
+GPU_SECONDS=${GPU_SECONDS:-440}  # a step that does not end by itself takes up to 30 more
 GPU_FIRST=${GPU_FIRST:-24}
 GPU_TESTS=${GPU_TESTS:-"--tb=line @bench/gpu_tests.txt"}
-export GPU_RESULTS=${GPU_RESULTS:-bench/results/gpu-run}
+export GPU_RESULTS=${GPU_RESULTS:-${OUT:-bench/results/gpu-run}}
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-/tmp/triton-cache}
 export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD PATH=$PATH:${CUDA_HOME:-/usr/local/cuda}/bin
 parts=${*:-smoke bench tests rest}
@@ -33,7 +34,7 @@ limited() {
   ((limit < left)) || limit=$left
   if ((limit < 5)); then echo "== no time left for: $*"; return 1; fi
   echo "== $* (at most $limit s)"
-  timeout -k 10 -s "$signal" "$limit" "$@"
+  timeout -k 30 -s "$signal" "$limit" "$@"
   code=$?
   echo "== exit status $code after $((SECONDS - began)) s"
   return $code
@@ -50,10 +51,10 @@ benchmark() { # SECONDS ARGUMENTS: interrupted early enough to write its report
 run_tests() {
   local options=()
   here xdist && options+=(-n "$((workers < 12 ? workers : 12))" --dist worksteal)
-  here pytest_timeout && options+=(--timeout 60)
+  here pytest_timeout && options+=(--timeout 120)
   here pytest_benchmark && options+=(--benchmark-disable)
   # shellcheck disable=SC2086  # several arguments
-  limited INT 150 "$PYTHON" -m pytest -o addopts= -m "not slow" --long -q -p no:cacheprovider \
+  limited INT 150 "$PYTHON" -m pytest -o addopts= -m "not slow" -q -p no:cacheprovider \
     -p bench.pytest_lines "${options[@]}" $GPU_TESTS
 }
 
@@ -77,11 +78,11 @@ status=0
 [ -f .gpu/triton.tgz ] && tar xzf .gpu/triton.tgz -C "$TRITON_CACHE_DIR" --strip-components=1
 # Without CUDA C++ there still is Triton, so a failed build does not end the run.
 CBLOSS_KEEP=1 limited TERM 200 "$PYTHON" setup.py -q build_ext --inplace || status=1
-if asked smoke && ! limited TERM 100 "$PYTHON" bench/gpu_smoke.py "$GPU_RESULTS" 60; then
+if asked smoke && ! limited TERM 130 "$PYTHON" bench/gpu_smoke.py "$GPU_RESULTS" 60; then
   diagnose
   exit 1
 fi
-if asked bench; then benchmark 160 --first "$GPU_FIRST" || status=1; fi
+if asked bench; then benchmark 190 --first "$GPU_FIRST" || status=1; fi
 if asked tests; then run_tests || status=1; fi
 if asked rest; then benchmark 300 --skip "$GPU_FIRST" || status=1; fi
 echo "== end after $SECONDS s, exit status $status"

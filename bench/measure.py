@@ -5,8 +5,8 @@ round through them exceeds the cache, and each copy keeps its gradient until its
 follow each other as in training, yet find nothing in the cache. Flushing the cache before each call
 instead would hide the launches behind the flush. Below SMALL_BYTES a few copies suffice, since the
 launches take all of such a call's time. A sample is a pair of events around many calls that are
-queued behind a pause, so that the GPU does not wait for the host. A CUDA graph holds one call on
-every copy.
+queued behind a pause for as long as the host takes to queue them, so that the GPU does not wait for
+it. A CUDA graph holds one call on every copy.
 """
 
 from __future__ import annotations
@@ -39,7 +39,11 @@ SLOW_MS = 60  # one call per turn is enough for what takes longer
 GPU_TURNS = (20, 100)  # samples of everyone: at least, at most within GPU_SECONDS
 GPU_SECONDS = {"cuda": 0.1, "cpu": 0.0}
 SAMPLE_MS = {"cuda": 1.0, "cpu": 0.1}  # of a sample, unless one round takes longer
-PAUSE_CYCLES = 500_000  # 0.3 ms
+CYCLES_PER_MS = 2_000_000  # at most, of a GPU's clock
+HOST_MS, PAUSE_MS = (
+    3.0,
+    0.3,
+)  # of the host per sample, unless one round takes longer; a pause's least
 MAX_COPIES, SMALL_BYTES = 48, 2**20
 HOST_CALLS = 20  # as many fit into the launch queue
 
@@ -263,6 +267,7 @@ class GpuRun:
         self.train = title != FORWARD and implementation.column != "copy"
         self.ring = ring if self.train else [logits.detach() for logits in ring]
         self.graph: torch.cuda.CUDAGraph | None = None
+        self.pause_ms = PAUSE_MS
 
     def step(self, index: int) -> Tensor:
         """The loss of a call. Its gradient stays until these logits have their next turn."""
@@ -317,13 +322,13 @@ class GpuRun:
                 self.graph.replay()
 
     def time(self, calls: int) -> float:
-        """Milliseconds per call: the GPU's, as long as the host keeps ahead of it."""
+        """Milliseconds per call: the GPU's, if pause_ms are enough for the host to queue them."""
         if not self.given.logits.is_cuda:
             start = time.perf_counter()
             self(calls)
             return (time.perf_counter() - start) / calls * 1e3
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(PAUSE_CYCLES)
+        torch.cuda._sleep(int(self.pause_ms * CYCLES_PER_MS))
         begin.record()
         self(calls)
         end.record()
@@ -331,10 +336,15 @@ class GpuRun:
         return begin.elapsed_time(end) / calls
 
     def calls_per_sample(self) -> int:
-        """Whole rounds, for SAMPLE_MS. Warms up, too."""
+        """Whole rounds, for SAMPLE_MS. Warms up and sets the pause, too."""
         n, sample = len(self.ring), SAMPLE_MS[self.given.logits.device.type]
         self.time(n)
-        return n * math.ceil(sample / max(n * self.time(n), sample / 100))
+        host_ms = 1.3 * n * self.host_us() / 1e3  # of a round
+        self.pause_ms = max(host_ms, PAUSE_MS)
+        rounds = math.ceil(sample / max(n * self.time(n), sample / 100))
+        rounds = min(rounds, max(1, int(HOST_MS / host_ms)))
+        self.pause_ms = max(rounds * host_ms, PAUSE_MS)
+        return n * rounds
 
     def host_us(self) -> float:
         """Microseconds of the host per call, without waiting for the GPU."""

@@ -61,6 +61,8 @@ in a few cases only, eager under a graph where it does not synchronise and its m
   the kernel's instructions or special functions (132 multiprocessors). % of floor: that divided by
   our time.
 - memory: peak beyond the logits in a call, in N x C tensors of their dtype (our backends, eager).
+- Outside of a graph every call's launches are queued while the GPU pauses, as far as its queue
+  holds them: the times are the GPU's, with the gaps between small kernels.
 - host µs: how long a call occupies the host, without waiting for the GPU (our backends, eager).
 """
 

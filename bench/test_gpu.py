@@ -177,6 +177,13 @@ def test_gpu_run_without_a_gpu() -> None:
     assert done.stdout == ("bench/gpu_run.sh: no GPU here: torch.cuda.is_available() is False\n")
 
 
+def test_kernel_tests_draw_on_their_device() -> None:
+    """On a GPU, which is the default device there, a generator of the CPU raises."""
+    root = Path(__file__).parent.parent
+    for name in (root / "bench/gpu_tests.txt").read_text().split():
+        assert "torch.Generator()" not in (root / name).read_text(), name
+
+
 def test_a_line_for_each_test(tmp_path: Path) -> None:
     tests = tmp_path / "test_some.py"
     tests.write_text(

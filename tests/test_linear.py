@@ -41,34 +41,34 @@ PRODUCTS = torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.addmm_
 
 
 def draw(seed: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64, device=DEVICE)
 
 
 def head(dtype: torch.dtype, bias: bool = True, rows: tuple[int, ...] = (N,)) -> list[Tensor]:
     """input, weight, bias: leaves."""
     found = [draw(0, *rows, D), draw(1, C, D), *([draw(2, C)] if bias else [])]
-    return [t.to(DEVICE, dtype).requires_grad_() for t in found]
+    return [t.to(dtype).requires_grad_() for t in found]
 
 
 def targets(kind: str, rows: tuple[int, ...] = (N,)) -> Tensor:
-    generator = torch.Generator().manual_seed(3)
+    generator = torch.Generator(DEVICE).manual_seed(3)
     if kind == "soft":
-        return torch.rand(*rows, C, generator=generator).softmax(-1).to(DEVICE)
+        return torch.rand(*rows, C, generator=generator, device=DEVICE).softmax(-1)
     if kind == "multi-hot":
-        return (torch.randint(-1, 2, (*rows, C), generator=generator)).float().to(DEVICE)
-    found = torch.randint(C, rows, generator=generator)
+        return torch.randint(-1, 2, (*rows, C), generator=generator, device=DEVICE).float()
+    found = torch.randint(C, rows, generator=generator, device=DEVICE)
     found.view(-1)[2:3] = -100
     if kind == "sigmoid":
         found.view(-1)[5:7] = C
-    return found.to(DEVICE)
+    return found
 
 
 def options_of(kind: str, reduction: str) -> dict[str, Any]:
     found: dict[str, Any] = {**(FORMULAS | SOFT)[kind], "reduction": reduction}
     for name in ("logit_bias", "margin", "pos_weight"):
         if found.get(name):
-            found[name] = draw(4, C).abs().to(DEVICE)
+            found[name] = draw(4, C).abs()
     if found.get("class_weighting") == "class" and reduction == "weighted_mean":
         found["class_weighting"] = "sample"
     return found
@@ -101,9 +101,9 @@ def near(got: Tensor, want: Tensor, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 def test_same_as_all_logits(backend, dtype, kind, reduction, bias, chunk_size):
     leaves, target, options = head(dtype, bias), targets(kind), options_of(kind, reduction)
-    weight = draw(5, C).abs().to(DEVICE)
+    weight = draw(5, C).abs()
     if not target.is_floating_point():
-        options["sample_weight"] = draw(6, N).abs().to(DEVICE)
+        options["sample_weight"] = draw(6, N).abs()
     want, grads = expected(leaves, target, weight, **options)
     input, linear_weight, *rest = leaves
     loss = linear_class_balanced_loss(
@@ -166,7 +166,7 @@ def test_memory_and_products(needed, monkeypatch):
     inside = linear_autograd._Operators(linear_autograd._loss, linear_autograd._gradient)
     monkeypatch.setattr(linear_autograd, "_operators", inside)  # a mode sees no operator's own
     rows, classes, chunk = 64, 640, 16
-    input, weight = draw(0, rows, D).float().to(DEVICE), draw(1, classes, D).float().to(DEVICE)
+    input, weight = draw(0, rows, D).float(), draw(1, classes, D).float()
     for leaf, requires in zip((input, weight), needed, strict=True):
         leaf.requires_grad_(requires)
     target = torch.arange(rows, device=DEVICE)
@@ -225,7 +225,7 @@ def test_tied_weights_and_two_backwards(backend):
 def test_weights_change_before_the_backward(backend):
     """As a schedule may do: a row's weight is part of what the forward left."""
     input, head_weight, _ = head(torch.float32)
-    target, weight = targets("softmax"), draw(5, C).abs().float().to(DEVICE)
+    target, weight = targets("softmax"), draw(5, C).abs().float()
     options: dict[str, Any] = {"reduction": "none", "backend": backend.argument}
     loss = linear_class_balanced_loss(input, head_weight, target, weight, **options)
     (want,) = torch.autograd.grad(loss.sum(), input, retain_graph=True)
@@ -236,7 +236,7 @@ def test_weights_change_before_the_backward(backend):
 
 def test_leading_dimensions(backend):
     leaves, target = head(torch.float32, rows=(2, 3)), targets("softmax", (2, 3))
-    sample = draw(6, 2, 3).abs().to(DEVICE)
+    sample = draw(6, 2, 3).abs()
     options: dict[str, Any] = {"reduction": "none", "backend": backend.argument}
     input, weight, bias = leaves
     loss = linear_class_balanced_loss(
@@ -358,7 +358,7 @@ def test_module():
     counts = [90, 9, 1]
     torch.manual_seed(0)
     head = LinearClassBalancedLoss(D, counts, 0.99, gamma=0.5, device=DEVICE, chunk_size=2)
-    input, target = draw(0, 5, D).float().to(DEVICE), torch.tensor([0, 1, 2, 0, 1], device=DEVICE)
+    input, target = draw(0, 5, D).float(), torch.tensor([0, 1, 2, 0, 1], device=DEVICE)
     loss_fn = ClassBalancedLoss(counts, 0.99, gamma=0.5).to(DEVICE)
     want = loss_fn(head.logits(input), target)
     torch.testing.assert_close(head(input, target), want)

@@ -48,19 +48,19 @@ WITHIN = {torch.float64: 1e-7, torch.float32: 3e-5, torch.bfloat16: 1e-2, torch.
 
 
 def draw(seed: int, *shape: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.rand(shape, generator=generator, dtype=torch.float64).to(DEVICE)
+    generator = torch.Generator(DEVICE).manual_seed(seed)
+    return torch.rand(shape, generator=generator, dtype=torch.float64, device=DEVICE)
 
 
 def data(C: int, background: int | None = None, N: int = N) -> tuple[Tensor, Tensor, Tensor]:
     """Logits (N, C) float64, targets, weight."""
-    generator = torch.Generator().manual_seed(0)
-    x = 3 * torch.randn(N, C, generator=generator, dtype=torch.float64)
-    y = torch.randint(C, (N,), generator=generator)
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    x = 3 * torch.randn(N, C, generator=generator, dtype=torch.float64, device=DEVICE)
+    y = torch.randint(C, (N,), generator=generator, device=DEVICE)
     y[3] = -100
     if background is not None:
         y[5:8] = background
-    return x.to(DEVICE), y.to(DEVICE), draw(1, C)
+    return x, y, draw(1, C)
 
 
 def options_of(kind: str, C: int) -> dict[str, Any]:
