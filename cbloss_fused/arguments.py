@@ -7,7 +7,6 @@ by values.py in those of eager PyTorch.
 from __future__ import annotations
 
 from itertools import pairwise
-from math import inf
 from typing import Any, TypeAlias
 
 import torch
@@ -17,7 +16,7 @@ from torch.autograd import forward_ad
 from . import hints
 from .inputs import Inputs, compute_dtype, is_soft
 from .options import MEAN, REDUCTIONS, LossSpec, is_bool
-from .values import check_all, is_weight
+from .values import check_all, is_weight, jit_tracing
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (
@@ -116,11 +115,30 @@ def refuse_transforms(*tensors: Tensor | None) -> None:
         )
     if forward_ad._current_level < 0:
         return
+    compiling = torch.compiler.is_compiling()  # which cannot see tangents
     for tensor in tensors:
-        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+        if tensor is None:
+            continue
+        if compiling or forward_ad.unpack_dual(tensor).tangent is not None:
             raise NotImplementedError(
                 "forward-mode derivatives need a differentiable formula: pass backend='reference'"
             )
+
+
+def exports_gradient(*tensors: Tensor | None) -> bool:
+    """Whether torch.export would lose the gradient of these: operators in its graph have none."""
+    if not torch.compiler.is_exporting() or not torch.is_grad_enabled():
+        return False
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def refuse_shards(*tensors: Tensor | None) -> None:
+    """Raise where what is communicated, or the gradient of these, would not be recorded."""
+    if jit_tracing() or exports_gradient(*tensors):
+        raise NotImplementedError(
+            "shards can be compiled, but neither traced by torch.jit.trace nor exported with a "
+            "gradient"
+        )
 
 
 def _classes_and_rows(input: Tensor) -> tuple[int, tuple[int, ...]]:
@@ -250,17 +268,19 @@ def _normalizer(
         if normalizer.dtype in INTEGERS:
             normalizer = normalizer.to(dtype)
         return _vector("normalizer", normalizer, (), device, dtype)
-    try:
-        good = 0 < normalizer < inf  # torch.compile has symbolic numbers, without hasattr
-    except TypeError:
+    limits = torch.finfo(dtype)
+    try:  # torch.compile has symbolic numbers, without hasattr
+        good = limits.smallest_normal * limits.eps <= normalizer <= limits.max
+    except (TypeError, ValueError):
         raise TypeError(
             f"normalizer must be a number or a 0-d tensor, got {normalizer!r}"
         ) from None
     if not good:
-        raise ValueError(f"normalizer must be positive and finite, got {normalizer}")
+        given = f"{normalizer} for a loss in {_names((dtype,))}"
+        raise ValueError(f"normalizer must be positive and finite, got {given}")
     if torch.compiler.is_compiling():  # which compiles full() anew for every number
         return torch.ones((), dtype=dtype, device=device) * normalizer
-    return torch.full((), normalizer, dtype=dtype, device=device)
+    return torch.full((), float(normalizer), dtype=dtype, device=device)
 
 
 def _check_stats(return_stats: Any, soft: bool, spec: LossSpec) -> None:
@@ -283,30 +303,36 @@ def check_inplace(input: Tensor, target: Tensor) -> None:
     """Raise if the gradient may not be written over input."""
     if not input.requires_grad or not torch.is_grad_enabled():
         return  # then nothing is written
-    compiling = torch.compiler.is_compiling()  # which cannot trace the rest, and never aliases
-    if input.is_leaf or (not compiling and input._base is not None and input._base.is_leaf):
+    if input.is_leaf or (input._base is not None and input._base.is_leaf):
         raise ValueError(
             "inplace=True would write the gradient over a leaf (a parameter or an input): "
             "pass logits that the model computed"
         )
-    if compiling:
+    strides = list(zip(input.stride(), input.shape, strict=True))
+    if torch.compiler.is_compiling():  # which never aliases, and cannot trace the rest
+        if any(size > 1 and stride == 0 for stride, size in strides):
+            raise _not_written(input, "neither expanded nor overlapping")
         return
+    if input.is_neg():
+        raise ValueError("inplace=True cannot write to a negated view: logits.resolve_neg()")
     real = type(input) is Tensor and type(target) is Tensor and not input.is_meta
     if real and target.data_ptr() == input.data_ptr() and input.numel():
         raise ValueError("inplace=True would write the gradient over target: it is the logits")
-    given = f"got one of shape {tuple(input.shape)} and strides {input.stride()}"
     span = 0  # of the dimensions with smaller strides
-    for stride, size in sorted(zip(input.stride(), input.shape, strict=True)):
+    for stride, size in sorted(strides):
         if size > 1 and stride <= span:
-            raise ValueError(f"inplace=True needs logits neither expanded nor overlapping: {given}")
+            raise _not_written(input, "neither expanded nor overlapping")
         span += (size - 1) * stride
     inner_dims = zip(input.shape[2:], input.stride()[2:], strict=True)
     dims = [(n, stride) for n, stride in inner_dims if n > 1]
     for (_, outer), (n, inner) in pairwise(dims):
         if outer != n * inner:
-            raise ValueError(
-                f"inplace=True needs logits that can be viewed as (N, C, d1 * ... * dk), {given}"
-            )
+            raise _not_written(input, "that can be viewed as (N, C, d1 * ... * dk)")
+
+
+def _not_written(input: Tensor, needed: str) -> ValueError:
+    given = f"got one of shape {tuple(input.shape)} and strides {input.stride()}"
+    return ValueError(f"inplace=True needs logits {needed}: {given}")
 
 
 def check_class_vector(name: str, vector: Tensor, C: int) -> Tensor:

@@ -19,6 +19,11 @@ from .inputs import Inputs, sum_dtype, weights_classes
 from .options import LossSpec
 from .stats import class_stats
 
+NOT_TRACED = (
+    "torch.jit.trace needs a differentiable formula, or logits that require no grad: pass "
+    "backend='reference'"
+)
+
 
 def loss_alone(logits: Tensor, inputs: Inputs, spec: LossSpec, backend: Backend) -> Tensor:
     """The loss, where nothing is differentiated."""

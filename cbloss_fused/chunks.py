@@ -74,8 +74,9 @@ def chunk_rows(N: int, C: int, dtype: torch.dtype, device_type: str) -> int:
     """How many rows a chunk has unless the caller says: all chunks have nearly as many."""
     kind = device_type if device_type in BYTES else "other"
     most = max(BYTES[kind] // (C * dtype.itemsize), LEAST_ROWS[kind]) // ROUND * ROUND
-    chunks = max(1, math.ceil(N / most))
-    return max(1, math.ceil(N / chunks / ROUND)) * ROUND
+    chunks = torch.sym_max(1, -(-N // most))  # N may be symbolic
+    found: int = torch.sym_max(1, -(-N // (chunks * ROUND))) * ROUND
+    return found
 
 
 def forward(

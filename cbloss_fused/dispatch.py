@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_exporting
 
 from . import reference
 from .autograd import (
+    NOT_TRACED,
     loss_alone,
     loss_and_stats_alone,
     recomputed_gradient,
@@ -19,7 +20,7 @@ from .backends import Backend, choose
 from .inputs import Inputs, class_by_class, is_soft
 from .options import REDUCTIONS, LossSpec
 from .stats import ClassStats
-from .values import check_values, in_own_shape, told_of, tracing, typed
+from .values import check_values, in_own_shape, jit_tracing, told_of, tracing, typed
 
 
 def dispatch(
@@ -31,6 +32,11 @@ def dispatch(
         spec = spec._replace(ignore_index=None)
     if spec.backend == "reference":
         return _eager(input, inputs, spec)
+    differentiated = input.requires_grad and torch.is_grad_enabled()
+    if differentiated and is_exporting():  # operators in its graph have no gradient
+        if return_stats:
+            raise NotImplementedError("return_stats cannot be exported with a gradient")
+        return _eager(input, inputs, spec)
     # device.type takes 3 us
     device_type = "cpu" if input.is_cpu else "cuda" if input.is_cuda else input.device.type
     backend = choose(device_type, spec.backend, class_by_class(spec.formula, inputs))
@@ -39,7 +45,6 @@ def dispatch(
         input = input.unsqueeze(0) if len(shape) == 1 else input.flatten(2)
         if soft:
             inputs = inputs._replace(target=inputs.target.reshape(input.shape))
-    differentiated = input.requires_grad and torch.is_grad_enabled()
     try:
         if return_stats:
             loss, stats = _with_stats(input, inputs, spec, backend, differentiated)
@@ -52,11 +57,8 @@ def dispatch(
             return stored_gradient(input, inputs, spec, backend)
     except (IndexError, RuntimeError, ValueError) as error:
         of_values = isinstance(typed(error), ValueError)
-        if not of_values and not is_compiling() and torch._C._is_tracing():
-            raise NotImplementedError(  # it cannot record the gradient
-                "torch.jit.trace needs a differentiable formula, or logits that require no grad: "
-                "pass backend='reference'"
-            ) from error
+        if not of_values and jit_tracing():
+            raise NotImplementedError(NOT_TRACED) from error  # it cannot record the gradient
         if isinstance(error, IndexError):
             limits = shape[min(1, len(shape) - 1)], spec.ignore_index, spec.background_index
             raise told_of(error, inputs.target, *limits) from None

@@ -57,8 +57,12 @@ def loss_of_dtensor(
         return _loss_of_classes(input, given, spec, return_stats, of_classes[0])
     of_rows = _row_sharded(input)
     everywhere = (Replicate(),) * mesh.ndim
+    # of what has no dimension of classes
+    of_each_row = tuple(Shard(p.dim - (p.dim > 1)) if p.is_shard() else p for p in placements)
+    soft = isinstance(given[0], Tensor) and is_soft(given[0])
+    as_input = {"target": placements if soft else of_each_row, "sample_weight": of_each_row}
     own = Inputs(*(
-        _own(name, tensor, placements if name in ("target", "sample_weight") else everywhere)
+        _own(name, tensor, as_input.get(name, everywhere))
         for name, tensor in zip(Inputs._fields, given, strict=True)
     ))  # fmt: skip
     logits = input.to_local()
@@ -73,9 +77,10 @@ def loss_of_dtensor(
         loss = DTensor.from_local(loss, mesh, kept, run_check=False)
     else:
         shape = torch.Size([n for dim, n in enumerate(input.shape) if dim != 1])
-        kept = [Shard(p.dim - (p.dim > 1)) if p.is_shard() else p for p in placements]
         strides = torch.empty(shape, device="meta").stride()
-        loss = DTensor.from_local(loss, mesh, kept, run_check=False, shape=shape, stride=strides)
+        loss = DTensor.from_local(
+            loss, mesh, of_each_row, run_check=False, shape=shape, stride=strides
+        )
     return loss if stats is None else (loss, _summed(stats, mesh, of_rows))
 
 

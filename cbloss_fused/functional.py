@@ -183,7 +183,8 @@ def class_balanced_loss(
             requires grad.
         TypeError: a dtype or type that does not fit.
         NotImplementedError: torch.func transforms, forward-mode derivatives or torch.jit.trace of a
-            fused kernel; a DTensor with another placement.
+            fused kernel; return_stats or shards in a torch.export with a gradient; a DTensor with
+            another placement.
         RuntimeError: a second derivative of a fused kernel (in backward).
 
     Source: Cui et al., Class-Balanced Loss Based on Effective Number of Samples, CVPR 2019

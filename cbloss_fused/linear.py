@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import Any, Literal, cast, overload
 
 import torch
@@ -10,7 +11,14 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from . import hints
-from .arguments import Given, check_inputs, check_vector, refuse_transforms
+from .arguments import (
+    Given,
+    check_inputs,
+    check_vector,
+    exports_gradient,
+    refuse_shards,
+    refuse_transforms,
+)
 from .arrays import integer_or_none
 from .autograd import differentiable
 from .backends import choose
@@ -27,7 +35,7 @@ from .sharded import checked
 from .sharded_linear import ShardedLinearCall, ShardedLinearLoss
 from .shards import ClassShards, Part
 from .stats import ClassStats
-from .values import check_values, in_own_shape
+from .values import check_values, in_own_shape, jit_tracing
 
 
 @overload
@@ -203,6 +211,10 @@ def _whole(
         spec = spec._replace(reduction=MEAN)
     linear_weight, linear_bias = head
     rows, x, C = input.shape[:-1], input.reshape(-1, input.shape[-1]), len(linear_weight)
+    if exports_gradient(input, *head):
+        if return_stats:
+            raise NotImplementedError("return_stats cannot be exported with a gradient")
+        spec = spec._replace(backend="reference")
     if spec.backend == "reference":
         found = dispatch(F.linear(x, linear_weight, linear_bias), inputs, spec, False)
         return cast(Tensor, found).reshape(() if spec.reduction else rows)
@@ -229,6 +241,7 @@ def _sharded(
         found = _checked(input, head, given, spec, shards)
         check_chunk_size(chunk_size)
         refuse_transforms(input, *head)
+        refuse_shards(input, *head)
         return found
 
     _, inputs, r = checked(make, input, spec, return_stats, shards)
@@ -255,7 +268,7 @@ def _checked(
     _check_head(input, *head, spec, shards)
     C, (target, weight, sample_weight, normalizer, bias, margin, pos_weight) = len(head[0]), given
     x = input.detach().reshape(-1, input.shape[-1])
-    logits = x.new_empty((), dtype=_logits_dtype(input)).expand(len(x), C)
+    logits = x.new_empty((), dtype=_logits_dtype(input)).expand(x.shape[0], C)
     if sample_weight is not None:
         check_vector("sample_weight", sample_weight, input.shape[:-1], input.device)
         sample_weight = sample_weight.reshape(-1)
@@ -264,7 +277,8 @@ def _checked(
 
 
 def _rows_of_chunk(chunk_size: int | None, input: Tensor, C: int, buffer: torch.dtype) -> int:
-    rows = input.shape[:-1].numel()
+    shape = input.shape[:-1]  # numel is no symbol, and elements are tensors under torch.jit.trace
+    rows = shape.numel() if jit_tracing() else prod(shape)
     return check_chunk_size(chunk_size) or chunk_rows(rows, C, buffer, input.device.type)
 
 

@@ -14,18 +14,24 @@ import torch
 from torch import Tensor
 
 from . import chunks
-from .autograd import differentiable, refuse_batches, refuse_second_derivatives, scaled
+from .autograd import (
+    NOT_TRACED,
+    refuse_batches,
+    refuse_second_derivatives,
+    scaled,
+)
 from .backends import REGISTRY, Backend
 from .chunks import Head, HeadGradients, Result
 from .inputs import Inputs, compute_dtype, sum_dtype, weights_classes
 from .ops import NAMESPACE, library, operators
 from .options import Formula, LossSpec
+from .values import jit_tracing
 
 _GIVEN = (
     "Tensor x, Tensor linear_weight, Tensor? linear_bias, Tensor target, Tensor? weight, "
     "Tensor? sample_weight, Tensor? normalizer, Tensor? logit_bias, Tensor? margin, "
     "Tensor? pos_weight, float[] formula, int? ignore_index, int? background_index, "
-    "int reduction, str backend, int rows"
+    "int reduction, str backend, SymInt rows"
 )
 _GRADS = "Tensor(b!)? grad_x, Tensor(c!)? grad_weight, Tensor(d!)? grad_bias"
 _SCHEMAS = {
@@ -49,8 +55,30 @@ def linear_loss(
     input: Tensor, weight: Tensor, bias: Tensor | None, inputs: Inputs, call: LinearCall
 ) -> tuple[Tensor, Tensor | None]:
     """(loss, statistics (4, C) or None) of an input (N, D) and a head."""
+    head = input, weight, bias
+    if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in head):
+        return _forward(*head, inputs, call, (False,) * 3, False)[:2]
+    if jit_tracing():
+        raise NotImplementedError(NOT_TRACED)
     apply: Any = LinearLoss.apply
-    return apply(*differentiable(input, weight, bias), inputs, call)
+    return apply(*head, inputs, call)
+
+
+def _forward(
+    input: Tensor, weight: Tensor, bias: Tensor | None, inputs: Inputs, call: LinearCall,
+    needed: tuple[bool, ...], later: bool,
+) -> tuple[Tensor, Tensor | None, HeadGradients, Tensor | None]:  # fmt: skip
+    """(loss, statistics, gradients that are needed, saved for gradients that come later)."""
+    spec = call.spec
+    x, head = cast(input, weight, bias, call.dtype)
+    grads = new_grads(x, head, needed)
+    N, C = x.shape[0], weight.shape[0]  # len is no symbol
+    loss = x.new_empty((N,) if not spec.reduction else (), dtype=compute_dtype(x.dtype))
+    saved = loss.new_empty(chunks.saved_numbers(spec) * N) if later else None
+    wide = sum_dtype(x.device)
+    stats = loss.new_empty(4, C, dtype=wide) if call.return_stats else None
+    _operators.loss(*_given(x, head, inputs, call), loss, *grads, saved, stats)
+    return loss, stats, grads, saved
 
 
 class LinearLoss(torch.autograd.Function):
@@ -62,16 +90,9 @@ class LinearLoss(torch.autograd.Function):
         call: LinearCall,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         spec, needed = call.spec, ctx.needs_input_grad[:3]
-        x, head = cast(input, weight, bias, call.dtype)
         later = any(needed) and spec.recomputes(call.dtype)
         now = (False,) * 3 if later else needed
-        grads = new_grads(x, head, now)
-        N, C = len(x), len(weight)
-        loss = x.new_empty((N,) if not spec.reduction else (), dtype=compute_dtype(x.dtype))
-        saved = loss.new_empty(chunks.saved_numbers(spec) * N) if later else None
-        wide = sum_dtype(x.device)
-        stats = loss.new_empty(4, C, dtype=wide) if call.return_stats else None
-        _operators.loss(*_given(x, head, inputs, call), loss, *grads, saved, stats)
+        loss, stats, grads, saved = _forward(input, weight, bias, inputs, call, now, later)
         if later:
             if not weights_classes(spec.formula, inputs.target):
                 inputs = inputs._replace(weight=None)  # in saved already; it may change in place

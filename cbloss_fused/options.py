@@ -220,13 +220,13 @@ class Formula(NamedTuple):
         gamma, gamma_neg, alpha = options.gamma, options.gamma_neg, options.alpha
         return cls(
             options.activation == "sigmoid",
-            _flush_subnormal(gamma),
+            _in_float32(gamma),
             float(options.label_smoothing),
             float(options.z_loss),
-            _flush_subnormal(gamma if gamma_neg is None else gamma_neg),
+            _in_float32(gamma if gamma_neg is None else gamma_neg),
             1.0 if alpha is None else float(alpha),
             1.0 if alpha is None else 1.0 - float(alpha),
-            _flush_subnormal(options.clip),
+            _in_float32(options.clip),
             float(options.logit_scale),
             options.class_weighting == "class",
         )
@@ -248,12 +248,12 @@ class Formula(NamedTuple):
 
 
 DEFAULT_REST = (1.0, 1.0, 0.0, 1.0, False)  # alpha to per_class
-SMALLEST_NORMAL = 1.2e-38  # float32's, rounded up
+SMALLEST_NORMAL, LARGEST = 1.2e-38, 3.4e38  # float32's, rounded up and down
 
 
-def _flush_subnormal(number: float) -> float:
-    """0 below float32's normal numbers: these change no loss, and kernels have code for 0."""
-    return float(number) if number > SMALLEST_NORMAL else 0.0
+def _in_float32(number: float) -> float:
+    """0 below its normal numbers: these change no loss, and kernels have code for 0."""
+    return float(min(number, LARGEST)) if number > SMALLEST_NORMAL else 0.0
 
 
 class LossSpec(NamedTuple):

@@ -8,7 +8,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .arguments import Given, check_inplace, check_inputs, check_vector, refuse_transforms
+from .arguments import (
+    Given,
+    check_inplace,
+    check_inputs,
+    check_vector,
+    refuse_shards,
+    refuse_transforms,
+)
 from .autograd import differentiable, refuse_batches, refuse_second_derivatives, scaled
 from .backends import Backend, choose
 from .groups import add_up, agreed
@@ -123,6 +130,7 @@ def _inputs(
     rest: dict[str, Any] = whole._asdict() | dict.fromkeys(parts)
     inputs = check_inputs(logits, **rest, spec=spec, return_stats=return_stats)._replace(**parts)
     refuse_transforms(input)
+    refuse_shards(input)
     if spec.inplace and input.numel():
         check_inplace(input, whole.target)
     if input.device.type == "cpu" and not tracing():

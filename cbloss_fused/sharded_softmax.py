@@ -131,6 +131,7 @@ def _of_part(logits: Tensor, part: Part, backend: Backend) -> Tensor:
             total = total + inputs.logit_bias.sum(dtype=wide)
         total = f.logit_scale * total - part.columns() * top.to(wide)
         total = total + torch.where(part.here & raw.isfinite(), z - raw, 0.0)
+        total = torch.where(total.isnan() & top.isfinite(), -inf, total)  # sums overflow: inf - inf
         below = 0.0 if part.columns() == 1 else -inf  # of the limit, where top is infinite
         found.append(torch.where(top == inf, below, total).to(M.dtype))
     return torch.stack(found)

@@ -27,6 +27,11 @@ def tracing() -> bool:
     return torch._guards.active_fake_mode() is not None
 
 
+def jit_tracing() -> bool:
+    """Whether torch.jit.trace records; torch.compile cannot ask."""
+    return not torch.compiler.is_compiling() and torch._C._is_tracing()
+
+
 def check_target(
     target: Tensor, num_classes: int, ignore_index: int | None, background_index: int | None
 ) -> None:

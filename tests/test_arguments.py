@@ -225,6 +225,9 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     ),
     "normalizer-0": ({"normalizer": 0.0}, V, "normalizer | positive | 0"),
     "normalizer-negative": ({"normalizer": -1.0}, V, "normalizer | positive | -1"),
+    "normalizer-small": ({"normalizer": 1e-46}, V, "normalizer | positive | 1e-46 | float32"),
+    "normalizer-large": ({"normalizer": 1e39}, V, "normalizer | finite | 1e+39 | float32"),
+    "normalizer-array": ({"normalizer": np.ones(2)}, T, "normalizer | a number | array([1., 1.])"),
     "normalizer-nan": ({"normalizer": nan}, V, "normalizer | nan"),
     "normalizer-text": ({"normalizer": "2"}, T, "normalizer | 2"),
     "normalizer-tensor-negative": ({"normalizer": tensor(-1.0)}, V, "normalizer | >= 0 | -1"),
@@ -299,6 +302,16 @@ def test_bad_value_in_a_tensor_writes_nothing(backend, looks, name, recompute):
         )
     assert same_bits(logits.detach(), before)
     assert logits._version == version
+
+
+def test_in_place_writes_to_no_negated_view(backend):
+    numbers = torch.randn(4, 3, dtype=torch.complex64, requires_grad=True)
+    logits = (2 * numbers).conj().imag
+    assert logits.is_neg()
+    with pytest.raises(ValueError, match="resolve_neg"):
+        class_balanced_loss(
+            logits, torch.zeros(4, dtype=torch.int64), inplace=True, backend=backend.argument
+        )
 
 
 def test_target_out_of_range_names_every_coordinate(backend, looks):

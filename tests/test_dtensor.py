@@ -46,6 +46,7 @@ def on_a_rank(rank: int, store: str) -> None:
         "gloo", init_method=f"file://{store}", rank=rank, world_size=RANKS
     )
     placed_losses()
+    images_over_ranks()
     classes_over_ranks()
     statistics_of_all_rows()
     refused()
@@ -100,6 +101,27 @@ def placed_losses() -> None:
             DTensor, class_balanced_loss(logits, target, w, sample_weight=sample, **given)
         )
         torch.testing.assert_close(placed.full_tensor(), want)
+
+
+def images_over_ranks() -> None:
+    """Targets and sample weights have no dimension of classes."""
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    _, _, w, _ = data()
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, C, 4, 3, generator=generator)
+    y = torch.randint(C, (2, 4, 3), generator=generator)
+    s, t = torch.rand(2, 4, 3, generator=generator), torch.rand(x.shape, generator=generator)
+    on = mesh()
+    for dim in (0, 2):
+        logits = distribute_tensor(x, on, [Shard(dim)])
+        target, sample = (distribute_tensor(v, on, [Shard(dim - (dim > 1))]) for v in (y, s))
+        soft = distribute_tensor(t, on, [Shard(dim)])
+        for labels, whole in ((target, y), (soft, t)):
+            given: dict[str, Any] = {"activation": "sigmoid"}
+            want = class_balanced_loss(x, whole, w, sample_weight=s, **given)
+            loss = class_balanced_loss(logits, labels, w, sample_weight=sample, **given)
+            torch.testing.assert_close(cast(DTensor, loss).full_tensor(), want)
 
 
 def classes_over_ranks() -> None:

@@ -96,6 +96,18 @@ def test_beyond_the_bound_never_nan(backend, family, dtype, gamma, C, eps):
 
 
 @cache
+@pytest.mark.parametrize("gamma", (1e38, 3.4e38, 1e39, 1e300), ids="g{:g}".format)
+@pytest.mark.parametrize("C", (5, 131), ids="C{}".format)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=name_of)
+@FAMILY
+def test_the_largest_focal_exponents(backend, family, dtype, C, gamma):
+    """Beyond float32's largest number there is no larger power."""
+    logits, target = saturated(C, dtype)
+    loss, grad = loss_and_grad(backend, logits, target, activation=family, gamma=gamma)
+    assert loss.isfinite()
+    assert grad.isfinite().all()
+
+
 def exact_loss(family: str, gamma: float, margin: int, C: int) -> float:
     """A row whose target is `margin` above the others (softmax), above and below 0 (sigmoid)."""
     mpmath = pytest.importorskip("mpmath")

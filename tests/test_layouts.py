@@ -272,6 +272,23 @@ def test_in_place_gives_the_same_bits(backend, family, dtype, shape, recompute):
     assert same_bits(middle.detach(), want[1])
 
 
+@pytest.mark.parametrize("C", (3, 128), ids="C{}".format)
+@FAMILY
+def test_an_ignored_row_is_one_whatever_the_others_weigh(backend, family, C):
+    """Also where the sum of the weights, by which r is divided, is infinite."""
+    leaf = random(4, C, dtype=torch.float32).requires_grad_()
+    whole = leaf * 1
+    before, logits = whole.detach().clone(), whole[1:]
+    target = torch.tensor([-100, 2, 1])
+    huge = torch.full((C,), 1e30), torch.full((3,), 1e30)
+    class_balanced_loss(
+        logits, target, huge[0], sample_weight=huge[1], reduction="weighted_mean",
+        activation=family, inplace=True, backend=backend.argument,
+    )  # fmt: skip
+    assert same_bits(whole.detach()[0], before[0])
+    assert (logits.detach()[0] == 0).all()
+
+
 @pytest.mark.parametrize("reduction", ("none", "mean", "weighted_mean"))
 @pytest.mark.parametrize(
     "shape",

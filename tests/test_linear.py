@@ -354,6 +354,39 @@ def test_compile(reduction):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.skipif(INTERPRETED, reason="compiles for the machine")
+def test_compile_takes_any_number_of_rows():
+    """Chunks of as many rows as suit it: compiled twice, for one number and for all others."""
+    torch.compiler.reset()
+    counter = torch._dynamo.testing.CompileCounter()
+    weight = draw(1, C, D).float().requires_grad_()
+    target = targets("softmax", (600,))
+    step = torch.compile(
+        lambda x, y: linear_class_balanced_loss(x, weight, y), backend=counter, fullgraph=True
+    )
+    for rows in (50, 114, 178, 300, 562):
+        x = draw(0, rows, D).float()
+        want = linear_class_balanced_loss(x, weight, target[:rows])
+        torch.testing.assert_close(step(x, target[:rows]), want)
+    assert counter.frame_count == 2
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's: that torch.jit is deprecated
+@pytest.mark.skipif(INTERPRETED, reason="of the CPU")
+def test_torch_jit_trace_says_what_to_do():
+    input, weight, _ = head(torch.float32)
+    target = targets("softmax")
+
+    def step(x: Tensor, w: Tensor) -> Tensor:
+        return linear_class_balanced_loss(x, w, target)
+
+    with pytest.raises(NotImplementedError, match="backend='reference'"):
+        torch.jit.trace(step, (input, weight))
+    plain = input.detach(), weight.detach()
+    torch.testing.assert_close(torch.jit.trace(step, plain)(*plain), step(*plain))
+
+
 def test_module():
     counts = [90, 9, 1]
     torch.manual_seed(0)

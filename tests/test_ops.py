@@ -16,9 +16,11 @@ from support.backends import gradient_arguments, operator_arguments
 from support.marks import FAMILIES, name_of
 from support.oracle import oracle, sample
 from support.tolerances import assert_grad
+from torch.autograd import forward_ad
 
 from cbloss_fused import (
     ClassBalancedLoss,
+    ClassShards,
     LinearClassBalancedLoss,
     backends,
     class_balanced_loss,
@@ -222,6 +224,110 @@ def test_export(tmp_path, reduction):
         for rows in (8, 3):
             got = loaded(features[:rows], target[:rows])
             torch.testing.assert_close(got, model(features[:rows], target[:rows]))
+
+
+class WithPenalty(torch.nn.Module):
+    """A parameter of the loss's logits is used elsewhere, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.loss = torch.nn.Linear(6, 10), ClassBalancedLoss(range(10, 0, -1))
+
+    def forward(self, features, target):
+        return self.loss(self.head(features), target) + self.head.weight.square().sum()
+
+
+@TORCH_WARNS
+@pytest.mark.parametrize("strict", (False, True), ids=("", "strict"))
+@pytest.mark.parametrize(
+    "make", (WithPenalty, lambda: LinearClassBalancedLoss(6, range(10, 0, -1))),
+    ids=("loss", "linear"),
+)  # fmt: skip
+def test_an_exported_training_step_has_its_gradient(make, strict):
+    """The formula is exported: the operators of a graph have no gradient."""
+    model, features, target = make(), torch.randn(8, 6), torch.arange(8)
+    n = torch.export.Dim("n", min=2)
+    shapes = ({0: n}, {0: n})
+    program = torch.export.export(model, (features, target), dynamic_shapes=shapes, strict=strict)
+    exported = program.module()
+    want = torch.autograd.grad(model(features[:5], target[:5]), list(model.parameters()))
+    got = torch.autograd.grad(exported(features[:5], target[:5]), list(exported.parameters()))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@TORCH_WARNS
+@pytest.mark.parametrize("strict", (False, True), ids=("", "strict"))
+def test_an_exported_linear_loss_is_the_operator(strict):
+    model, features, target = LinearClassBalancedLoss(6, range(10, 0, -1)), *given_rows(8)
+    n = torch.export.Dim("n", min=2)
+    shapes = ({0: n}, {0: n})
+    with torch.no_grad():
+        program = torch.export.export(
+            model, (features, target), dynamic_shapes=shapes, strict=strict
+        )
+        assert "_linear_loss" in str(program.graph)
+        got = program.module()(features[:3], target[:3])
+        torch.testing.assert_close(got, model(features[:3], target[:3]))
+
+
+def given_rows(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.randn(n, 6), torch.arange(n) % 10
+
+
+@TORCH_WARNS
+def test_statistics_and_shards_are_not_exported_with_a_gradient():
+    class Loss(torch.nn.Module):
+        def __init__(self, options: dict[str, Any]) -> None:
+            super().__init__()
+            self.options = options
+
+        def forward(self, x, y):
+            return class_balanced_loss(2 * x, y, **self.options)
+
+    x, y = torch.randn(8, 6, requires_grad=True), torch.arange(8) % 6
+    refused: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"return_stats": True}, "return_stats cannot be exported"),
+        ({"shards": ClassShards(6)}, "neither traced by torch.jit.trace nor exported"),
+    )
+    for options, text in refused:
+        with pytest.raises(NotImplementedError, match=text):
+            torch.export.export(Loss(options), (x, y), strict=False)
+
+
+@TORCH_WARNS
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # asked for by the compiler
+@pytest.mark.parametrize("compiler", ("eager", "inductor"))
+def test_compiled_in_place_writes_over_no_parameter(compiler):
+    """Nor where elements share memory."""
+    torch.compiler.reset()
+    parameter, target = torch.nn.Parameter(torch.randn(12)), torch.tensor([0, 1, 2, 0])
+    before = parameter.detach().clone()
+
+    @torch.compile(backend=compiler)
+    def of_parameter():
+        return class_balanced_loss(parameter.view(4, 3), target, inplace=True)
+
+    @torch.compile(backend=compiler)
+    def expanded(x):
+        return class_balanced_loss((x * 1).expand(4, 3), target, inplace=True)
+
+    with pytest.raises(ValueError, match="inplace=True"):
+        of_parameter().backward()
+    with pytest.raises(ValueError, match="inplace=True"):
+        expanded(torch.randn(1, 3, requires_grad=True))
+    assert torch.equal(parameter, before)
+
+
+@TORCH_WARNS
+def test_compiled_tangents_are_refused():
+    """As those of a call that is not compiled."""
+    torch.compiler.reset()
+    step = torch.compile(lambda x: class_balanced_loss(x, torch.arange(4)), backend="eager")
+    with forward_ad.dual_level():
+        x = forward_ad.make_dual(torch.randn(4, 5), torch.ones(4, 5))
+        with pytest.raises(NotImplementedError, match="backend='reference'"):
+            step(x)
 
 
 # What runs where ----------------------------------------------------------------------------------

@@ -394,6 +394,10 @@ def infinite(shards: ClassShards) -> None:
     x[4, last], x[5, :], x[5, 1], x[6, 0] = torch.nan, -torch.inf, 0.0, -torch.inf
     x[3] = torch.nan  # an ignored row
     y[0], y[1], y[5], y[6] = 0, 0, 1, last
+    huge = 1.7e308 * x.sign()  # sums of which overflow
+    smooth: dict[str, Any] = {"label_smoothing": 0.1, "reduction": "none"}
+    losses = class_balanced_loss(mine(shards, huge.T).T, y, shards=shards, **smooth)
+    assert losses.isnan().eq(class_balanced_loss(huge, y, **smooth).isnan()).all()
     local = mine(shards, x.T).T.clone().requires_grad_()
     leaf = x.clone().requires_grad_()
     want = class_balanced_loss(leaf, y, reduction="none", recompute=True)

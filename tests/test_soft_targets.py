@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from math import inf
 from typing import Any
 
@@ -13,7 +14,7 @@ from support.marks import DTYPES, FAMILIES, REDUCTIONS, name_of
 from support.oracle import oracle
 from support.oracle import sample as conftest_sample
 from support.soft import LAYOUTS, soft
-from support.tolerances import assert_grad, assert_loss
+from support.tolerances import assert_grad, assert_loss, same_bits
 
 from cbloss_fused import ClassBalancedLoss, class_balanced_loss
 from cbloss_fused.buffers import new_saved
@@ -320,6 +321,23 @@ def test_a_masked_class_without_a_label_has_no_influence(backend, family, dtype)
     slack = 1e-14 if dtype == torch.float64 else 4e-7
     assert_grad(grad[:, kept], want[1], dtype, slack=slack)
     assert (grad[:, 3:40] == 0).all()
+
+
+@pytest.mark.parametrize("ignore_index", (None, -100, -(2**20)), ids=str)
+@FAMILY
+def test_minus_zero_is_zero(backend, family, ignore_index):
+    for C, dtype, options in product(
+        (3, 131),
+        (torch.float32, torch.float16),
+        ({}, {"reduction": "none"}, {"recompute": True}),
+    ):
+        logits, _, weight, _ = sample(C, dtype)
+        t = (logits > logits.median(1, keepdim=True).values).to(dtype)
+        given = {"activation": family, "ignore_index": ignore_index, **options}
+        want = loss_and_grad(backend, logits, t, weight, **given)
+        got = loss_and_grad(backend, logits, torch.where(t == 0, -t, t), weight, **given)
+        assert same_bits(got[0], want[0])
+        assert same_bits(got[1], want[1])
 
 
 @MODES

@@ -190,8 +190,9 @@ void prologue(const Inputs& in, Reduction reduction, const Shape& shape, DType d
   const double divisor = denominator<T>(reduction, in.normalizer, p);
   if (divisor != 1)
     for_blocks(shape.rows, [&](int64_t, int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i)  // divisor 0: nothing to average
-        scale[i] = divisor != 0 || scale[i] < 0 ? T(scale[i] / divisor) : T(0);
+      for (int64_t i = begin; i < end; ++i)
+        if (scale[i] >= 0)  // an ignored row keeps its mark: a quotient could be -0
+          scale[i] = divisor != 0 ? T(scale[i] / divisor) : T(0);  // 0: nothing to average
     });
 }
 

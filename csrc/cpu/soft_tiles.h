@@ -126,7 +126,7 @@ CB_ROW typename Lanes<T>::V sigmoid_soft_tile(SoftTile<T>& given, typename Lanes
       },
       [&]() __attribute__((always_inline)) { total += sum_L.take(); });
   in_range = !check.fails(a);
-  if (in_range || SPECIAL) given.r = tile.r;
+  if (in_range || SPECIAL || !a.partial) given.r = tile.r;  // else SPECIAL's turn comes
   return weighted(tile.r, total);
 }
 
