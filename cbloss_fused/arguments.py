@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from . import hints
 from .inputs import Inputs, compute_dtype, is_soft
 from .options import MEAN, REDUCTIONS, LossSpec, is_bool
-from .values import check_all, is_weight, jit_tracing
+from .values import check_all, exporting, is_weight, jit_tracing
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (
@@ -127,7 +127,7 @@ def refuse_transforms(*tensors: Tensor | None) -> None:
 
 def exports_gradient(*tensors: Tensor | None) -> bool:
     """Whether torch.export would lose the gradient of these: operators in its graph have none."""
-    if not torch.compiler.is_exporting() or not torch.is_grad_enabled():
+    if not exporting() or not torch.is_grad_enabled():
         return False
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 

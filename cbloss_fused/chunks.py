@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -74,8 +74,9 @@ def chunk_rows(N: int, C: int, dtype: torch.dtype, device_type: str) -> int:
     """How many rows a chunk has unless the caller says: all chunks have nearly as many."""
     kind = device_type if device_type in BYTES else "other"
     most = max(BYTES[kind] // (C * dtype.itemsize), LEAST_ROWS[kind]) // ROUND * ROUND
-    chunks = torch.sym_max(1, -(-N // most))  # N may be symbolic
-    found: int = torch.sym_max(1, -(-N // (chunks * ROUND))) * ROUND
+    larger: Any = max if isinstance(N, int) else torch.sym_max  # a symbol of torch.export
+    chunks = larger(1, -(-N // most))
+    found: int = larger(1, -(-N // (chunks * ROUND))) * ROUND
     return found
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.nn.functional as F
 from support.backends import DEVICE, INTERPRETED
 from support.marks import DTYPES, REDUCTIONS, name_of

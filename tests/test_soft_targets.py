@@ -326,11 +326,8 @@ def test_a_masked_class_without_a_label_has_no_influence(backend, family, dtype)
 @pytest.mark.parametrize("ignore_index", (None, -100, -(2**20)), ids=str)
 @FAMILY
 def test_minus_zero_is_zero(backend, family, ignore_index):
-    for C, dtype, options in product(
-        (3, 131),
-        (torch.float32, torch.float16),
-        ({}, {"reduction": "none"}, {"recompute": True}),
-    ):
+    cases: tuple[dict[str, Any], ...] = ({}, {"reduction": "none"}, {"recompute": True})
+    for C, dtype, options in product((3, 131), (torch.float32, torch.float16), cases):
         logits, _, weight, _ = sample(C, dtype)
         t = (logits > logits.median(1, keepdim=True).values).to(dtype)
         given = {"activation": family, "ignore_index": ignore_index, **options}
