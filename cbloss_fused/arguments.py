@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from . import hints
 from .inputs import Inputs, compute_dtype, is_soft
 from .options import MEAN, REDUCTIONS, LossSpec, is_bool
-from .values import check_all, exporting, is_weight, jit_tracing
+from .values import check_all, is_weight, jit_tracing
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (
@@ -127,8 +127,8 @@ def refuse_transforms(*tensors: Tensor | None) -> None:
 
 def exports_gradient(*tensors: Tensor | None) -> bool:
     """Whether torch.export would lose the gradient of these: operators in its graph have none."""
-    if not exporting() or not torch.is_grad_enabled():
-        return False
+    if not torch.compiler._is_exporting_flag or not torch.is_grad_enabled():
+        return False  # is_exporting() is taken for true by the compiler of PyTorch 2.11
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 

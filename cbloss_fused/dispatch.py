@@ -19,7 +19,7 @@ from .backends import Backend, choose
 from .inputs import Inputs, class_by_class, is_soft
 from .options import REDUCTIONS, LossSpec
 from .stats import ClassStats
-from .values import check_values, exporting, in_own_shape, jit_tracing, told_of, tracing, typed
+from .values import check_values, in_own_shape, jit_tracing, told_of, tracing, typed
 
 
 def dispatch(
@@ -32,7 +32,7 @@ def dispatch(
     if spec.backend == "reference":
         return _eager(input, inputs, spec)
     differentiated = input.requires_grad and torch.is_grad_enabled()
-    if differentiated and exporting():  # operators in its graph have no gradient
+    if differentiated and torch.compiler._is_exporting_flag:  # operators there have no gradient
         if return_stats:
             raise NotImplementedError("return_stats cannot be exported with a gradient")
         return _eager(input, inputs, spec)

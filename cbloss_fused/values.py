@@ -27,11 +27,6 @@ def tracing() -> bool:
     return torch._guards.active_fake_mode() is not None
 
 
-def exporting() -> bool:
-    """Whether torch.export runs: PyTorch 2.11 compiles is_exporting() as true, whatever it is."""
-    return getattr(torch.compiler, "_is_exporting_flag", False)
-
-
 def jit_tracing() -> bool:
     """Whether torch.jit.trace records; torch.compile cannot ask."""
     return not torch.compiler.is_compiling() and torch._C._is_tracing()
