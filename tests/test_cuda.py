@@ -102,7 +102,7 @@ def checked(library: Path | None, *arguments: str, **environment: str) -> str:
 
 def test_nothing_is_touched_outside_the_buffers(emulated, pytestconfig):
     """Pages without access around every buffer; every layout, option, order and error."""
-    share, cases = ("1", 1200) if pytestconfig.getoption("long") else ("7", 172)
+    share, cases = ("1", 1280) if pytestconfig.getoption("long") else ("7", 183)
     assert checked(build.emulated(), "--share", share) == f"{cases} cases\n"
 
 
@@ -114,7 +114,7 @@ def test_under_sanitizers(emulated, pytestconfig):
         pytest.skip("g++ has no sanitizers here")
     environment = {"LD_PRELOAD": " ".join(names), "ASAN_OPTIONS": "detect_leaks=0"}
     library = build.emulated(sanitized=True)
-    share, cases = ("11", 110) if pytestconfig.getoption("long") else ("29", 42)
+    share, cases = ("11", 117) if pytestconfig.getoption("long") else ("29", 45)
     assert checked(library, "--share", share, **environment) == f"{cases} cases\n"
 
 
