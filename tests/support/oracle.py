@@ -105,4 +105,7 @@ def soft_targets(draw: st.DrawFn, logits: Tensor, generator: torch.Generator) ->
         return torch.zeros_like(t).scatter(1, t.argmax(1, keepdim=True), 1.0)
     if kind == "soft":
         return t.pow(4) / t.pow(4).sum(1, keepdim=True)
-    return t > 0.7 if kind == "bool" else (t > 0.7).double()
+    if kind == "bool":
+        return t > 0.7
+    hot = (t > 0.7).double()
+    return torch.where(t < 0.1, -hot, hot)  # some zeros are -0
