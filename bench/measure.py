@@ -40,10 +40,8 @@ GPU_TURNS = (20, 100)  # samples of everyone: at least, at most within GPU_SECON
 GPU_SECONDS = {"cuda": 0.1, "cpu": 0.0}
 SAMPLE_MS = {"cuda": 1.0, "cpu": 0.1}  # of a sample, unless one round takes longer
 CYCLES_PER_MS = 2_000_000  # at most, of a GPU's clock
-HOST_MS, PAUSE_MS = (
-    3.0,
-    0.3,
-)  # of the host per sample, unless one round takes longer; a pause's least
+HOST_MS = 3.0  # of the host per sample, unless one round takes longer
+PAUSE_MS = 0.3  # of a pause, at least
 MAX_COPIES, SMALL_BYTES = 48, 2**20
 HOST_CALLS = 20  # as many fit into the launch queue
 

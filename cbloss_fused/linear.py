@@ -211,12 +211,8 @@ def _whole(
         spec = spec._replace(reduction=MEAN)
     linear_weight, linear_bias = head
     rows, x, C = input.shape[:-1], input.reshape(-1, input.shape[-1]), len(linear_weight)
-    if exports_gradient(input, *head):
-        if return_stats:
-            raise NotImplementedError("return_stats cannot be exported with a gradient")
-        spec = spec._replace(backend="reference")
-    if spec.backend == "reference":
-        found = dispatch(F.linear(x, linear_weight, linear_bias), inputs, spec, False)
+    if spec.backend == "reference" or exports_gradient(input, *head):
+        found = dispatch(F.linear(x, linear_weight, linear_bias), inputs, spec, return_stats)
         return cast(Tensor, found).reshape(() if spec.reduction else rows)
     refuse_transforms(input, linear_weight, linear_bias)
     backend = choose(input.device.type, spec.backend, class_by_class(spec.formula, inputs))

@@ -24,6 +24,7 @@ from cbloss_fused import (
     LinearClassBalancedLoss,
     backends,
     class_balanced_loss,
+    linear_class_balanced_loss,
     ops,
 )
 from cbloss_fused.backends import REGISTRY, set_isa
@@ -259,7 +260,8 @@ def test_an_exported_training_step_has_its_gradient(make, strict):
 @TORCH_WARNS
 @pytest.mark.parametrize("strict", (False, True), ids=("", "strict"))
 def test_an_exported_linear_loss_is_the_operator(strict):
-    model, features, target = LinearClassBalancedLoss(6, range(10, 0, -1)), *given_rows(8)
+    model = LinearClassBalancedLoss(6, range(10, 0, -1))
+    features, target = torch.randn(8, 6), torch.arange(8)
     n = torch.export.Dim("n", min=2)
     shapes = ({0: n}, {0: n})
     with torch.no_grad():
@@ -269,10 +271,6 @@ def test_an_exported_linear_loss_is_the_operator(strict):
         assert "_linear_loss" in str(program.graph)
         got = program.module()(features[:3], target[:3])
         torch.testing.assert_close(got, model(features[:3], target[:3]))
-
-
-def given_rows(n: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.randn(n, 6), torch.arange(n) % 10
 
 
 @TORCH_WARNS
@@ -285,14 +283,19 @@ def test_statistics_and_shards_are_not_exported_with_a_gradient():
         def forward(self, x, y):
             return class_balanced_loss(2 * x, y, **self.options)
 
+    class Head(Loss):
+        def forward(self, x, y):
+            return linear_class_balanced_loss(x, torch.eye(6), y, **self.options)
+
     x, y = torch.randn(8, 6, requires_grad=True), torch.arange(8) % 6
     refused: tuple[tuple[dict[str, Any], str], ...] = (
         ({"return_stats": True}, "return_stats cannot be exported"),
         ({"shards": ClassShards(6)}, "neither traced by torch.jit.trace nor exported"),
     )
     for options, text in refused:
-        with pytest.raises(NotImplementedError, match=text):
-            torch.export.export(Loss(options), (x, y), strict=False)
+        for make in (Loss, Head):
+            with pytest.raises(NotImplementedError, match=text):
+                torch.export.export(make(options), (x, y), strict=False)
 
 
 @TORCH_WARNS
